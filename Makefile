@@ -1,0 +1,30 @@
+# Two commands: `make demo` trains a small model on this machine, `make test` runs the tests.
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/demo
+PY := $(VENV)/bin/python
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.ready
+	$(PY) -m fla.cli train --config examples/demo.yaml --output_dir $(RUN)
+
+test: $(VENV)/.ready
+	$(PY) -m pytest -n 2
+
+check: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.ready
+	$(PY) -m benchmarks.ops
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing packages into $(VENV) (a few minutes the first time)"
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,eval,test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""Argument checks whose specification is also the error message."""
+
+import torch
+from torch import Tensor
+
+
+def check_shapes(op: str, **specs: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Bind axis names to sizes and raise `ValueError` on the first argument that disagrees.
+
+    Each keyword is `name=(tensor, "B T H K")`; a tensor of None is skipped. The first argument that
+    mentions an axis fixes its size, and the message names that argument.
+
+    Example:
+        >>> sizes = check_shapes("demo", q=(torch.zeros(1, 2, 3, 4), "B T H K"))
+        >>> sizes["K"]
+        4
+    """
+    sizes: dict[str, int] = {}
+    source: dict[str, str] = {}
+    for name, (tensor, spec) in specs.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{op}: {name} is a {type(tensor).__name__}; pass a torch.Tensor [{spec}]"
+            )
+        axes = spec.split()
+        expected = " ".join(f"{a}={sizes[a]}" if a in sizes else a for a in axes)
+        got = f"{op}: {name} has shape {list(tensor.shape)}"
+        if tensor.dim() != len(axes):
+            raise ValueError(
+                f"{got}, but {len(axes)} axes [{expected}] were expected; reshape {name} to that "
+                "layout"
+            )
+        for axis, size in zip(axes, tensor.shape, strict=True):
+            if sizes.setdefault(axis, size) != size:
+                raise ValueError(
+                    f"{got}, but [{expected}] was expected: {axis} is {sizes[axis]} in "
+                    f"{source[axis]}; "
+                    f"pass {name} with {axis}={sizes[axis]}"
+                )
+            source.setdefault(axis, name)
+    return sizes
+
+
+def check_same(op: str, *, dtype: bool = True, **tensors: Tensor | None) -> None:
+    """Raise `ValueError` unless the tensors are floating point, on one device and, with
+    `dtype`, of one dtype."""
+    present = {name: t for name, t in tensors.items() if t is not None}
+    first_name, first = next(iter(present.items()))
+    for name, t in present.items():
+        if not t.is_floating_point():
+            raise ValueError(
+                f"{op}: {name} has dtype {t.dtype}; a floating-point tensor was expected"
+            )
+        if t.device != first.device:
+            raise ValueError(
+                f"{op}: {name} is on {t.device} but {first_name} is on {first.device}; "
+                f"move {name} with .to({str(first.device)!r})"
+            )
+        if dtype and t.dtype != first.dtype:
+            raise ValueError(
+                f"{op}: {name} has dtype {t.dtype} but {first_name} has {first.dtype}; "
+                f"cast {name} with .to({first.dtype})"
+            )
+
+
+def check_groups(op: str, sizes: dict[str, int]) -> None:
+    """Raise `ValueError` unless the value heads HV are a multiple of the query/key heads H."""
+    heads, value_heads = sizes["H"], sizes["HV"]
+    if heads == 0 or value_heads % heads:
+        raise ValueError(
+            f"{op}: v has HV={value_heads} heads and k has H={heads}; HV must be a multiple of H "
+            "(grouped value heads)"
+        )
+
+
+def check_sequences(
+    op: str, batch: int, cu_seqlens: Tensor | None, initial_state: Tensor | None
+) -> int:
+    """The number of sequences N: `len(cu_seqlens) - 1` for packed input (which needs B = 1),
+    else B."""
+    if cu_seqlens is None:
+        sequences, origin = batch, f"the batch size B={batch}"
+    else:
+        check_boundaries(op, batch, cu_seqlens)
+        sequences = cu_seqlens.shape[0] - 1
+        origin = f"cu_seqlens, which bounds {sequences} sequences"
+    if initial_state is not None and initial_state.shape[0] != sequences:
+        raise ValueError(
+            f"{op}: initial_state holds {initial_state.shape[0]} states but {sequences} were "
+            "expected from "
+            f"{origin}; pass one state per sequence"
+        )
+    return sequences
+
+
+def check_boundaries(op: str, batch: int, cu_seqlens: Tensor) -> None:
+    """Shape and dtype of `cu_seqlens`; its values are checked where they are read."""
+    if batch != 1:
+        raise ValueError(
+            f"{op}: cu_seqlens was given with batch size {batch}; packed sequences need B=1: "
+            "concatenate them along the time axis"
+        )
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"{op}: cu_seqlens must be a 1-D tensor [0, ..., T] of at least two boundaries, got "
+            f"{cu_seqlens!r}"
+        )
+    if cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool:
+        raise ValueError(
+            f"{op}: cu_seqlens has dtype {cu_seqlens.dtype}; int32 or int64 was expected"
+        )
+
+
+def refuse(op: str, name: str, value: object, mend: str) -> None:
+    """Raise `ValueError` when an argument this implementation cannot honour was given."""
+    if value is not None:
+        raise ValueError(f"{op}: {name} is not supported here (got {type(value).__name__}); {mend}")

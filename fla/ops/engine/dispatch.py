@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: MIT
+"""Which backend runs an operator, and why: `resolve` decides, `explain` tells.
+
+The rule: an explicit choice (`backend=` on the call, then `use_backend(...)`, then FLA_BACKEND)
+runs or raises. Without one the first available backend of `triton`, `native`, `torch` runs. This
+version holds the torch backend, which runs on every device torch has; asking for another raises
+with the reason.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fla.ops.engine.chunk import CHUNK_SIZE, compute_dtype
+from fla.ops.engine.token import SEGMENT
+
+BACKENDS = ("triton", "native", "torch")
+_chosen: str | None = None
+
+
+def unavailable(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device, or None where it can."""
+    if backend == "torch":
+        return None
+    if backend == "triton":
+        return "this version of fla holds no Triton kernels yet"
+    if backend == "native":
+        return "this version of fla holds no compiled CPU kernels yet"
+    raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+
+
+def requested(backend: str | None = None) -> tuple[str | None, str]:
+    """The explicit choice in force and where it came from; (None, ...) where there is none."""
+    if backend is not None:
+        return backend, "the call's backend argument"
+    if _chosen is not None:
+        return _chosen, "use_backend()"
+    from_environment = os.environ.get("FLA_BACKEND") or None
+    return from_environment, "the environment variable FLA_BACKEND"
+
+
+def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
+    """The backend that runs `op` on `device`. An explicit choice that cannot run raises
+    `ValueError`."""
+    choice, origin = requested(backend)
+    if choice is None:
+        return next(b for b in BACKENDS if unavailable(b, device) is None)
+    reason = unavailable(choice, device)
+    if reason is not None:
+        raise ValueError(
+            f"{op}: backend {choice!r} was asked for by {origin} but cannot run on {device}: "
+            f"{reason}; use "
+            f"backend='torch', or unset it and let fla choose"
+        )
+    return choice
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Run every operator inside the block on one backend, or raise where it cannot.
+
+    Example:
+        >>> with use_backend("torch"):
+        ...     resolve("demo", torch.device("cpu"))
+        'torch'
+    """
+    global _chosen
+    unavailable(backend, torch.device("cpu"))
+    previous, _chosen = _chosen, backend
+    try:
+        yield
+    finally:
+        _chosen = previous
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What runs a call, and why the other backends do not."""
+
+    op: str
+    backend: str
+    form: str
+    device: str
+    dtype: str
+    compute: str
+    why: str
+    rejected: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.op} on {self.device}, {self.dtype} in, computed in {self.compute}",
+            f"  runs: {self.backend}, {self.form}",
+            f"  because: {self.why}",
+            *(f"  not {name}: {reason}" for name, reason in self.rejected.items()),
+        ]
+        return "\n".join(lines)
+
+
+FORMS = {
+    "chunk_": f"chunk form, chunk_size tokens a chunk (default {CHUNK_SIZE}); backward by hand",
+    "fused_chunk_": f"chunk form, {CHUNK_SIZE} tokens a chunk; backward by hand",
+    "fused_recurrent_": f"token form; under autograd recomputed in segments of {SEGMENT} tokens",
+    "parallel_": "parallel form, the full T x T matrix of one head at a time",
+    "naive_": "the page's literal loop, under plain autograd",
+}
+
+
+def explain(op: Callable, *args: object, **kwargs: object) -> Explanation:
+    """Which implementation `op(*args, **kwargs)` would run, on what, and why; runs nothing.
+
+    Example:
+        >>> from fla.ops.linear_attn import chunk_linear_attn
+        >>> x = torch.zeros(1, 4, 2, 8)
+        >>> explain(chunk_linear_attn, x, x, x).backend
+        'torch'
+    """
+    name = op.__name__
+    form = next((text for prefix, text in FORMS.items() if name.startswith(prefix)), None)
+    if form is None:
+        raise ValueError(
+            f"explain: {name} is not an operator of fla.ops; pass a function such as "
+            "fla.ops.chunk_gated_delta_rule"
+        )
+    bound = inspect.signature(op).bind_partial(*args, **kwargs).arguments
+    tensor = next((x for x in bound.values() if isinstance(x, Tensor)), None)
+    if tensor is None:
+        raise ValueError(
+            f"explain: no tensor among the arguments of {name}; pass the tensors of the call"
+        )
+    choice, origin = requested(bound.get("backend"))  # type: ignore[arg-type]
+    backend = resolve(name, tensor.device, bound.get("backend"))  # type: ignore[arg-type]
+    others = {b: unavailable(b, tensor.device) for b in BACKENDS if b != backend}
+    return Explanation(
+        op=name,
+        backend=backend,
+        form=form,
+        device=str(tensor.device),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        compute=str(compute_dtype(tensor.dtype)).removeprefix("torch."),
+        why=f"it was asked for by {origin}" if choice else "it is the first available backend",
+        rejected={
+            b: reason or "not needed: an earlier backend is available"
+            for b, reason in others.items()
+        },
+    )

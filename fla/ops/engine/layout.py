@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: MIT
+"""`SequenceLayout`: padding and boundaries in one canonical form.
+
+A batch reaches a model as a padded rectangle with a mask, as packed sequences with `cu_seqlens`, or
+as packed sequences with restarting position ids. All three become one `SequenceLayout`: which
+tokens are real, and where sequences start. Convolution and recurrence both read it, so neither can
+forget it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fla.ops.engine.checks import check_boundaries
+
+
+def boundaries_to_list(cu_seqlens: Tensor, total: int, op: str = "SequenceLayout") -> list[int]:
+    """The values of `cu_seqlens` on the host, checked: start at 0, never decrease, end at
+    `total`."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"{op}: cu_seqlens starts at {bounds[0]}; the first boundary must be 0")
+    for i, (a, b) in enumerate(pairwise(bounds)):
+        if b < a:
+            raise ValueError(
+                f"{op}: cu_seqlens decreases from {a} to {b} at position {i + 1}; boundaries must "
+                "be sorted"
+            )
+    if bounds[-1] != total:
+        raise ValueError(
+            f"{op}: cu_seqlens ends at {bounds[-1]} but there are T={total} tokens; "
+            "the last boundary must equal T"
+        )
+    return bounds
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Which tokens of a `[B, T]` rectangle are real, and which of them belong together.
+
+    Fields:
+        batch, length: B and T of the rectangle as given.
+        cu_seqlens: boundaries `[N+1]` of the packed real tokens, or None for B dense rows of T
+        tokens.
+        indices: positions of the real tokens in the flattened rectangle, or None when all are real.
+        starts: tokens already seen per sequence (an int, or a tensor `[N]`), for positions under a
+        cache.
+
+    Example:
+        >>> mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+        >>> layout = SequenceLayout.resolve(2, 3, attention_mask=mask)
+        >>> layout.cu_seqlens.tolist(), layout.pack(torch.arange(6.).view(2, 3,
+        1)).flatten().tolist() ([0, 2, 5], [1.0, 2.0, 3.0, 4.0, 5.0])
+    """
+
+    batch: int
+    length: int
+    cu_seqlens: Tensor | None = None
+    indices: Tensor | None = None
+    starts: int | Tensor = 0
+
+    @classmethod
+    def resolve(
+        cls,
+        batch: int,
+        length: int,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_length: int = 0,
+    ) -> SequenceLayout:
+        """Build the layout from whatever describes the input, and refuse descriptions that
+        disagree.
+
+        attention_mask is `[B, T]` or, under a cache, `[B, past + T]`; 1 marks a real token.
+        position_ids are read as boundaries only for B = 1 without a cache, where they restart at
+        each sequence.
+        """
+        mask, starts = cls._split_mask(batch, length, attention_mask, past_length)
+        if cu_seqlens is not None:
+            check_boundaries("SequenceLayout", batch, cu_seqlens)
+            boundaries_to_list(cu_seqlens, length)
+            if mask is not None:
+                raise ValueError(
+                    "SequenceLayout: attention_mask marks padding inside the packed sequences of "
+                    "cu_seqlens, "
+                    "so the two contradict each other; drop the padded tokens or the mask"
+                )
+            return cls(batch, length, cu_seqlens=cu_seqlens, starts=starts)
+        if mask is None and position_ids is not None and batch == 1 and past_length == 0:
+            restarts = position_ids.reshape(-1).diff().ne(1).nonzero().flatten() + 1
+            if restarts.numel():
+                ends = restarts.new_tensor([length])
+                return cls(batch, length, cu_seqlens=torch.cat([ends.new_zeros(1), restarts, ends]))
+        if mask is None:
+            return cls(batch, length, starts=starts)
+        bounds = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        return cls(batch, length, bounds, mask.flatten().nonzero().flatten(), starts)
+
+    @staticmethod
+    def _split_mask(
+        batch: int, length: int, mask: Tensor | None, past: int
+    ) -> tuple[Tensor | None, int | Tensor]:
+        """The mask of the current tokens (None where it drops nothing) and the real tokens
+        before them."""
+        if mask is None:
+            return None, past
+        if (
+            mask.dim() != 2
+            or mask.shape[0] != batch
+            or mask.shape[1] not in (length, length + past)
+        ):
+            raise ValueError(
+                f"SequenceLayout: attention_mask has shape {list(mask.shape)}; expected "
+                f"[B={batch}, T={length}]"
+                + (f" or [B={batch}, past+T={length + past}]" if past else "")
+                + ", with 1 for real tokens and 0 for padding"
+            )
+        current = mask[:, mask.shape[1] - length :].bool()
+        before = mask[:, : mask.shape[1] - length].bool()
+        starts: int | Tensor = (
+            past if before.shape[1] != past or bool(before.all()) else before.sum(1)
+        )
+        return (None if bool(current.all()) else current), starts
+
+    @property
+    def packed(self) -> bool:
+        """Whether the tokens travel as one row `[1, total, ...]` with boundaries."""
+        return self.cu_seqlens is not None
+
+    @property
+    def padded(self) -> bool:
+        """Whether some tokens of the rectangle are padding."""
+        return self.indices is not None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`[B, T, ...]` to `[1, total, ...]` without padding; unchanged when nothing is padded."""
+        if self.indices is None:
+            return x
+        return x.flatten(0, 1).index_select(0, self.indices).unsqueeze(0)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The inverse of `pack`, with zeros at the padding."""
+        if self.indices is None:
+            return x
+        out = x.new_zeros(self.batch * self.length, *x.shape[2:])
+        return out.index_copy(0, self.indices, x.squeeze(0)).unflatten(0, (self.batch, self.length))
+
+    def lengths(self) -> list[int]:
+        """Length of each sequence, on the host."""
+        if self.cu_seqlens is None:
+            return [self.length] * self.batch
+        return self.cu_seqlens.diff().tolist()
+
+    def positions(self, device: torch.device | None = None) -> Tensor:
+        """Position of every travelling token in its own sequence, `[B, T]` or `[1, total]`."""
+        starts = self.starts
+        if self.cu_seqlens is None:
+            row = torch.arange(self.length, device=device).expand(self.batch, -1)
+            return row + (starts.view(-1, 1).to(device) if isinstance(starts, Tensor) else starts)
+        cu = self.cu_seqlens.to(device)
+        lengths = cu.diff()
+        total = int(cu[-1])
+        begin = cu[:-1] - (starts.to(cu) if isinstance(starts, Tensor) else starts)
+        offsets = begin.repeat_interleave(lengths, output_size=total)
+        return (torch.arange(total, device=device) - offsets).unsqueeze(0)

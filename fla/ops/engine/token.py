@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""The token form, fast: one token after the other for decay none, scalar or vector and erase none
+or delta.
+
+    S <- diag(exp(g + gk)) S diag(exp(gv));  u = beta (v - S^T k), or v without erase;  S <- S + k
+    u^T;  o = scale S^T q
+
+This is the decode step (T = 1). Without gradients the state is advanced in place on a copy. With
+gradients it is plain autograd, cut into segments that are recomputed in the backward, so memory
+grows with T / 64 states.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fla.ops.engine.chunk import L2_EPS, compute_dtype
+from fla.ops.engine.layout import boundaries_to_list
+from fla.ops.engine.recurrence import per_sequence
+
+SEGMENT = 64
+
+
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    *,
+    scale: float,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    l2norm: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """q, k `[B, T, H, K]`, v `[B, T, HV, V]`, g `[B, T, HV]`, beta `[B, T, HV]` or `[B, T, HV, V]`,
+    gk `[B, T, HV, K]`,
+    gv `[B, T, HV, V]`; returns o `[B, T, HV, V]` in q's dtype and the final state `[N, HV, K, V]`
+    in fp32 or fp64.
+    """
+    dtype, groups = compute_dtype(q.dtype), v.shape[2] // q.shape[2]
+    inputs: dict[str, Any] = dict(
+        zip("qk", _queries_keys(q, k, groups, dtype, l2norm), strict=True)
+    )
+    inputs["v"] = _cast(v, dtype)
+    inputs["beta"] = beta if beta is None else _cast(beta, dtype)
+    inputs["row"], inputs["column"] = _decay(g, gk, gv, dtype)
+    state = initial_state if initial_state is None else _cast(initial_state, dtype)
+    run = partial(_run, scale=scale)
+    if cu_seqlens is None:
+        o, final = run(state=state, **inputs)
+    else:
+        bounds = boundaries_to_list(cu_seqlens, v.shape[1], "fused_recurrent")
+        o, final = per_sequence(run, bounds, state, **inputs)
+    return _cast(o, q.dtype), final
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)` without the call where there is nothing to do: a decode step is made of
+    microseconds."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _queries_keys(
+    q: Tensor, k: Tensor, groups: int, dtype: torch.dtype, l2norm: bool
+) -> tuple[Tensor, Tensor]:
+    q, k = _cast(q, dtype), _cast(k, dtype)
+    if l2norm:
+        both = torch.stack([q, k])
+        norm = torch.linalg.vector_norm(both, dim=-1, keepdim=True)
+        q, k = (both * (norm * norm + L2_EPS).rsqrt()).unbind()
+    if groups > 1:
+        q, k = q.repeat_interleave(groups, dim=2), k.repeat_interleave(groups, dim=2)
+    return q, k
+
+
+def _decay(
+    g: Tensor | None, gk: Tensor | None, gv: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Factors on the rows `[B, T, HV]` or `[B, T, HV, K]` and on the columns `[B, T, HV, V]` of
+    the state."""
+    row = g if g is None else _cast(g, dtype)
+    if gk is not None:
+        row = _cast(gk, dtype) if row is None else row.unsqueeze(-1) + _cast(gk, dtype)
+    return None if row is None else row.exp(), None if gv is None else _cast(gv, dtype).exp()
+
+
+def _run(*, state: Tensor | None, scale: float, **inputs: Any) -> tuple[Tensor, Tensor]:
+    q, v = inputs["q"], inputs["v"]
+    B, T, HV, K = q.shape
+    if state is None:
+        state = q.new_zeros(B, HV, K, v.shape[-1])
+    if T <= SEGMENT or not torch.is_grad_enabled():
+        return _tokens(state, scale, **inputs)
+    outs = []
+    for first in range(0, T, SEGMENT):
+        part = {n: x if x is None else x[:, first : first + SEGMENT] for n, x in inputs.items()}
+        o, state = checkpoint(_tokens, state, scale, use_reentrant=False, **part)
+        outs.append(o)
+    return torch.cat(outs, 1), state
+
+
+def _tokens(S: Tensor, scale: float, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """The loop over tokens, with batch and heads as one axis R of matrices."""
+    B, T, HV, _ = inputs["q"].shape
+    v, shape, R = inputs["v"], S.shape, B * HV
+    if T == 0:
+        return v, S
+    S = S.view(R, *shape[2:]) if S.is_contiguous() else S.flatten(0, 1)
+    if T == 1:
+        o, S = _step(S, **{n: x if x is None else x.reshape(R, 1, -1) for n, x in inputs.items()})
+        return (o * scale).view(v.shape), S.view(shape)
+    outs = []
+    rows = {
+        n: x.transpose(1, 2).reshape(R, T, -1).split(1, 1)
+        for n, x in inputs.items()
+        if x is not None
+    }
+    for t in range(T):
+        o, S = _step(S, **{n: rows[n][t] if n in rows else None for n in inputs})
+        outs.append(o)
+    o = (torch.cat(outs, 1) * scale).view(B, HV, T, -1).transpose(1, 2)
+    return o, S.view(shape)
+
+
+def _step(
+    S: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    row: Tensor | None,
+    column: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One token of states `[R, K, V]`: q, k `[R, 1, K]`, v `[R, 1, V]`, row `[R, 1, 1 or K]`,
+    column `[R, 1, V]`."""
+    decay = row if row is None or row.shape[2] == 1 else row.mT
+    if column is not None:
+        decay = column if decay is None else decay * column
+    if beta is not None:
+        # k reads the decayed state; where the decay is one number per head it is applied to the
+        # short vector
+        scalar = decay is not None and decay.shape[1:] == (1, 1)
+        read = torch.bmm(k, S if decay is None or scalar else S * decay)
+        v = (v - (read * decay if scalar else read)) * beta
+    S = torch.baddbmm(S, k.mT, v) if decay is None else (k.mT * v).addcmul_(S, decay)
+    return torch.bmm(q, S), S

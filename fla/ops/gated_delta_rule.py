@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: MIT
+r"""# The gated delta rule
+
+Yang, Kautz, Hatamizadeh (2024), *Gated Delta Networks*, arXiv:2412.06464.
+
+    S'_t = exp(g_t) S_{t-1}
+    S_t = S'_t + beta_t k_t (v_t - S'_t^T k_t)^T        o_t = scale * S_t^T q_t
+
+| symbol | argument | shape |
+|---|---|---|
+| q, k | `q`, `k` | `[B, T, H, K]`; `|k| <= 1` is on you, or on `use_qk_l2norm_in_kernel` |
+| v | `v` | `[B, T, HV, V]`, HV a multiple of H |
+| g | `g` | `[B, T, HV]`, natural log of the decay, any value <= 0 including -inf |
+| beta | `beta` | `[B, T, HV]` in [0, 1] or [0, 2]; recurrent also `[B, T, HV, V]` |
+| S_0, S_T | `initial_state`, result | `[N, HV, K, V]` fp32 (`[N, HV, V, K]` with `state_v_first`) |
+
+In-kernel gates: `g <- -exp(A_log) softplus(g + dt_bias)` with `use_gate_in_kernel`; `beta <-
+sigmoid(beta)`, doubled by `allow_neg_eigval`, with `use_beta_sigmoid_in_kernel`. Absent g is 0,
+absent beta is 1.
+
+Numerics: as `simple_gla` for the decay and `delta_rule` for the solve.
+On the one equation: scalar decay, a = -beta k, b = exp(g) k, written k and beta v.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fla.ops.engine.checks import check_shapes, refuse
+from fla.ops.engine.recurrence import chunk_form
+from fla.ops.engine.run import CHUNK_SIZE, Options, run
+
+
+def naive_recurrent_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The equation, token by token. Note the order beta, g."""
+    B, T, H, K = q.shape
+    S = q.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state
+    out = []
+    for t in range(T):
+        S = g[:, t, :, None, None].exp() * S
+        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", S, k[:, t])
+        S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * error)
+        out.append(
+            (K**-0.5 if scale is None else scale) * torch.einsum("bhkv,bhk->bhv", S, q[:, t])
+        )
+    return torch.stack(out, 1), S if output_final_state else None
+
+
+def naive_chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    chunk_size: int = 64,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence's chunk form, differentiable by autograd. Note the order g, beta."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    g, beta = g[..., None], beta[..., None]
+    o, S = chunk_form(
+        q,
+        k,
+        beta * v,
+        g,
+        -beta * k,
+        g.exp() * k,
+        scale=scale,
+        state=initial_state,
+        chunk_size=chunk_size,
+    )
+    return o, S if output_final_state else None
+
+
+def naive_gdn_gate(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
+    """`-exp(A_log) softplus(g + dt_bias)` in fp32: the log decay from its logits."""
+    g = g.float() if dt_bias is None else g.float() + dt_bias.float()
+    return -A_log.float().exp() * F.softplus(g)
+
+
+def _gates(
+    op: str,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    use_gate: bool,
+    use_sigmoid: bool,
+    allow_neg_eigval: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """g and beta after their in-kernel transforms; contradictory switches raise."""
+    if use_gate and (g is None or A_log is None):
+        raise ValueError(
+            f"{op}: use_gate_in_kernel needs g (the gate's logits) and A_log; pass both"
+        )
+    if not use_gate and (A_log is not None or dt_bias is not None):
+        raise ValueError(
+            f"{op}: A_log and dt_bias act only with use_gate_in_kernel=True; set it or drop them"
+        )
+    if allow_neg_eigval and not use_sigmoid:
+        raise ValueError(
+            f"{op}: allow_neg_eigval doubles the in-kernel sigmoid; set "
+            "use_beta_sigmoid_in_kernel=True or "
+            "pass beta in [0, 2]"
+        )
+    if use_gate:
+        check_shapes(
+            op, v=(v, "B T HV V"), g=(g, "B T HV"), A_log=(A_log, "HV"), dt_bias=(dt_bias, "HV")
+        )
+        g = naive_gdn_gate(g, A_log, dt_bias)
+    if beta is None:
+        beta = v.new_ones(v.shape[:3])
+    elif use_sigmoid:
+        beta = beta.float().sigmoid() * (2 if allow_neg_eigval else 1)
+    return g, beta
+
+
+def chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+    cp_context: object | None = None,
+    chunk_size: int = CHUNK_SIZE,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gated delta rule chunk by chunk.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 100, 2, 16).unbind()
+        >>> g, beta = -torch.rand(1, 100, 2), torch.rand(1, 100, 2)
+        >>> o, state = chunk_gated_delta_rule(q, k, v, g, beta, output_final_state=True,
+        use_qk_l2norm_in_kernel=True)
+        >>> o.shape, state.shape
+        (torch.Size([1, 100, 2, 16]), torch.Size([1, 2, 16, 16]))
+    """
+    op = "chunk_gated_delta_rule"
+    refuse(op, "chunk_indices", chunk_indices, "chunks follow from cu_seqlens; drop it")
+    refuse(op, "cp_context", cp_context, "this version has no sequence parallelism; drop it")
+    g, beta = _gates(
+        op,
+        v,
+        g,
+        beta,
+        A_log,
+        dt_bias,
+        use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel,
+        allow_neg_eigval,
+    )
+    options = Options(
+        scale,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        state_v_first,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+    return run(
+        op,
+        options,
+        q,
+        k,
+        v,
+        g=g,
+        beta=beta,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+    )
+
+
+def fused_recurrent_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gated delta rule token by token, with further log decays `gk [B, T, HV, K]` on the rows
+    of the state and
+    `gv [B, T, HV, V]` on its columns. Differentiable.
+    """
+    op = "fused_recurrent_gated_delta_rule"
+    g, beta = _gates(
+        op,
+        v,
+        g,
+        beta,
+        A_log,
+        dt_bias,
+        use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel,
+        allow_neg_eigval,
+    )
+    options = Options(
+        scale, output_final_state, use_qk_l2norm_in_kernel, state_v_first, backend=backend
+    )
+    return run(
+        op,
+        options,
+        q,
+        k,
+        v,
+        g=g,
+        beta=beta,
+        gk=gk,
+        gv=gv,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+chunk_gdn = chunk_gated_delta_rule
+fused_recurrent_gdn = fused_recurrent_gated_delta_rule
+recurrent_gated_delta_rule = fused_recurrent_gated_delta_rule
+fused_gdn_gate = naive_gdn_gate

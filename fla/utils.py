@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT
+"""Device facts and numeric checks under the names users know. Facts are computed when asked for,
+never at import."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def get_abs_err(x: Tensor, y: Tensor) -> float:
+    """Largest absolute difference."""
+    return (x.detach().double() - y.detach().double()).abs().max().item() if x.numel() else 0.0
+
+
+def get_err_ratio(x: Tensor, y: Tensor) -> float:
+    """Root mean square of x - y over that of x."""
+    x, y = x.detach().double().flatten(), y.detach().double().flatten()
+    return ((x - y).square().mean().sqrt() / (x.square().mean().sqrt() + 1e-8)).item()
+
+
+def assert_close(
+    prefix: str,
+    ref: Tensor,
+    tri: Tensor,
+    ratio: float,
+    warning: bool = False,
+    err_atol: float = 1e-6,
+) -> None:
+    """Raise `AssertionError` unless `get_err_ratio(ref, tri) < ratio` or the tensors differ by at
+    most `err_atol`.
+
+    `warning=True` is refused: a miss is never turned into a warning here.
+    """
+    if warning:
+        raise ValueError(
+            "assert_close: warning=True would hide a miss; compare with a ratio you can defend"
+        )
+    if ref.shape != tri.shape:
+        raise AssertionError(f"{prefix}: shapes {list(ref.shape)} and {list(tri.shape)} differ")
+    for name, x in (("ref", ref), ("tri", tri)):
+        if x.isnan().any():
+            raise AssertionError(f"{prefix}: {name} holds NaN")
+    absolute, relative = get_abs_err(ref, tri), get_err_ratio(ref, tri)
+    if absolute > err_atol and not relative < ratio:
+        raise AssertionError(
+            f"{prefix}: error ratio {relative:.3e} >= {ratio:.3e} (largest difference "
+            f"{absolute:.3e})"
+        )
+
+
+def input_guard(
+    fn: Callable | None = None, *, no_guard_contiguous: bool | list[str] = False
+) -> Callable:
+    """Decorator: tensor arguments are made contiguous (none with True, all but the named with a
+    list), and the
+    call runs on the device of the first tensor.
+    """
+    if fn is None:
+        return functools.partial(input_guard, no_guard_contiguous=no_guard_contiguous)
+    skipped = no_guard_contiguous if isinstance(no_guard_contiguous, list) else []
+    names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
+
+    def guard(name: str, x: Any) -> Any:
+        keep = no_guard_contiguous is True or name in skipped or not isinstance(x, Tensor)
+        return x if keep else x.contiguous()
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        named = zip([*names, *[""] * len(args)], args, strict=False)
+        args = tuple(guard(name, x) for name, x in named)
+        kwargs = {name: guard(name, x) for name, x in kwargs.items()}
+        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if first is not None and first.is_cuda:
+            with torch.cuda.device(first.device):
+                return fn(*args, **kwargs)
+        return fn(*args, **kwargs)
+
+    return wrapped
+
+
+contiguous = input_guard
+
+
+def tensor_cache(fn: Callable) -> Callable:
+    """Decorator kept for its name: calls are not remembered, since a memo keyed by identity goes
+    stale when a tensor
+    is changed in place.
+    """
+    return fn
+
+
+def get_available_device() -> str:
+    """`"cuda"`, `"xpu"`, `"mps"`, ... where torch sees an accelerator, else `"cpu"`."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def check_pytorch_version(version: str = "2.4") -> bool:
+    """Whether torch is at least `version`."""
+    from packaging.version import parse
+
+    return parse(torch.__version__) >= parse(version)
+
+
+def get_device_capability() -> tuple[int, int] | None:
+    """Compute capability of the current CUDA device, or None without one."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def get_multiprocessor_count(tensor_idx: int = 0) -> int:
+    """Multiprocessors of a CUDA device, or the CPU's cores without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(tensor_idx).multi_processor_count
+    return os.cpu_count() or 1
+
+
+def get_all_max_shared_mem() -> list[int]:
+    """Shared memory per block in bytes, for each CUDA device."""
+    devices = range(torch.cuda.device_count())
+    properties: list[Any] = [torch.cuda.get_device_properties(i) for i in devices]
+    return [p.shared_memory_per_block_optin for p in properties]
+
+
+def check_shared_mem(arch: str = "none", tensor_idx: int = 0) -> bool:
+    """Whether a CUDA device has the shared memory per block of the named architecture."""
+    needed = {"ada": 101376, "ampere": 166912, "hopper": 232448}.get(arch, 102400)
+    sizes = get_all_max_shared_mem()
+    return tensor_idx < len(sizes) and sizes[tensor_idx] >= needed
+
+
+def _capability_at_least(major: int, minor: int = 0) -> bool:
+    return (get_device_capability() or (0, 0)) >= (major, minor)
+
+
+def _is_nvidia() -> bool:
+    return torch.cuda.is_available() and torch.version.hip is None
+
+
+_FACTS: dict[str, Callable[[], Any]] = {
+    "device": get_available_device,
+    "device_name": get_available_device,
+    "device_platform": get_available_device,
+    "device_torch_lib": lambda: getattr(torch, get_available_device()),
+    "IS_AMD": lambda: torch.cuda.is_available() and torch.version.hip is not None,
+    "IS_ARM": lambda: os.uname().machine in ("arm64", "aarch64"),
+    "IS_INTEL": lambda: get_available_device() == "xpu",
+    "IS_NPU": lambda: get_available_device() == "npu",
+    "IS_NVIDIA": _is_nvidia,
+    "IS_NVIDIA_HOPPER": lambda: _is_nvidia() and (get_device_capability() or (0,))[0] == 9,
+    "IS_NVIDIA_BLACKWELL": lambda: (
+        _is_nvidia() and (get_device_capability() or (0,))[0] in (10, 12)
+    ),
+    "IS_NVIDIA_SM100": lambda: _is_nvidia() and (get_device_capability() or (0,))[0] == 10,
+    "IS_NVIDIA_SM120": lambda: _is_nvidia() and (get_device_capability() or (0,))[0] == 12,
+    "IS_TF32_SUPPORTED": lambda: _is_nvidia() and _capability_at_least(8),
+    "IS_TMA_SUPPORTED": lambda: _is_nvidia() and _capability_at_least(9),
+    "FLA_CI_ENV": lambda: os.environ.get("FLA_CI_ENV") == "1",
+}
+
+
+def __getattr__(name: str) -> Any:
+    fact = _FACTS.get(name) or _FACTS.get(name.upper() if name.startswith("is_") else name)
+    if fact is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return fact()
+
+
+def __dir__() -> list[str]:
+    return sorted({*vars(sys.modules[__name__]), *_FACTS})

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+"""Comparisons shared by all suites: exact to fp64 rounding, or within a budget derived from
+fp64."""
+
+import torch
+from torch import Tensor
+
+
+def error(x: Tensor, reference: Tensor) -> float:
+    """Largest absolute difference; NaN counts as infinite."""
+    if x.numel() == 0:
+        return 0.0
+    difference = (x.double() - reference.double()).abs().max().item()
+    return difference if difference == difference else float("inf")
+
+
+def assert_same(x: Tensor, reference: Tensor, what: str, rtol: float = 1e-11) -> None:
+    """Equal in fp64 up to the rounding of a few hundred operations."""
+    assert x.shape == reference.shape, f"{what}: {list(x.shape)} instead of {list(reference.shape)}"
+    if x.numel() == 0:
+        return
+    bound = rtol * max(1.0, reference.abs().max().item())
+    assert error(x, reference) <= bound, f"{what}: off by {error(x, reference):.2e} > {bound:.2e}"
+
+
+def assert_within_budget(x: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
+    """`err(x) <= 2 err(plain torch in that dtype) + eps max|exact|`, both errors against fp64."""
+    budget = 2 * error(plain, exact) + torch.finfo(x.dtype).eps * exact.abs().max().item()
+    assert error(x, exact) <= budget, (
+        f"{what}: error {error(x, exact):.2e} over its budget {budget:.2e}"
+    )
+
+
+def gradients(outputs: list[Tensor], inputs: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
+    """Gradients of a fixed random projection of all outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs
+    ]
+    total = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
+    grads = torch.autograd.grad(total, list(inputs.values()))
+    return dict(zip(inputs, grads, strict=True))
