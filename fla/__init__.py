@@ -6,6 +6,9 @@ asked for. Layers and models are here (`fla.GatedDeltaNet`, `fla.GatedDeltaNetFo
 operators that transformers looks up; configs are in `fla.models`, everything else in its module.
 """
 
+import importlib
+from typing import Any
+
 from fla._lazy import lazy_names
 
 __version__ = "1.0.0"
@@ -33,9 +36,7 @@ _getter, __all__ = lazy_names(
 )
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name in ("ops", "modules", "layers", "models", "utils"):
-        import importlib
-
         return importlib.import_module(f"{__name__}.{name}")
     return _getter(name)

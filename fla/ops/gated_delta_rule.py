@@ -84,9 +84,13 @@ def naive_chunk_gated_delta_rule(
 
 
 def naive_gdn_gate(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
-    """`-exp(A_log) softplus(g + dt_bias)` in fp32: the log decay from its logits."""
-    g = g.float() if dt_bias is None else g.float() + dt_bias.float()
-    return -A_log.float().exp() * F.softplus(g)
+    """`-exp(A_log) softplus(g + dt_bias)` in fp32 or wider: the log decay from its logits."""
+    g = _wide(g) if dt_bias is None else _wide(g) + _wide(dt_bias)
+    return -_wide(A_log).exp() * F.softplus(g)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _gates(
@@ -123,7 +127,7 @@ def _gates(
     if beta is None:
         beta = v.new_ones(v.shape[:3])
     elif use_sigmoid:
-        beta = beta.float().sigmoid() * (2 if allow_neg_eigval else 1)
+        beta = _wide(beta).sigmoid() * (2 if allow_neg_eigval else 1)
     return g, beta
 
 

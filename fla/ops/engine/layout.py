@@ -81,6 +81,8 @@ class SequenceLayout:
         position_ids are read as boundaries only for B = 1 without a cache, where they restart at
         each sequence.
         """
+        if attention_mask is not None and attention_mask.shape == (batch, length):
+            attention_mask = torch.nn.functional.pad(attention_mask, (past_length, 0), value=1)
         mask, starts = cls._split_mask(batch, length, attention_mask, past_length)
         if cu_seqlens is not None:
             check_boundaries("SequenceLayout", batch, cu_seqlens)
@@ -100,7 +102,8 @@ class SequenceLayout:
         if mask is None:
             return cls(batch, length, starts=starts)
         bounds = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-        return cls(batch, length, bounds, mask.flatten().nonzero().flatten(), starts)
+        indices = mask.flatten().nonzero().flatten()
+        return cls(batch, length, bounds, indices, starts)
 
     @staticmethod
     def _split_mask(
@@ -123,9 +126,7 @@ class SequenceLayout:
             )
         current = mask[:, mask.shape[1] - length :].bool()
         before = mask[:, : mask.shape[1] - length].bool()
-        starts: int | Tensor = (
-            past if before.shape[1] != past or bool(before.all()) else before.sum(1)
-        )
+        starts: int | Tensor = past if bool(before.all()) else before.sum(1)
         return (None if bool(current.all()) else current), starts
 
     @property
@@ -150,6 +151,13 @@ class SequenceLayout:
             return x
         out = x.new_zeros(self.batch * self.length, *x.shape[2:])
         return out.index_copy(0, self.indices, x.squeeze(0)).unflatten(0, (self.batch, self.length))
+
+    def real(self) -> Tensor | None:
+        """`[B, T]`, True at real tokens; None where nothing is padded."""
+        if self.indices is None:
+            return None
+        flat = torch.zeros(self.batch * self.length, dtype=torch.bool, device=self.indices.device)
+        return flat.index_fill(0, self.indices, True).view(self.batch, self.length)
 
     def lengths(self) -> list[int]:
         """Length of each sequence, on the host."""

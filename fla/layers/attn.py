@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: MIT
+"""Softmax attention on torch's `scaled_dot_product_attention`: grouped heads, rotary positions, q/k
+norm, window.
+
+o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s        over s <= t, and t - s < window_size where
+given
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fla.layers.mixer import Mixer
+from fla.modules import RMSNorm, RotaryEmbedding
+from fla.ops.engine.layout import SequenceLayout
+
+
+class Attention(Mixer):
+    """Causal softmax attention on `[B, T, hidden_size]`; Vaswani et al. (2017), arXiv:1706.03762,
+    with rotary positions.
+
+    `rope_theta=None` leaves positions out. `max_position_embeddings` is kept for configs; no length
+    is refused.
+
+    Example:
+        >>> Attention(hidden_size=64, num_heads=4, num_kv_heads=2)(torch.randn(2, 10, 64))[0].shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        num_heads: int = 32,
+        num_kv_heads: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        window_size: int | None = None,
+        rope_theta: float | None = 10000.0,
+        max_position_embeddings: int | None = None,
+        layer_idx: int | None = None,
+    ):
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        if hidden_size % num_heads or num_heads % num_kv_heads:
+            raise ValueError(
+                f"Attention: hidden_size={hidden_size} must be a multiple of "
+                f"num_heads={num_heads}, and that of "
+                f"num_kv_heads={num_kv_heads}"
+            )
+        if window_size is not None and window_size < 1:
+            raise ValueError(
+                f"Attention: window_size is {window_size}; expected at least 1 or None"
+            )
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim, self.window_size, self.layer_idx = (
+            hidden_size // num_heads,
+            window_size,
+            layer_idx,
+        )
+        self.max_position_embeddings = max_position_embeddings
+        kv_dim = num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, kv_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, kv_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        if qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
+        self.qk_norm = qk_norm
+        self.rotary = (
+            None if rope_theta is None else RotaryEmbedding(self.head_dim, base=rope_theta)
+        )
+
+    def mix(self, x: Tensor, layout: SequenceLayout, cache) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            q, k = self.rotary(q, k, positions=layout.positions(x.device))
+        if cache is not None:
+            o = self._with_cache(q, k, v, layout, cache)
+        elif layout.packed:
+            lengths = layout.lengths()
+            parts = zip(*(y.split(lengths, 1) for y in (q, k, v)), strict=True)
+            o = torch.cat([self._causal(*part) for part in parts], 1)
+        else:
+            o = self._causal(q, k, v)
+        return self.o_proj(o.flatten(-2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        """SDPA on `[B, T, H, D]`."""
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        grouped = self.num_heads != self.num_kv_heads
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **options).transpose(
+            1, 2
+        )
+
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Tokens of whole sequences; with a window in blocks of its size, so cost stays linear
+        in the length."""
+        T, window = q.shape[1], self.window_size
+        if window is None or window >= T:
+            return self._attend(q, k, v, is_causal=True)
+        blocks = []
+        for begin in range(0, T, window):
+            end, first = min(begin + window, T), max(0, begin - window + 1)
+            mask = self._visible(end - begin, end - first, q.device)
+            blocks.append(
+                self._attend(q[:, begin:end], k[:, first:end], v[:, first:end], attn_mask=mask)
+            )
+        return torch.cat(blocks, 1)
+
+    def _visible(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """`[queries, keys]` of the last queries on the last keys."""
+        distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(
+            keys, device=device
+        )
+        visible = distance >= 0
+        return visible if self.window_size is None else visible & (distance < self.window_size)
+
+    def _with_cache(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache) -> Tensor:
+        if layout.packed and not layout.padded:
+            raise ValueError(
+                "Attention: packed sequences cannot fill a cache of keys and values; pass a "
+                "padded batch instead"
+            )
+        q, k, v = (layout.unpack(y) for y in (q, k, v))
+        real = layout.real()
+        keys, values = cache.update_keys(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, real)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        T, S = q.shape[1], keys.shape[1]
+        if real is None and isinstance(layout.starts, int):
+            if T == S:
+                return self._causal(q, keys, values)
+            mask = self._visible(T, S, q.device)
+        else:
+            mask = self._visible_by_position(layout, real, S)
+        return layout.pack(self._attend(q, keys, values, attn_mask=mask))
+
+    def _visible_by_position(
+        self, layout: SequenceLayout, real: Tensor | None, keys: int
+    ) -> Tensor:
+        """`[B, 1, T, keys]`: the cache keeps a row's real keys at its end, so their positions
+        count back from there."""
+        positions = layout.unpack(layout.positions().unsqueeze(-1)).squeeze(-1)
+        now = layout.length if real is None else real.sum(1)
+        seen = torch.as_tensor(layout.starts + now, device=positions.device).view(-1, 1)
+        key_positions = seen - keys + torch.arange(keys, device=positions.device)
+        distance = positions[:, :, None] - key_positions[:, None, :]
+        visible = (distance >= 0) & (key_positions >= 0)[:, None, :]
+        if self.window_size is not None:
+            visible &= distance < self.window_size
+        if (
+            real is not None
+        ):  # a padded query, whose result is dropped, must not face an empty softmax
+            visible |= ~real[:, :, None]
+        return visible.unsqueeze(1)

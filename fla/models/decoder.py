@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: MIT
+"""The decoder, once: block, model, causal language model, loss, generation. Architectures are
+configs (see CONTRIBUTING).
+
+    h <- h + mixer(norm(h));  h <- h + mlp(norm(h))
+
+Padding and boundaries are resolved once per forward: the real tokens are packed into one row, every
+layer receives the same `SequenceLayout`, and the result is unpacked at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from fla.layers import Attention
+from fla.layers.mixer import Mixer
+from fla.models.config import DecoderConfig
+from fla.models.utils import Cache
+from fla.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss, GatedMLP, RMSNorm
+from fla.ops.engine.layout import SequenceLayout
+
+IGNORE = -100
+
+
+class Block(GradientCheckpointingLayer):
+    """`h + attn(attn_norm(h))`, then `h + mlp(mlp_norm(h))`; the mixer is what `layer_types`
+    says."""
+
+    def __init__(self, config: DecoderConfig, layer_idx: int):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        if config.layer_types[layer_idx] == "linear_attention":
+            if config.mixer is None:
+                raise ValueError(
+                    f"{type(config).__name__} has no linear attention; layer_types[{layer_idx}] "
+                    "must be attention"
+                )
+            self.attn: Mixer = config.mixer.from_config(config, layer_idx)
+        else:
+            self.attn = Attention(
+                config.hidden_size, **config.attention_spec(layer_idx), layer_idx=layer_idx
+            )
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.hidden_ratio,
+            config.intermediate_size,
+            config.hidden_act,
+            config.fuse_swiglu,
+        )
+
+    def forward(
+        self, hidden: Tensor, layout: SequenceLayout, past_key_values: Cache | None = None
+    ) -> Tensor:
+        mixed, _, _ = self.attn(
+            self.attn_norm(hidden), layout=layout, past_key_values=past_key_values
+        )
+        hidden, residual = self.mlp_norm(mixed, residual=hidden, prenorm=True)
+        return residual + self.mlp(hidden)
+
+
+class DecoderPreTrainedModel(PreTrainedModel):
+    """What models of every architecture tell transformers about themselves."""
+
+    config_class = DecoderConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _is_stateful = True  # a recurrent state cannot be cropped, which assisted decoding would need
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Mixer):
+            for name, value in module.initial_values().items():
+                init.copy_(getattr(module, name), value)
+
+    def resolve_layout(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+    ) -> SequenceLayout:
+        """The layout of `tokens` `[B, T, ...]`, continuing what the cache has seen."""
+        past = 0 if cache is None else cache.get_seq_length()
+        layout = SequenceLayout.resolve(
+            *tokens.shape[:2],
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            position_ids=position_ids,
+            past_length=past,
+        )
+        whole = attention_mask is not None and attention_mask.shape[1] == past + tokens.shape[1]
+        if past and cache.padded and not whole:
+            raise ValueError(
+                "the cache holds padding, so every further call needs the whole attention_mask "
+                f"[B, {past} + T]; pass it with ones for the new tokens"
+            )
+        return layout
+
+
+class DecoderModel(DecoderPreTrainedModel):
+    """Token ids to hidden states."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        layout: SequenceLayout | None = None,
+    ) -> BaseModelOutputWithPast | tuple:
+        """input_ids `[B, T]` (or inputs_embeds `[B, T, D]`); attention_mask `[B, past + T]`,
+        padding on any side.
+
+        Packed sequences (B = 1) come with cu_seqlens, or with position_ids that restart. Hidden
+        states at padding are zero.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if output_attentions:
+            raise ValueError(
+                "output_attentions is not supported: linear attention forms no attention matrix"
+            )
+        hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = (
+            (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        )
+        cache = self._cache(past_key_values, use_cache)
+        if layout is None:
+            layout = self.resolve_layout(hidden, attention_mask, cu_seqlens, position_ids, cache)
+        if cache is not None and layout.packed and not layout.padded:
+            raise ValueError(
+                "packed sequences have no cache; pass use_cache=False, or a padded batch with "
+                "attention_mask"
+            )
+        hidden = layout.pack(hidden)
+        collected = [hidden] if output_hidden_states else None
+        for block in self.layers:
+            hidden = block(hidden, layout, past_key_values=cache)
+            if collected is not None:
+                collected.append(hidden)
+        hidden = layout.unpack(self.norm(hidden))
+        if cache is not None:
+            cache.advance(layout.length, layout.padded)
+        states = None
+        if collected is not None:
+            states = (*(layout.unpack(x) for x in collected[:-1]), hidden)
+        output = BaseModelOutputWithPast(hidden, cache if use_cache else None, states)
+        return output if return_dict or return_dict is None else output.to_tuple()
+
+    def _cache(self, cache: Cache | None, use_cache: bool) -> Cache | None:
+        if cache is None:
+            return Cache(config=self.config) if use_cache else None
+        if not isinstance(cache, Cache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; pass a "
+                "fla.models.utils.Cache(config=model.config), "
+                "which also keeps recurrent states and counts tokens"
+            )
+        return cache
+
+
+class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
+    """A decoder with a language-model head."""
+
+    model_class: type[DecoderModel] = DecoderModel
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embeddings = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def get_decoder(self) -> DecoderModel:
+        return self.model
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation is {generation_config.cache_implementation!r}; this model "
+                "keeps its own "
+                "cache: leave it unset"
+            )
+        if generation_config.use_cache is not False:
+            if model_kwargs.get("past_key_values") is None:
+                model_kwargs["past_key_values"] = Cache(config=self.config)
+            else:
+                model_kwargs["past_key_values"]._is_user_defined = True
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """As `DecoderModel.forward`, and logits `[B, T, vocab_size]` of all tokens, of the last
+        `logits_to_keep`, or
+        of the positions in it. labels `[B, T]` are the tokens themselves (the shift happens here);
+        -100, padding and the first token of every sequence carry no loss. With
+        `fuse_linear_cross_entropy` and labels, logits is None.
+        """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None:
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        layout = self.resolve_layout(
+            tokens, attention_mask, cu_seqlens, position_ids, past_key_values
+        )
+        output = self.model(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            layout=layout,
+        )
+        hidden, loss, logits = output.last_hidden_state, None, None
+        if labels is not None:
+            loss, logits = self._loss(hidden, labels, layout)
+        if logits is None and (labels is None or not self.config.fuse_linear_cross_entropy):
+            keep = logits_to_keep
+            logits = self.lm_head(hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep])
+        result = CausalLMOutputWithPast(loss, logits, output.past_key_values, output.hidden_states)
+        return result if return_dict or return_dict is None else result.to_tuple()
+
+    def _loss(
+        self, hidden: Tensor, labels: Tensor, layout: SequenceLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        """(loss, logits where they were formed). Each token is scored on the next one of its own
+        sequence."""
+        if labels.shape != (layout.batch, layout.length):
+            raise ValueError(
+                f"labels has shape {list(labels.shape)}; expected [B={layout.batch}, "
+                f"T={layout.length}]"
+            )
+        targets = next_tokens(labels, layout)
+        if self.config.fuse_linear_cross_entropy:
+            loss = FusedLinearCrossEntropyLoss()(hidden, targets, self.lm_head.weight)
+            return loss, None
+        logits = self.lm_head(hidden)
+        if self.config.fuse_cross_entropy:
+            return FusedCrossEntropyLoss()(logits, targets), logits
+        rows = logits.flatten(0, 1).float()
+        return nn.functional.cross_entropy(rows, targets.flatten(), ignore_index=IGNORE), logits
+
+
+def next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:
+    """`[B, T]` targets: at each token the label of the next real token of its sequence, else -100.
+
+    Example:
+        >>> layout = SequenceLayout.resolve(1, 5, cu_seqlens=torch.tensor([0, 2, 5]))
+        >>> next_tokens(torch.tensor([[1, 2, 3, 4, 5]]), layout).tolist()
+        [[2, -100, 4, 5, -100]]
+    """
+    if not layout.packed:
+        return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    packed = layout.pack(labels.unsqueeze(-1)).squeeze(-1)
+    targets = torch.nn.functional.pad(packed[:, 1:], (0, 1), value=IGNORE)
+    ends = layout.cu_seqlens[1:].long() - 1
+    targets = targets.index_fill(1, ends[ends >= 0].to(labels.device), IGNORE)
+    if not layout.padded:
+        return targets
+    spread = torch.full_like(labels, IGNORE).flatten()
+    return spread.index_copy(0, layout.indices, targets.flatten()).view_as(labels)
+
+
+def register(
+    config: type[DecoderConfig], model: type[DecoderModel], causal_lm: type[DecoderForCausalLM]
+) -> None:
+    """Make an architecture known to transformers' Auto classes."""
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)

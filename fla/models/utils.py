@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""The cache: transformers' cache layers, with states for recurrent mixers and a count of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
+from fla.layers.mixer import State
+
+
+class RecurrentLayer(LinearAttentionLayer):
+    """One recurrent mixer's `State`, in the containers transformers reorders, resets and
+    offloads."""
+
+    is_compileable = False  # the state is replaced, not overwritten in place
+
+    def read(self) -> State | None:
+        if not self.has_previous_state[0]:
+            return None
+        conv = tuple(
+            self.conv_states[i]
+            for i in range(self.number_of_states)
+            if self.is_conv_states_initialized[i]
+        )
+        return State(self.recurrent_states[0], conv)
+
+    def write(self, state: State) -> None:
+        self.number_of_states = max(1, len(state.conv))
+        for i in range(self.number_of_states):
+            self.conv_states[i] = state.conv[i] if state.conv else None
+            self.is_conv_states_initialized[i] = bool(state.conv)
+            self.recurrent_states[i] = state.recurrent if i == 0 else None
+            self.is_recurrent_states_initialized[i] = i == 0
+            self.has_previous_state[i] = True
+        self.dtype: Any = state.recurrent.dtype
+        self.device: Any = state.recurrent.device
+
+    def _map(self, function) -> None:
+        for states, ready in (
+            (self.conv_states, self.is_conv_states_initialized),
+            (self.recurrent_states, self.is_recurrent_states_initialized),
+        ):
+            for i in range(self.number_of_states):
+                if ready.get(i):
+                    states[i] = function(states[i])
+
+    def reset(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, indices.to(x.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                "Cache.crop: a recurrent state cannot forget its last tokens; keep a copy of the "
+                "cache from "
+                "before them, or use a model without linear attention layers"
+            )
+
+
+class Cache(DynamicCache):
+    """Keys and values of attention layers, states of recurrent layers, and the number of tokens
+    seen.
+
+    `Cache(config=model.config)` builds one layer per entry of `layer_types`; `Cache()` builds them
+    when first written.
+
+    Example:
+        >>> cache = Cache()
+        >>> cache.write_state(0, State(torch.zeros(1, 2, 4, 4)))
+        >>> cache.advance(5)
+        >>> cache.get_seq_length(), cache.read_state(0).recurrent.shape
+        (5, torch.Size([1, 2, 4, 4]))
+    """
+
+    layers: list[Any]
+
+    def __init__(self, config: Any | None = None, seen_tokens: int = 0):
+        super().__init__(config=config)
+        self.layers = [
+            RecurrentLayer() if isinstance(x, LinearAttentionLayer) else x for x in self.layers
+        ]
+        self.seen_tokens = seen_tokens
+        self.padded = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far, padding included."""
+        return self.seen_tokens
+
+    def advance(self, tokens: int, padded: bool = False) -> None:
+        """Count the tokens of a forward pass, once per model; `padded` if some were padding."""
+        self.seen_tokens += tokens
+        self.padded |= padded
+
+    def read_state(self, layer_idx: int) -> State | None:
+        """The state of a recurrent layer; None before it was written."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        return layer.read() if isinstance(layer, RecurrentLayer) else None
+
+    def write_state(self, layer_idx: int, state: State) -> None:
+        """Replace the state of a recurrent layer."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(DynamicLayer())
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, RecurrentLayer):
+            if layer.is_initialized:
+                raise ValueError(
+                    f"Cache: layer {layer_idx} already holds keys and values, not a state"
+                )
+            layer = self.layers[layer_idx] = RecurrentLayer()
+        layer.write(state)
+
+    def update_keys(
+        self, keys: Tensor, values: Tensor, layer_idx: int, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add keys and values `[B, H, T, D]` of an attention layer, of which `real` `[B, T]` are
+        not padding; returns
+        all that a query may look at. Padding is moved to the front of its row, so that the real
+        keys of a row are its last ones and a window holds real keys only.
+        """
+        keys, values = self.update(keys, values, layer_idx)
+        if real is None:
+            return keys, values
+        layer = self.layers[layer_idx]
+        S = keys.shape[2]
+        keep = torch.nn.functional.pad(real, (S - real.shape[1], 0), value=True)
+        order = keep.byte().argsort(dim=1, stable=True)[:, None, :, None]
+        keys, values = (x.gather(2, order.expand_as(x)) for x in (keys, values))
+        window = getattr(layer, "sliding_window", None)
+        kept = S if window is None else min(S, window - 1)
+        layer.keys, layer.values = keys[:, :, S - kept :], values[:, :, S - kept :]
+        return keys, values
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen_tokens, self.padded = 0, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` tokens (a number <= 0, as in transformers); not with
+        recurrent layers."""
+        for layer in self.layers:
+            layer.crop(tokens_to_remove)
+        self.seen_tokens += tokens_to_remove
+
+    def size_in_bytes(self) -> int:
+        """Memory held by all states, keys and values."""
+        total = 0
+        for layer in self.layers:
+            if isinstance(layer, RecurrentLayer):
+                tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            else:
+                tensors = [layer.keys, layer.values] if layer.is_initialized else []
+            total += sum(
+                x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor)
+            )
+        return total

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: MIT
+"""Building blocks: norms, short convolution, rotary embedding, MLP, losses. Plain torch, on any
+device."""
+
+from fla._lazy import lazy_names
+
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "fla.modules.convolution": ["ShortConvolution"],
+        "fla.modules.fused_cross_entropy": ["FusedCrossEntropyLoss"],
+        "fla.modules.fused_linear_cross_entropy": ["FusedLinearCrossEntropyLoss"],
+        "fla.modules.fused_norm_gate": ["FusedRMSNormGated", "FusedRMSNormSwishGate"],
+        "fla.modules.l2norm": ["L2Norm"],
+        "fla.modules.layernorm": ["LayerNorm", "RMSNorm"],
+        "fla.modules.mlp": ["GatedMLP"],
+        "fla.modules.rotary": ["RotaryEmbedding"],
+    },
+)

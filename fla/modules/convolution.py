@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: MIT
+"""Short causal depthwise convolution with state and boundaries.
+
+    y_t = act(b + sum_{i < W} w_i x_{t-W+1+i}) + residual_t          one filter w per channel
+
+Tokens before the start of a sequence are its cache, or zero. The cache holds the last W inputs of
+each sequence, `[N, D, W]`, so prefill, chunked prefill and single steps continue one another
+exactly. A packed row is laid out with W slots of history before every sequence; no tap can reach
+across a boundary.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fla.ops.engine.checks import check_sequences, check_shapes
+from fla.ops.engine.dispatch import resolve
+from fla.ops.engine.layout import boundaries_to_list
+
+ACTIVATIONS = (None, "silu", "swish")
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    activation: str | None = None,
+    backend: str | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution above: x `[B, T, D]`, weight `[D, W]`, initial_state `[N, D, W]`; returns (y,
+    final state or None).
+
+    Differentiable in every tensor, the states included. `cu_seqlens` bounds packed sequences and
+    needs B = 1.
+
+    Example:
+        >>> y, _ = causal_conv1d(torch.ones(1, 3, 1), torch.tensor([[1.0, 10.0]]))
+        >>> y.flatten().tolist()
+        [10.0, 11.0, 11.0]
+    """
+    op = "causal_conv1d"
+    check_shapes(
+        op,
+        x=(x, "B T D"),
+        weight=(weight, "D W"),
+        bias=(bias, "D"),
+        residual=(residual, "B T D"),
+        initial_state=(initial_state, "N D W"),
+    )
+    N = check_sequences(op, x.shape[0], cu_seqlens, initial_state)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation is {activation!r}; expected None, 'silu' or 'swish'")
+    resolve(op, x.device, backend)
+    _B, T, D = x.shape
+    W = weight.shape[1]
+    state = x.new_zeros(N, D, W) if initial_state is None else initial_state.to(x.dtype)
+    history = state.transpose(1, 2)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if cu_seqlens is None:
+        row = torch.cat([history, x], 1)
+        y = _taps(row[:, 1:], weight, T)
+        final = row[:, -W:]
+    else:
+        boundaries_to_list(cu_seqlens, T, op)
+        slots, ends = _slots(cu_seqlens, T, W)
+        row = x.new_zeros(T + N * W, D).index_copy(0, slots, x[0])
+        before = ends[:, None] - cu_seqlens.diff()[:, None] - W + torch.arange(W, device=x.device)
+        row = row.index_copy(0, before.flatten(), history.flatten(0, 1))
+        y = _taps(row[None, 1:], weight, row.shape[0] - W).index_select(1, slots - W)
+        final = row[ends[:, None] - W + torch.arange(W, device=x.device)]
+    y = y if bias is None else y + bias
+    y = y if activation is None else F.silu(y)
+    y = y if residual is None else y + residual
+    return y, final.transpose(1, 2).contiguous() if output_final_state else None
+
+
+def _slots(cu_seqlens: Tensor, T: int, W: int) -> tuple[Tensor, Tensor]:
+    """Where each token lies once W slots precede every sequence, and where each sequence ends
+    there."""
+    N = cu_seqlens.shape[0] - 1
+    owner = torch.arange(N, device=cu_seqlens.device).repeat_interleave(
+        cu_seqlens.diff(), output_size=T
+    )
+    shift = (owner + 1) * W
+    ends = cu_seqlens[1:].long() + torch.arange(1, N + 1, device=cu_seqlens.device) * W
+    return torch.arange(T, device=cu_seqlens.device) + shift, ends
+
+
+def _taps(row: Tensor, weight: Tensor, length: int) -> Tensor:
+    """`y[:, t] = sum_i weight[:, i] row[:, t + i]` for t < length."""
+    y = row[:, :length] * weight[:, 0]
+    for i in range(1, weight.shape[1]):
+        y = torch.addcmul(y, row[:, i : i + length], weight[:, i])
+    return y
+
+
+class ShortConvolution(nn.Conv1d):
+    """`causal_conv1d` with its filters, kept in an `nn.Conv1d` (weight `[D, 1, W]`).
+
+    forward returns (y, cache); the cache `[N, D, W]` is None unless `output_final_state`.
+
+    Example:
+        >>> conv = ShortConvolution(8, 4)
+        >>> x = torch.randn(2, 5, 8)
+        >>> y, cache = conv(x, output_final_state=True)
+        >>> step, _ = conv(torch.randn(2, 1, 8), cache=cache)
+        >>> y.shape, cache.shape, step.shape
+        (torch.Size([2, 5, 8]), torch.Size([2, 8, 4]), torch.Size([2, 1, 8]))
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        kernel_size: int,
+        bias: bool = False,
+        activation: str | None = "silu",
+        backend: str | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            hidden_size,
+            hidden_size,
+            kernel_size,
+            groups=hidden_size,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"ShortConvolution: activation is {activation!r}; expected None, 'silu' or 'swish'"
+            )
+        self.hidden_size, self.activation, self.backend = hidden_size, activation, backend
+
+    @property
+    def state_size(self) -> int:
+        """Numbers held in the cache per sequence."""
+        return self.hidden_size * self.kernel_size[0]
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Tensor | None = None,
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x `[B, T, D]`; mask `[B, T]` reads masked tokens as zero (they stay in place: to drop
+        padding altogether
+        pack it with `SequenceLayout`)."""
+        if mask is not None:
+            if cu_seqlens is not None:
+                raise ValueError(
+                    "ShortConvolution: mask and cu_seqlens exclude each other; pack the real tokens"
+                )
+            x = x * mask.unsqueeze(-1).to(x.dtype)
+        return causal_conv1d(
+            x,
+            self.weight.squeeze(1),
+            self.bias,
+            residual,
+            cache,
+            output_final_state,
+            self.activation,
+            self.backend,
+            cu_seqlens,
+        )
+
+    def step(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cache: Tensor,
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One token per sequence: `forward` with a cache."""
+        return self(x, residual, None, cache, output_final_state, cu_seqlens)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: MIT
+"""The last linear layer and its cross entropy in chunks of tokens: the full `[M, V]` logits never
+exist.
+
+    logits = x W^T + b,  then the loss of `fused_cross_entropy.py`
+
+Each chunk's logits are turned into gradients at once and forgotten, so memory is one chunk of
+logits, in the forward as in the backward. With p = softmax(z) and y the smoothed target, `dz = p -
+y + 2 zw lse(z) p`, taken through the soft cap (`1 - (z/cap)^2`) and the scale. l2warp (RWKV) adds
+`factor * max(z) / M` to the gradient of each row's largest logit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fla.modules.fused_cross_entropy import shape_logits
+
+
+@dataclass(frozen=True)
+class LinearLoss:
+    """The loss's options, under the names of `FusedLinearCrossEntropyLoss`."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    logit_scale: float = 1.0
+    logit_softcapping: float | None = None
+    num_chunks: int = 8
+    reduction: str = "mean"
+    use_l2warp: bool = False
+    l2_penalty_factor: float = 1e-4
+    accumulate_grad_in_fp32: bool = True
+    lse_square_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"linear cross entropy: reduction is {self.reduction!r}; expected 'mean' or 'sum'"
+            )
+        if self.num_chunks < 1:
+            raise ValueError(
+                f"linear cross entropy: num_chunks is {self.num_chunks}; expected at least 1"
+            )
+
+    def rows(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed loss of one chunk and the gradient of its logits `[rows, V]` (which are
+        overwritten)."""
+        V = logits.shape[-1]
+        z = shape_logits(logits, self.logit_scale, self.logit_softcapping)
+        kept = (target != self.ignore_index).unsqueeze(-1)
+        index = target.clamp(min=0).unsqueeze(-1)
+        lse = z.logsumexp(-1, keepdim=True)
+        picked = z.gather(-1, index)
+        loss = lse - (1 - self.label_smoothing) * picked + self.lse_square_scale * lse.square()
+        if self.label_smoothing:
+            loss = loss - self.label_smoothing * z.mean(-1, keepdim=True)
+        grad = (z - lse).exp_().mul_(1 + 2 * self.lse_square_scale * lse)
+        grad.sub_(self.label_smoothing / V)
+        grad.scatter_add_(-1, index, torch.full_like(picked, self.label_smoothing - 1))
+        grad.mul_(kept)
+        if self.use_l2warp:
+            largest, where = z.max(-1, keepdim=True)
+            grad.scatter_add_(-1, where, largest * self.l2_penalty_factor * kept)
+        if self.logit_softcapping:
+            grad.mul_(1 - (z / self.logit_softcapping).square())
+        return (loss * kept).sum(), grad.mul_(self.logit_scale)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, target, weight, bias, options: LinearLoss):
+        need_x, _, need_weight, need_bias, _ = ctx.needs_input_grad
+        wide = torch.promote_types(x.dtype, torch.float32)
+        sums = wide if options.accumulate_grad_in_fp32 else weight.dtype
+        dx = torch.empty_like(x) if need_x else None
+        dweight = torch.zeros_like(weight, dtype=sums) if need_weight else None
+        dbias = torch.zeros_like(bias, dtype=sums) if need_bias else None
+        total = x.new_zeros((), dtype=wide)
+        count = (target != options.ignore_index).sum().clamp(min=1)
+        size = max(1, -(-x.shape[0] // options.num_chunks))
+        for x_c, t_c, dx_c in zip(
+            x.split(size), target.split(size), (x if dx is None else dx).split(size), strict=True
+        ):
+            loss, grad = options.rows(F.linear(x_c, weight, bias), t_c)
+            total += loss
+            if options.reduction == "mean":
+                grad /= count
+            if dbias is not None:
+                dbias += grad.sum(0)
+            grad = grad.to(x.dtype)
+            if dx is not None:
+                torch.mm(grad, weight.to(x.dtype), out=dx_c)
+            if dweight is not None:
+                dweight += (grad.mT @ x_c).to(sums)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(dx, dweight, dbias)
+        return total / count if options.reduction == "mean" else total
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        dx, dweight, dbias = ctx.saved_tensors
+        types = (None if dx is None else dx.dtype, *ctx.dtypes)
+        grads = [
+            None if d is None else (d * scale).to(t)
+            for d, t in zip((dx, dweight, dbias), types, strict=True)
+        ]
+        return grads[0], None, grads[1], grads[2], None
+
+
+def fused_linear_cross_entropy_loss(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    logit_softcapping: float | None = None,
+    num_chunks: int = 8,
+    reduction: str = "mean",
+    use_l2warp: bool = False,
+    l2_penalty_factor: float = 1e-4,
+    accumulate_grad_in_fp32: bool = True,
+    lse_square_scale: float = 0.0,
+) -> Tensor:
+    """Loss of x `[..., D]` under the head weight `[V, D]` for targets `[...]`; see the module.
+
+    Example:
+        >>> x, head = torch.zeros(5, 8), torch.randn(16, 8)
+        >>> round(fused_linear_cross_entropy_loss(x, torch.arange(5), head).exp().item(), 3)
+        16.0
+    """
+    options = LinearLoss(
+        ignore_index,
+        label_smoothing,
+        logit_scale,
+        logit_softcapping,
+        num_chunks,
+        reduction,
+        use_l2warp,
+        l2_penalty_factor,
+        accumulate_grad_in_fp32,
+        lse_square_scale,
+    )
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"fused_linear_cross_entropy_loss: x has width {x.shape[-1]} but weight is "
+            f"{list(weight.shape)}; expected [V, {x.shape[-1]}]"
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    x, target = x.flatten(0, -2), target.flatten()
+    with torch.autocast(x.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(x, target, weight, bias, options)
+
+
+class FusedLinearCrossEntropyLoss(nn.Module):
+    """`fused_linear_cross_entropy_loss` as a module."""
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        logit_scale: float = 1.0,
+        logit_softcapping: float | None = None,
+        num_chunks: int = 8,
+        reduction: str = "mean",
+        use_l2warp: bool = False,
+        l2_penalty_factor: float = 1e-4,
+        accumulate_grad_in_fp32: bool = True,
+        lse_square_scale: float = 0.0,
+    ):
+        super().__init__()
+        names = LinearLoss.__dataclass_fields__
+        self.options = {name: value for name, value in locals().items() if name in names}
+        LinearLoss(**self.options)
+
+    def forward(
+        self, x: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        return fused_linear_cross_entropy_loss(x, target, weight, bias, **self.options)

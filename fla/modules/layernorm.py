@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""LayerNorm (Ba et al. 2016, arXiv:1607.06450) and RMSNorm (Zhang, Sennrich 2019,
+arXiv:1910.07467), with a residual.
+
+    s = x + residual        RMSNorm: y = w * s / sqrt(mean(s^2) + eps) + b
+                            LayerNorm: y = w * (s - mean(s)) / sqrt(var(s) + eps) + b
+
+Over the last axis, in fp32 for lower dtypes. With `prenorm` the result is the pair (y, s).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`norm(x + residual)`; see the module's equation. `residual_in_fp32` adds and returns the
+    sum in fp32."""
+    total = x
+    if residual is not None:
+        total = residual.float() + x if residual_in_fp32 else x + residual
+    elif residual_in_fp32:
+        total = x.float()
+    wide = total.float() if total.dtype in (torch.bfloat16, torch.float16) else total
+    width, weight = total.shape[-1:], None if weight is None else weight.to(wide.dtype)
+    bias = None if bias is None else bias.to(wide.dtype)
+    if is_rms_norm:
+        y = F.rms_norm(wide, width, weight, eps)
+        y = y if bias is None else y + bias
+    else:
+        y = F.layer_norm(wide, width, weight, bias, eps)
+    y = y.to(x.dtype)
+    return (y, total) if prenorm else y
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`layer_norm` without the mean."""
+    return layer_norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm=True)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, `[..., hidden_size]`.
+
+    Example:
+        >>> LayerNorm(8)(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
+    """
+
+    is_rms_norm = False
+
+    def __init__(
+        self,
+        hidden_size: int,
+        elementwise_affine: bool = True,
+        bias: bool = False,
+        eps: float = 1e-5,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.hidden_size, self.eps = hidden_size, eps
+        factory: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+        if elementwise_affine:
+            self.weight = nn.Parameter(torch.ones(hidden_size, **factory))
+            if bias:
+                self.bias = nn.Parameter(torch.zeros(hidden_size, **factory))
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return layer_norm(
+            x,
+            self.weight,
+            self.bias,
+            residual,
+            self.eps,
+            prenorm,
+            residual_in_fp32,
+            self.is_rms_norm,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, eps={self.eps}, affine={self.weight is not None}"
+
+
+class RMSNorm(LayerNorm):
+    """RMSNorm over the last axis, `[..., hidden_size]`.
+
+    Example:
+        >>> RMSNorm(8)(torch.randn(2, 3, 8)).square().mean().round().item()
+        1.0
+    """
+
+    is_rms_norm = True

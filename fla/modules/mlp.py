@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""Gated MLP: `down(silu(gate(x)) * up(x))`; Shazeer (2020), arXiv:2002.05202."""
+
+import math
+
+import torch.nn as nn
+from torch import Tensor
+
+from fla.modules.activations import swiglu, swiglu_linear
+
+
+def intermediate_width(hidden_size: int, hidden_ratio: float | None) -> int:
+    """`hidden_size * hidden_ratio * 2/3` (ratio 4 by default), rounded up to a multiple of 256."""
+    ratio = 4 if hidden_ratio is None else hidden_ratio
+    return 256 * math.ceil(int(hidden_size * ratio * 2 / 3) / 256)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU MLP on `[..., hidden_size]`. `fuse_swiglu` recomputes the gated product in the
+    backward instead of
+    storing it.
+
+    Example:
+        >>> import torch
+        >>> GatedMLP(8, intermediate_size=16)(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        hidden_ratio: float | None = None,
+        intermediate_size: int | None = None,
+        hidden_act: str = "swish",
+        fuse_swiglu: bool = True,
+    ):
+        super().__init__()
+        if hidden_act not in ("swish", "silu"):
+            raise ValueError(f"GatedMLP: hidden_act is {hidden_act!r}; expected 'swish' or 'silu'")
+        width = intermediate_size or intermediate_width(hidden_size, hidden_ratio)
+        self.hidden_size, self.intermediate_size, self.fuse_swiglu = hidden_size, width, fuse_swiglu
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.fuse_swiglu:
+            return swiglu_linear(gate, up, self.down_proj.weight, self.down_proj.bias)
+        return self.down_proj(swiglu(gate, up))

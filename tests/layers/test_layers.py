@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""Every mixer alone: padding, packing, cache, modes, compile, and wrong input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fla.layers import Attention, DeltaNet, GatedDeltaNet
+from fla.models.utils import Cache
+from tests.helpers import assert_same, gradients
+
+LAYERS = {
+    "gated_deltanet": lambda **k: GatedDeltaNet(hidden_size=32, head_dim=8, num_heads=2, **k),
+    "gated_deltanet-grouped": lambda **k: GatedDeltaNet(
+        32, 1, 8, 2, num_v_heads=4, allow_neg_eigval=True, **k
+    ),
+    "gated_deltanet-bare": lambda **k: GatedDeltaNet(
+        32, 2, 8, 2, use_gate=False, use_short_conv=False, **k
+    ),
+    "delta_net": lambda **k: DeltaNet(hidden_size=32, num_heads=2, **k),
+    "delta_net-elu": lambda **k: DeltaNet(
+        hidden_size=32,
+        num_heads=2,
+        expand_k=0.5,
+        use_gate=True,
+        qk_activation="elu",
+        qk_norm="sum",
+        **k,
+    ),
+    "delta_net-bare": lambda **k: DeltaNet(
+        d_model=32, num_heads=2, use_beta=False, use_short_conv=False, qk_activation="identity", **k
+    ),
+    "attention": lambda **k: Attention(32, 4, num_kv_heads=2, qk_norm=True, qkv_bias=True, **k),
+    "attention-window": lambda **k: Attention(32, 4, window_size=3, **k),
+    "attention-nope": lambda **k: Attention(32, 4, rope_theta=None, **k),
+}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def make(name, **kwargs):
+    torch.manual_seed(0)
+    return LAYERS[name](layer_idx=0, **kwargs).double()
+
+
+def tokens(*shape):
+    return torch.randn(*shape, 32, dtype=torch.float64)
+
+
+def parameter_grads(layer, outputs):
+    return gradients(outputs, dict(layer.named_parameters()))
+
+
+@every_layer
+@pytest.mark.parametrize("side", ["left", "right", "interior"])
+def test_padded_is_unpadded(name, side):
+    layer, x = make(name), tokens(2, 7)
+    at = {"left": [0, 1, 2], "right": [7, 8, 9], "interior": [2, 5, 6]}[side]
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, at] = 0
+    row = tokens(2, 10)
+    row[0, mask[0].bool()] = x[0]
+    row[0, at] = torch.nan  # a padded token must not even be looked at
+    o, _, _ = layer(row, attention_mask=mask)
+    alone = layer(x[:1])[0]
+    assert_same(o[:1, mask[0].bool()], alone, "padded row")
+    assert o[0, at].abs().max() == 0
+    assert_same(o[1:], layer(row[1:])[0], "full row")
+    want = parameter_grads(layer, [alone, layer(row[1:])[0]])
+    for key, grad in parameter_grads(layer, [o[:1, mask[0].bool()], o[1:]]).items():
+        assert_same(grad, want[key], key, rtol=1e-9)
+
+
+@every_layer
+def test_packed_is_separate(name):
+    layer, x = make(name), tokens(1, 12)
+    o, _, _ = layer(x, cu_seqlens=torch.tensor([0, 5, 6, 12]))
+    parts = [layer(x[:, a:b])[0] for a, b in ((0, 5), (5, 6), (6, 12))]
+    assert_same(o, torch.cat(parts, 1), "o")
+
+
+@every_layer
+@pytest.mark.parametrize("cut", [1, 3, 8])
+def test_cached_is_uncached(name, cut):
+    layer, x = make(name), tokens(2, 9)
+    want = layer(x)[0]
+    cache, outs = Cache(), []
+    for a, b in [(0, cut), *((t, t + 1) for t in range(cut, 9))]:
+        o, _, cache = layer(x[:, a:b], past_key_values=cache, use_cache=True)
+        cache.advance(b - a)
+        outs.append(o)
+    assert_same(torch.cat(outs, 1), want, "o", rtol=1e-6)
+
+
+@every_layer
+def test_modes_agree(name):
+    if name.startswith("attention"):
+        pytest.skip("one mode")
+    a, b, x = make(name), make(name, mode="fused_recurrent"), tokens(2, 9)
+    assert_same(a(x)[0], b(x)[0], "o", rtol=1e-6)
+    with pytest.raises(ValueError, match="mode is 'parallel'"):
+        make(name, mode="parallel")
+
+
+@every_layer
+def test_compiles_without_a_graph_break(name):
+    torch._dynamo.reset()
+    layer, x = make(name).float(), torch.randn(2, 9, 32)
+    compiled = torch.compile(lambda y: layer(y)[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_window_is_a_band():
+    """Blocks of queries see what a full banded mask shows them."""
+    layer, x = make("attention-window"), tokens(2, 10)
+    q, k, v = (p(x).unflatten(-1, (4, 8)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k = layer.rotary(q, k)
+    distance = torch.arange(10)[:, None] - torch.arange(10)
+    mask = (distance >= 0) & (distance < 3)
+    want = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)), attn_mask=mask)
+    assert_same(layer(x)[0], layer.o_proj(want.transpose(1, 2).flatten(-2)), "o")
+
+
+@every_layer
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(attention_mask=torch.ones(2, 4)), r"attention_mask has shape \[2, 4\]"),
+        (dict(cu_seqlens=torch.tensor([0, 5])), "packed sequences need B=1"),
+        (dict(output_attentions=True), "output_attentions is not supported"),
+        (dict(use_cache=True), "use_cache needs past_key_values"),
+    ],
+)
+def test_wrong_arguments(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(name)(tokens(2, 5), **arguments)
+
+
+def test_wrong_constructors():
+    for build, message in [
+        (lambda: GatedDeltaNet(32, head_dim=8, num_heads=2, num_v_heads=3), "num_v_heads is 3"),
+        (
+            lambda: GatedDeltaNet(32, expand_v=0.3, head_dim=8, num_heads=2),
+            "must be a whole number",
+        ),
+        (lambda: DeltaNet(hidden_size=32, num_heads=5), "must be multiples of num_heads=5"),
+        (lambda: DeltaNet(qk_norm="l1"), "qk_norm is 'l1'"),
+        (lambda: DeltaNet(qk_activation="gelu"), "qk_activation is 'gelu'"),
+        (lambda: Attention(32, 5), "must be a multiple of num_heads=5"),
+        (lambda: Attention(32, 4, window_size=0), "window_size is 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build()
+    with pytest.raises(ValueError, match="a cache needs layer_idx"):
+        DeltaNet(hidden_size=32, num_heads=2)(
+            tokens(1, 2).float(), past_key_values=Cache(), use_cache=True
+        )
+    cache = Cache()
+    layer = make("attention")
+    with pytest.raises(ValueError, match="packed sequences cannot fill a cache"):
+        layer(
+            tokens(1, 5), past_key_values=cache, use_cache=True, cu_seqlens=torch.tensor([0, 2, 5])
+        )

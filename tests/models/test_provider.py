@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: MIT
+"""transformers' own models on our operators: equal to transformers' torch code, in training and generation."""
+
+import importlib
+
+import pytest
+import torch
+
+import fla
+from fla.models import provider
+
+COMMON = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    linear_num_key_heads=2,
+    linear_key_head_dim=8,
+    linear_num_value_heads=4,
+    linear_value_head_dim=8,
+)
+MODELS = {
+    "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", dict(
+        head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)),
+    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", dict(head_dim=8)),
+    "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", dict(linear_num_value_heads=2, linear_allow_neg_eigval=True)),
+}  # fmt: skip
+every_model = pytest.mark.parametrize("name", MODELS)
+FUNCTIONS = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+
+
+@pytest.fixture
+def build(monkeypatch):
+    def make(name):
+        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        config, model, extra = MODELS[name]
+        config = getattr(importlib.import_module("transformers"), config)(
+            **{**COMMON, **extra}, pad_token_id=0
+        )
+        torch.manual_seed(0)
+        built = getattr(module, model)(config).eval()
+        assert "linear_attention" in config.layer_types and "full_attention" in config.layer_types
+        return module, built
+
+    return make
+
+
+def run_on_the_fallback(module, monkeypatch):
+    """Put transformers' undecorated torch functions in place of what it resolved."""
+    for name in FUNCTIONS:
+        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
+
+
+def ids(*shape):
+    return torch.randint(3, 64, shape, generator=torch.Generator().manual_seed(3))
+
+
+@every_model
+def test_transformers_finds_our_operators(name):
+    uses = {use.function: use for use in provider.report() if use.model == name}
+    assert set(uses) == set(FUNCTIONS)
+    assert all(use.runs == "fla" for use in uses.values())
+
+
+def test_report_says_why_where_ours_does_not_run():
+    kimi = [use for use in provider.report() if use.model == "kimi_linear"]
+    assert kimi and all(use.runs == "transformers" and "fla has no" in use.why for use in kimi)
+
+
+@every_model
+def test_training_equals_the_fallback(name, build, monkeypatch):
+    module, model = build(name)
+    x = ids(2, 70)
+    out = model(x, labels=x)
+    out.loss.backward()
+    grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    run_on_the_fallback(module, monkeypatch)
+    want = model(x, labels=x)
+    want.loss.backward()
+    assert (out.logits - want.logits).abs().max() < 1e-4
+    for k, p in model.named_parameters():
+        if p.grad is not None:
+            assert (grads[k] - p.grad).abs().max() < 1e-4 * max(1, p.grad.abs().max().item()), k
+
+
+@every_model
+def test_our_operator_is_the_one_that_runs(name, build, monkeypatch):
+    calls = []
+    original = torch.ops.fla.chunk
+
+    class Spy:
+        def __call__(self, *args):
+            calls.append(args)
+            return original(*args)
+
+    monkeypatch.setattr(torch.ops.fla, "chunk", Spy())
+    _, model = build(name)
+    model(ids(1, 9))
+    assert len(calls) == model.config.layer_types.count("linear_attention")
+
+
+@every_model
+def test_generation_equals_the_fallback(name, build, monkeypatch):
+    module, model = build(name)
+    x = ids(2, 7)
+    mask = torch.ones_like(x)
+    mask[0, :3] = 0
+    options = dict(
+        attention_mask=mask,
+        max_new_tokens=8,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    ours = model.generate(x, **options)
+    run_on_the_fallback(module, monkeypatch)
+    want = model.generate(x, **options)
+    assert torch.equal(ours.sequences, want.sequences)
+    for a, b in zip(ours.logits, want.logits, strict=True):
+        assert (a - b).abs().max() < 1e-4
+
+
+@every_model
+def test_packed_sequences_stay_apart(name, build, monkeypatch):
+    """Which the fallback refuses. Softmax layers separate by position ids; ours by the boundaries."""
+    module, model = build(name)
+    x, spans = ids(1, 12), [(0, 5), (5, 12)]
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    packing = dict(
+        position_ids=torch.cat([torch.arange(b - a) for a, b in spans])[None],
+        cu_seq_lens_q=bounds,
+        use_cache=False,
+    )
+    with provider.packed_convolution() as changed:
+        assert name in changed
+        packed = model(x, **packing).logits
+    separate = torch.cat([model(x[:, a:b], use_cache=False).logits for a, b in spans], 1)
+    assert (packed - separate).abs().max() < 1e-4
+    moved = x.clone()
+    moved[:, :5] = moved[:, :5].flip(1)
+    with provider.packed_convolution():
+        assert torch.equal(model(moved, **packing).logits[:, 5:], packed[:, 5:])
+    q = torch.randn(1, 12, 2, 8)
+    gates = torch.rand(2, 1, 12, 2)
+    with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+        fallback_wrapper(module)(q, q, q, g=-gates[0], beta=gates[1], cu_seqlens=bounds)
+
+
+def fallback_wrapper(module):
+    """The function as transformers builds it where no package `fla` is found."""
+    from transformers.integrations import hub_kernels
+
+    decorate = hub_kernels.use_kernel_func_from_hub_with_fallback(
+        "no_such_function", "no_such_package"
+    )
+    return decorate(module.torch_chunk_gated_delta_rule.__wrapped__)
+
+
+def test_seq_idx_bounds_the_convolution_too():
+    x, weight = torch.randn(1, 6, 9), torch.randn(6, 4)
+    a = provider.packed_causal_conv1d(x, weight, seq_idx=torch.tensor([[0] * 4 + [1] * 5]))
+    b = provider.packed_causal_conv1d(x, weight, cu_seq_lens_q=torch.tensor([0, 4, 9]))
+    assert torch.equal(a, b)
+    torch.testing.assert_close(a[..., 4:], provider.packed_causal_conv1d(x[..., 4:], weight))
+
+
+def test_names_older_and_newer_transformers_look_up():
+    for name in (
+        "chunk_gated_delta_rule",
+        "fused_recurrent_gated_delta_rule",
+        "recurrent_gated_delta_rule",
+    ):
+        assert callable(getattr(fla, name))
+    assert fla.ops.gated_delta_rule.chunk_gated_delta_rule is fla.chunk_gated_delta_rule
+    from fla.modules import FusedRMSNormGated, ShortConvolution
+
+    FusedRMSNormGated(8, eps=1e-6, activation="silu", device="cpu", dtype=torch.float32)
+    ShortConvolution(hidden_size=8, kernel_size=4, bias=False, activation="silu")
+    assert int(fla.__version__.split(".")[0]) >= 1

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: MIT
+"""Norms, rotary, MLP, l2norm against torch's own functions or their equations; errors by their message."""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from fla.modules import (
+    FusedRMSNormGated,
+    GatedMLP,
+    L2Norm,
+    LayerNorm,
+    RMSNorm,
+    RotaryEmbedding,
+)
+from fla.modules.activations import swiglu, swiglu_linear
+from fla.modules.layernorm import layer_norm, rms_norm
+from fla.modules.mlp import intermediate_width
+from tests.helpers import assert_same, gradients
+
+D = 12
+
+
+def leaf(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize(("ours", "torchs"), [(RMSNorm, nn.RMSNorm), (LayerNorm, nn.LayerNorm)])
+def test_norms_equal_torch(ours, torchs):
+    a, b = ours(D, bias=ours is LayerNorm).double(), torchs(D, eps=1e-5).double()
+    nn.init.normal_(a.weight)
+    b.load_state_dict(a.state_dict())
+    x = leaf(3, 5, D)
+    assert_same(a(x), b(x), "y")
+    y, total = a(x, residual=2 * x, prenorm=True)
+    assert_same(total, 3 * x, "residual")
+    assert_same(y, b(3 * x), "y of the sum")
+
+
+def test_norm_options():
+    x, r = torch.randn(2, 3, D, dtype=torch.bfloat16), torch.randn(2, 3, D, dtype=torch.bfloat16)
+    y, total = rms_norm(x, None, torch.ones(D), r, prenorm=True, residual_in_fp32=True)
+    assert total.dtype == torch.float32 and y.dtype == torch.bfloat16
+    assert_same(total, r.float() + x, "fp32 residual")
+    assert layer_norm(x, None, None, prenorm=True, residual_in_fp32=True)[1].dtype == torch.float32
+    want = F.rms_norm((r.float() + x), (D,), eps=1e-5) + 1
+    assert (y.float() - want).abs().max() < 0.02
+    assert RMSNorm(D, elementwise_affine=False).weight is None
+    assert "affine=True" in repr(RMSNorm(D))
+
+
+@pytest.mark.parametrize("activation", ["swish", "silu", "sigmoid"])
+def test_gated_norm(activation):
+    norm = FusedRMSNormGated(D, activation=activation).double()
+    nn.init.normal_(norm.weight)
+    x, g = leaf(2, 3, D), leaf(2, 3, D)
+    act = torch.sigmoid if activation == "sigmoid" else F.silu
+    assert_same(norm(x, g), F.rms_norm(x, (D,), norm.weight, 1e-5) * act(g), "y")
+    y, total = norm(x, g, residual=x, prenorm=True)
+    assert_same(total, 2 * x, "residual")
+    assert_same(y, norm(2 * x, g), "y of the sum")
+    with pytest.raises(ValueError, match="activation is 'gelu'"):
+        FusedRMSNormGated(D, activation="gelu")
+
+
+def test_l2norm_divides_by_the_norm_and_survives_zero():
+    x = leaf(4, D)
+    assert_same(L2Norm(eps=0.0)(x), F.normalize(x, dim=-1), "unit")
+    zero = torch.zeros(2, D, requires_grad=True)
+    y = L2Norm(output_dtype=torch.float64)(zero)
+    assert y.dtype == torch.float64
+    assert torch.autograd.grad(y.sum(), zero)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_is_a_rotation_by_position(interleaved):
+    """Scores depend on distances alone, and channel pairs turn by t * base^(-2i/R)."""
+    rope = RotaryEmbedding(8, interleaved=interleaved)
+    q, k = torch.randn(2, 1, 1, 1, D, dtype=torch.float64).expand(2, 1, 9, 1, D)
+    q_r, k_r = rope(q, k)
+    scores = torch.einsum("bihd,bjhd->ij", q_r, k_r)
+    for i in range(1, 8):
+        assert scores.diagonal(i).std() < 1e-6 and scores.diagonal(-i).std() < 1e-6
+    assert_same(q_r[..., 8:], q[..., 8:], "channels beyond dim")
+    angle = torch.tensor(3.0) * 10000.0 ** (-2 * 1 / 8)
+    a, b = (2, 3) if interleaved else (1, 5)
+    want = q[0, 3, 0, a] * angle.cos() - q[0, 3, 0, b] * angle.sin()
+    assert abs(q_r[0, 3, 0, a] - want) < 1e-6
+
+
+def test_rotary_offsets_boundaries_and_scale():
+    rope = RotaryEmbedding(D)
+    q, k = torch.randn(2, 1, 9, 2, D)
+    whole, _ = rope(q, k)
+    later, _ = rope(q[:, 4:], k[:, 4:], seqlen_offset=4)
+    torch.testing.assert_close(later, whole[:, 4:])
+    packed, _ = rope(q, k, cu_seqlens=torch.tensor([0, 4, 9]))
+    torch.testing.assert_close(packed[:, :4], whole[:, :4])
+    torch.testing.assert_close(packed[:, 4:], rope(q[:, 4:], k[:, 4:])[0])
+    rows, _ = rope(
+        q.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1), seqlen_offset=torch.tensor([0, 4])
+    )
+    torch.testing.assert_close(rows[1, :5], rope(q, k, seqlen_offset=4)[0][0, :5])
+    scaled_q, scaled_k = RotaryEmbedding(D, scale_base=512.0)(q, k)
+    plain_q, plain_k = whole, rope(q, k)[1]
+    torch.testing.assert_close(scaled_q[:, 0], plain_q[:, 0])
+    same = torch.einsum("bthd,bthd->bth", scaled_q, scaled_k)
+    torch.testing.assert_close(same, torch.einsum("bthd,bthd->bth", plain_q, plain_k))
+    assert (scaled_q[:, 8].norm() - plain_q[:, 8].norm()).abs() > 1e-3
+    with pytest.raises(ValueError, match="dim is 7"):
+        RotaryEmbedding(7)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_swiglu_linear_has_the_gradients_of_its_parts(bias):
+    x = {"gate": leaf(2, 3, D), "up": leaf(2, 3, D), "weight": leaf(5, D)}
+    if bias:
+        x["bias"] = leaf(5)
+    y = swiglu_linear(*x.values())
+    want = F.linear(swiglu(x["gate"], x["up"]), x["weight"], x.get("bias"))
+    assert_same(y, want, "y")
+    expected = gradients([want], x)
+    for name, grad in gradients([y], x).items():
+        assert_same(grad, expected[name], name)
+
+
+def test_mlp():
+    assert intermediate_width(2048, 4) == 5632 and intermediate_width(64, None) == 256
+    fused, plain = (
+        GatedMLP(D, intermediate_size=20),
+        GatedMLP(D, intermediate_size=20, fuse_swiglu=False),
+    )
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 3, D)
+    torch.testing.assert_close(fused(x), plain(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused(x).float().sum().backward()
+    assert fused.down_proj.weight.grad.dtype == torch.float32
+    with pytest.raises(ValueError, match="hidden_act is 'gelu'"):
+        GatedMLP(D, hidden_act="gelu")
