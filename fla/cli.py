@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: MIT
+"""The `fla` command: train, generate, eval, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+USAGE = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; returns the exit code: 0, 1 where training broke off, 2 for wrong usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    verb = argv[0] if argv else "--help"
+    if verb in ("-h", "--help"):
+        print(HELP)
+        return 0
+    if verb not in VERBS:
+        print(f"fla: {verb!r} is not a command\n\n{HELP}", file=sys.stderr)
+        return USAGE
+    from fla.training.errors import TrainingDiverged, UsageError
+
+    try:
+        return VERBS[verb](argv[1:])
+    except UsageError as error:
+        print(f"fla {verb}: {error}", file=sys.stderr)
+        return USAGE
+    except TrainingDiverged as error:
+        print(f"fla {verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"fla {verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def from_file(argv: list[str]) -> list[str]:
+    """Replace `--config FILE` (YAML or JSON, names as the flags) by its flags, before the
+    others so that these win."""
+    import yaml
+
+    from fla.training.errors import UsageError
+
+    if "--config" not in argv:
+        return argv
+    at = argv.index("--config")
+    if at + 1 == len(argv) or argv[at + 1].startswith("--"):
+        raise UsageError("--config needs a file")
+    path, rest = Path(argv[at + 1]), argv[:at] + argv[at + 2 :]
+    if not path.is_file():
+        raise UsageError(f"--config: {str(path)!r} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config: {path} is not YAML or JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(
+            f"--config: {path} must hold names and values, as in 'learning_rate: 1e-3'"
+        )
+    flags: list[str] = []
+    for name, value in values.items():
+        items = value if isinstance(value, list) else [value]
+        flags += [f"--{name}", *map(str, items)]
+    return flags + rest
+
+
+def train(argv: list[str]) -> int:
+    """`fla train`: every RunArguments and TrainingArguments flag; defaults fit a small run on
+    this machine."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    from fla.training import run
+    from fla.training.errors import UsageError
+
+    kinds: Any = (run.RunArguments, TrainingArguments)
+    parser = HfArgumentParser(kinds, prog="fla train")
+    parser.set_defaults(
+        output_dir="runs/train",
+        report_to=["tensorboard"],
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        weight_decay=0.1,
+        logging_steps=10,
+        save_total_limit=3,
+    )
+    try:
+        arguments, training = parser.parse_args_into_dataclasses(from_file(argv))
+    except (ValueError, ImportError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(str(error)) from error
+    run.train(arguments, training)
+    return 0
+
+
+def _load(folder: str, device: str | None) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import fla.models  # registers the architectures
+    from fla.training.checkpoints import require_model
+    from fla.training.errors import UsageError
+    from fla.utils import get_available_device
+
+    path = require_model(folder)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise UsageError(f"checkpoint {folder!r} cannot be loaded: {error}") from error
+    if not isinstance(model, fla.models.decoder.DecoderPreTrainedModel):
+        raise UsageError(
+            f"checkpoint {folder!r} is a {type(model).__name__}; this command runs fla's own models"
+        )
+    return model.eval().to(device=device or get_available_device()), tokenizer
+
+
+def generate(argv: list[str]) -> int:
+    """`fla generate CHECKPOINT`: stream text to the terminal."""
+    parser = argparse.ArgumentParser(prog="fla generate", description=generate.__doc__)
+    parser.add_argument("checkpoint", help="folder of a saved model")
+    parser.add_argument("--prompt", default="def ", help="text to go on from")
+    parser.add_argument("--max_new_tokens", type=int, default=300)
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, help="0 takes the likeliest token"
+    )
+    parser.add_argument("--top_p", type=float, default=0.9)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu, cuda, ...; the best available by default")
+    args = parser.parse_args(argv)
+
+    import torch
+    from transformers import TextStreamer
+
+    from fla.training.tokens import encode
+
+    model, tokenizer = _load(args.checkpoint, args.device)
+    torch.manual_seed(args.seed)
+    ids = torch.from_numpy(encode(tokenizer, args.prompt)).long().unsqueeze(0).to(model.device)
+    sampling = (
+        dict(do_sample=True, temperature=args.temperature, top_p=args.top_p)
+        if args.temperature > 0
+        else dict(do_sample=False)
+    )
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=args.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling,
+    )
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """`fla eval CHECKPOINT`: perplexity and bits per byte of held-out text, by position too."""
+    parser = argparse.ArgumentParser(prog="fla eval", description=evaluate.__doc__)
+    parser.add_argument("checkpoint", help="folder of a saved model")
+    parser.add_argument(
+        "--data", default="stdlib", help="as for fla train; its held-out part is scored"
+    )
+    parser.add_argument("--data_column", default="text")
+    parser.add_argument("--length", type=int, default=512, help="tokens in a window")
+    parser.add_argument(
+        "--bucket", type=int, help="also perplexity by position, in buckets of this size"
+    )
+    parser.add_argument("--device", help="cpu, cuda, ...; the best available by default")
+    args = parser.parse_args(argv)
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from fla.training import run
+    from fla.training.corpus import compressed_bits_per_byte, load_corpus
+
+    console = Console(highlight=False)
+    corpus = load_corpus(args.data, args.data_column)
+    model, tokenizer = _load(args.checkpoint, args.device)
+    scored = run.evaluate(model, tokenizer, corpus, args.length, args.bucket, console)
+    table = Table(
+        title=f"held-out text of {corpus.name}: {scored.bytes / 1e6:.2f} MB, {scored.tokens} tokens"
+    )
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_row("bits per byte", f"{scored.bits_per_byte:.4f}")
+    table.add_row("perplexity per token", f"{scored.perplexity:.4f}")
+    for name, bits in compressed_bits_per_byte(corpus.held_out).items():
+        table.add_row(f"bits per byte, {name}", f"{bits:.4f}")
+    for start, perplexity in scored.by_position().items():
+        table.add_row(f"perplexity at {start}..{start + args.bucket - 1}", f"{perplexity:.4f}")
+    console.print(table)
+    return 0
+
+
+def doctor(argv: list[str]) -> int:
+    """`fla doctor`: versions, devices, what each operator would run and why, which transformers
+    models use us."""
+    argparse.ArgumentParser(prog="fla doctor", description=doctor.__doc__).parse_args(argv)
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    import fla
+    from fla.models.provider import report
+    from fla.ops.engine.dispatch import explain
+    from fla.ops.registry import OPS
+    from fla.utils import get_available_device
+
+    def line(name: str, value: object) -> None:
+        print(f"  {name:<24} {value}")
+
+    print("versions")
+    line("fla", fla.__version__)
+    line("python", platform.python_version())
+    for package in ("torch", "transformers", "triton", "accelerate", "datasets", "tensorboard"):
+        try:
+            line(package, version(package))
+        except PackageNotFoundError:
+            line(package, "not installed")
+    device = get_available_device()
+    print("device")
+    line("used by default", device)
+    line("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    for i in range(torch.cuda.device_count()):
+        line(f"cuda:{i}", torch.cuda.get_device_name(i))
+    print("operators")
+    for op in OPS:
+        inputs = op.inputs(1, 8, 1, 4, 4, device=device)
+        for function in (op.chunk, op.token):
+            found = explain(function, **inputs)
+            line(found.op, f"{found.backend}: {found.form}")
+    print(f"  because: {found.why}")
+    for name, reason in found.rejected.items():
+        print(f"  not {name}: {reason}")
+    print("transformers models")
+    for use in report():
+        line(use.model, f"{use.function}: {use.runs} ({use.why})")
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "generate": generate,
+    "eval": evaluate,
+    "doctor": doctor,
+}
+HELP = "usage: fla COMMAND ...\n\n" + "\n".join(
+    f"  {name:<10} {(verb.__doc__ or '').partition(': ')[2].rstrip('.')}"
+    for name, verb in VERBS.items()
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

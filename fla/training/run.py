@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: MIT
+"""`fla train`: from the command's arguments to a trained, scored and saved model."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+import fla.models
+from fla.evals.perplexity import Score, score
+from fla.models.config import DecoderConfig
+from fla.training.callbacks import FlaTrainer, Interruption, LiveProgress, LossGuard, say
+from fla.training.checkpoints import checkpoints, newest_whole
+from fla.training.corpus import Corpus, compressed_bits_per_byte, load_corpus
+from fla.training.errors import TrainingDiverged, UsageError
+from fla.training.tokens import collate, encode, load_tokenizer, make_blocks
+
+
+@dataclass
+class RunArguments:
+    """What `fla train` adds to transformers' TrainingArguments."""
+
+    model: str = field(
+        default="gated_deltanet",
+        metadata={"help": "Registered architecture, or a folder to go on from."},
+    )
+    model_config: list[str] = field(
+        default_factory=list, metadata={"help": "Config overrides: hidden_size=256 num_heads=4 ..."}
+    )
+    data: str = field(
+        default="stdlib",
+        metadata={"help": "'stdlib', a text file, a table, a folder, or 'hf:NAME'."},
+    )
+    data_column: str = field(
+        default="text", metadata={"help": "Column of a table that holds text."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read a table or dataset on the fly."})
+    tokenizer: str = field(default="byte", metadata={"help": "'byte' or a Hugging Face tokenizer."})
+    seq_len: int = field(default=512, metadata={"help": "Tokens in a block."})
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the newest whole checkpoint in output_dir."}
+    )
+    max_minutes: float | None = field(
+        default=None, metadata={"help": "Stop after this time, as if interrupted, and finish up."}
+    )
+    prompt: str = field(default="def ", metadata={"help": "Prompt of the sample at the end."})
+    sample_tokens: int = field(default=300, metadata={"help": "Length of that sample."})
+
+
+@dataclass
+class Result:
+    """What a run leaves behind beside the model."""
+
+    bits_per_byte: float
+    perplexity: float
+    compressed: dict[str, float]
+    steps: int
+    tokens: int
+    parameters: int
+    sample: str
+
+
+def architectures() -> dict[str, type[DecoderConfig]]:
+    """Registered model types of this package and their config classes."""
+    configs = (getattr(fla.models, name) for name in fla.models.__all__ if name.endswith("Config"))
+    return {config.model_type: config for config in configs}
+
+
+def build_model(run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A fresh model of a registered architecture, or the one saved in a folder."""
+    if Path(run.model).is_dir():
+        if run.model_config:
+            raise UsageError("--model_config: a saved model has its config; drop the overrides")
+        return AutoModelForCausalLM.from_pretrained(run.model)
+    known = architectures()
+    if run.model not in known:
+        near = difflib.get_close_matches(run.model, known, n=1)
+        raise UsageError(
+            f"--model: {run.model!r} is not known"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+            + f" Registered: {', '.join(sorted(known))}; a folder of a saved model works too"
+        )
+    values = parse_overrides(run.model_config, known[run.model])
+    values = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    } | values
+    try:
+        return AutoModelForCausalLM.from_config(known[run.model](**values))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--model_config: {error}") from error
+
+
+def parse_overrides(pairs: list[str], config: type[DecoderConfig]) -> dict[str, Any]:
+    """`name=value` pairs, values read as YAML, names checked against the config's fields."""
+    defaults = {f.name: f.default for f in fields(config)}
+    values = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise UsageError(f"--model_config: {pair!r} is not of the form name=value")
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, n=1)
+            raise UsageError(
+                f"--model_config: {config.__name__} has no field {name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        values[name] = yaml.safe_load(value)
+        number = isinstance(defaults[name], int | float)
+        if number and not isinstance(values[name], int | float):
+            raise UsageError(f"--model_config: {name} is {value!r}; a number or flag was expected")
+    return values
+
+
+def train(run: RunArguments, args: TrainingArguments) -> Result:
+    """Train, score on held-out documents, save, plot and sample. Prints as it goes."""
+    console = Console(highlight=False, soft_wrap=True)
+    folder = Path(args.output_dir)
+    tokenizer = load_tokenizer(run.tokenizer)
+    corpus = load_corpus(run.data, run.data_column, run.streaming)
+    blocks = make_blocks(corpus, tokenizer, run.seq_len)
+    torch.manual_seed(args.seed)
+    model = build_model(run, tokenizer)
+    resume_from = find_resume_point(run, folder)
+    parameters = model.num_parameters()
+    console.print(
+        f"model {run.model}: {parameters / 1e6:.2f}M parameters; data {corpus.name}: held out "
+        f"{len(corpus.held_out)} documents, {corpus.held_out_bytes() / 1e6:.2f} MB"
+    )
+    trainer, interruption = make_trainer(run, args, model, tokenizer, blocks, console)
+    run_trainer(trainer, interruption, resume_from)
+    if interruption.asked:
+        last = newest_whole(folder)
+        say(
+            f"stopped at step {trainer.state.global_step}; saved {last}. "
+            "The same command with --resume true goes on"
+        )
+        raise SystemExit(130)
+    trainer.save_model(str(folder))
+    result = finish(run, args, trainer, corpus, tokenizer, console)
+    (folder / "results.json").write_text(json.dumps(vars(result), indent=2) + "\n")
+    return result
+
+
+def find_resume_point(run: RunArguments, folder: Path) -> Path | None:
+    """The checkpoint to go on from; refuses to mix a new run into a folder that holds one."""
+    if run.resume:
+        return newest_whole(folder, warn=say)
+    if checkpoints(folder):
+        raise UsageError(
+            f"--output_dir: {folder} already holds checkpoints; add --resume to go on from them, "
+            "or choose "
+            "another folder"
+        )
+    return None
+
+
+def make_trainer(
+    run: RunArguments,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Any,
+    console: Console,
+) -> tuple[FlaTrainer, Interruption]:
+    """The Trainer with our callbacks in place of its printers."""
+    args.remove_unused_columns = False
+    args.logging_nan_inf_filter = False  # a loss that is no number must be seen, not averaged away
+    args.disable_tqdm = True
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False
+    transformers_logging.disable_progress_bar()
+    if "tensorboard" in args.report_to:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "logs"))
+    guard, progress = LossGuard(), LiveProgress(console)
+    interruption = Interruption(run.max_minutes, say)
+    trainer = FlaTrainer(
+        model,
+        args,
+        data_collator=collate,
+        train_dataset=blocks,
+        processing_class=tokenizer,
+        # progress comes first: what it adds to a log reaches TensorBoard with it
+        callbacks=[guard, interruption],
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.callback_handler.callbacks.insert(0, progress)
+    guard.trainer = progress.trainer = trainer
+    return trainer, interruption
+
+
+def run_trainer(trainer: FlaTrainer, interruption: Interruption, resume_from: Path | None) -> None:
+    """Train; name the last good checkpoint where the run breaks off."""
+    progress = next(c for c in trainer.callback_handler.callbacks if isinstance(c, LiveProgress))
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    except TrainingDiverged as error:
+        last = newest_whole(Path(trainer.args.output_dir))
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved"
+        raise TrainingDiverged(
+            f"{error}; {kept}. A smaller --learning_rate or --max_grad_norm may help"
+        ) from None
+    finally:
+        progress.stop()
+        interruption.restore()
+
+
+def evaluate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    length: int,
+    bucket: int | None = None,
+    console: Console | None = None,
+) -> Score:
+    """Score the held-out part of a corpus."""
+    rows = [torch.from_numpy(encode(tokenizer, text)).long() for text in corpus.held_out]
+    total = sum(len(row) - 1 for row in rows)
+    shown = console is not None and console.is_terminal
+    if not shown:
+        return score(model, rows, corpus.held_out_bytes(), length=length, bucket=bucket)
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("scoring held-out text", total=total)
+        return score(
+            model,
+            rows,
+            corpus.held_out_bytes(),
+            length=length,
+            bucket=bucket,
+            progress=lambda done: bar.update(task, completed=done),
+        )
+
+
+def sample(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int
+) -> str:
+    """A piece of generated text, prompt included."""
+    model.eval()
+    torch.manual_seed(seed)
+    ids = torch.from_numpy(encode(tokenizer, prompt)).long().unsqueeze(0).to(model.device)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.9,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def finish(
+    run: RunArguments,
+    args: TrainingArguments,
+    trainer: FlaTrainer,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> Result:
+    """Score, compare, plot, sample; prints what a newcomer wants to see."""
+    model: Any = trainer.model
+    folder = Path(args.output_dir)
+    scored = evaluate(model, tokenizer, corpus, run.seq_len, console=console)
+    packed = compressed_bits_per_byte(corpus.held_out)
+    table = Table(title=f"held-out text of {corpus.name}")
+    table.add_column("coder")
+    table.add_column("bits per byte", justify="right")
+    rows = {run.model: scored.bits_per_byte, **packed}
+    for name, bits in rows.items():
+        table.add_row(name, f"{bits:.3f}")
+    console.print(table)
+    history = trainer.state.log_history
+    plot_loss(history, folder / "loss.png", packed, byte_tokens=run.tokenizer == "byte")
+    text = sample(model, tokenizer, run.prompt, run.sample_tokens, args.seed)
+    console.print("a sample:", style="bold")
+    console.print(text, markup=False)
+    console.print(
+        f"\nmodel, tokenizer and results in {folder}\nloss curve {folder / 'loss.png'}\n"
+        f"TensorBoard: tensorboard --logdir {folder / 'logs'}\n"
+        f"more text: fla generate {folder} --prompt 'class '"
+    )
+    return Result(
+        bits_per_byte=scored.bits_per_byte,
+        perplexity=scored.perplexity,
+        compressed=packed,
+        steps=trainer.state.global_step,
+        tokens=trainer.state.global_step
+        * run.seq_len
+        * args.train_batch_size
+        * args.gradient_accumulation_steps
+        * args.world_size,
+        parameters=model.num_parameters(),
+        sample=text,
+    )
+
+
+def plot_loss(history: list[dict], path: Path, packed: dict[str, float], byte_tokens: bool) -> None:
+    """The loss curve as a PNG, in bits per byte beside the compressors where tokens are bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [(log["step"], log["loss"]) for log in history if "loss" in log]
+    if not rows:
+        return
+    steps, losses = zip(*rows, strict=True)
+    unit = math.log(2) if byte_tokens else 1.0
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=140)
+    axes.plot(steps, [loss / unit for loss in losses], linewidth=1.6, label="training loss")
+    if byte_tokens:
+        for (name, bits), style in zip(packed.items(), ("--", ":"), strict=True):
+            axes.axhline(
+                bits, color="grey", linestyle=style, linewidth=1, label=f"{name} on held-out text"
+            )
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per byte" if byte_tokens else "nats per token")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

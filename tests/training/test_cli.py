@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: MIT
+"""The `fla` command as users run it: train, kill, resume, generate, eval, doctor, and wrong input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+
+from fla import cli
+from fla.training.checkpoints import damage, newest_whole
+
+SMALL = [
+    "--model_config", "hidden_size=16", "num_hidden_layers=2", "num_heads=1", "head_dim=8", "intermediate_size=16",
+    "--seq_len", "32", "--per_device_train_batch_size", "2", "--sample_tokens", "8", "--warmup_steps", "0",
+    "--logging_steps", "1", "--save_steps", "4", "--max_steps", "8", "--use_cpu", "true",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(8):
+        (folder / f"{i}.py").write_text(
+            "".join(f"def f{j}(x):\n    return x + {i * j}\n" for j in range(40))
+        )
+    return str(folder)
+
+
+def train(text, folder, *flags):
+    return cli.main(["train", *SMALL, "--data", text, "--output_dir", str(folder), *flags])
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    assert train(text, folder) == 0
+    return folder
+
+
+def losses(folder):
+    state = json.loads((newest_whole(folder) / "trainer_state.json").read_text())
+    return {log["step"]: log["loss"] for log in state["log_history"] if "loss" in log}
+
+
+def test_a_run_leaves_everything_behind(trained):
+    result = json.loads((trained / "results.json").read_text())
+    assert result["steps"] == 8 and result["tokens"] == 8 * 64
+    assert 0 < result["bits_per_byte"] < 9 and set(result["compressed"]) == {"gzip -9", "xz -9"}
+    assert (trained / "loss.png").stat().st_size > 5000
+    assert (trained / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((trained / "logs").rglob("events.out.tfevents.*"))
+    assert set(losses(trained)) == set(range(1, 9))
+    model = AutoModelForCausalLM.from_pretrained(trained)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    ids = tokenizer("def ", return_tensors="pt", add_special_tokens=False).input_ids
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] <= 7
+
+
+def test_resumed_equals_uninterrupted(text, trained, tmp_path):
+    folder = tmp_path / "b"
+    shutil.copytree(trained, folder)
+    shutil.rmtree(folder / "checkpoint-8")
+    assert train(text, folder, "--resume", "true") == 0
+    assert losses(folder) == losses(trained)
+    for name, value in load_file(trained / "model.safetensors").items():
+        assert torch.equal(value, load_file(folder / "model.safetensors")[name]), name
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(text, trained, tmp_path, capsys):
+    folder = tmp_path / "b"
+    shutil.copytree(trained, folder)
+    weights = folder / "checkpoint-8" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert train(text, folder, "--resume", "true") == 0
+    assert "checkpoint-8 is damaged (model.safetensors cannot be read" in capsys.readouterr().err
+    assert losses(folder) == losses(trained)
+
+
+@pytest.mark.parametrize(
+    ("harm", "problem"),
+    [
+        (lambda p: (p / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (
+            lambda p: (p / "trainer_state.json").write_text("{"),
+            "trainer_state.json is not valid JSON",
+        ),
+        (lambda p: (p / "optimizer.pt").write_bytes(b"PK"), "optimizer.pt is cut short"),
+        (lambda p: (p / "model.safetensors").write_bytes(b""), "model.safetensors cannot be read"),
+    ],
+)
+def test_damage_is_recognised(trained, tmp_path, harm, problem):
+    copy = tmp_path / "checkpoint-8"
+    shutil.copytree(trained / "checkpoint-8", copy)
+    assert damage(copy) is None
+    harm(copy)
+    assert problem in damage(copy)
+
+
+def start(text, folder, *flags):
+    command = [
+        sys.executable,
+        "-m",
+        "fla.cli",
+        "train",
+        *SMALL,
+        "--data",
+        text,
+        "--output_dir",
+        str(folder),
+        *flags,
+    ]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def wait_for_checkpoint(folder, process):
+    deadline = time.monotonic() + 120
+    while newest_whole(Path(folder), warn=lambda m: None) is None:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_interrupted_then_resumed(text, tmp_path, how):
+    folder = tmp_path / "run"
+    process = start(text, folder, "--max_steps", "100000", "--save_steps", "5")
+    wait_for_checkpoint(folder, process)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=120)
+    if how == signal.SIGINT:
+        assert process.returncode == 130, errors
+        assert (
+            "stopping after this step" in errors
+            and "The same command with --resume true goes on" in errors
+        )
+    at = newest_whole(folder)
+    step = int(at.name.split("-")[1])
+    again = start(
+        text, folder, "--max_steps", str(step + 2), "--save_steps", "5", "--resume", "true"
+    )
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert f"step {step + 1}/{step + 2}" in output and "step 1/" not in output
+
+
+def test_a_time_budget_ends_the_run_with_a_result(text, tmp_path):
+    assert train(text, tmp_path / "r", "--max_steps", "100000", "--max_minutes", "0.02") == 0
+    result = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert (
+        0 < result["steps"] < 100000
+        and newest_whole(tmp_path / "r").name == f"checkpoint-{result['steps']}"
+    )
+
+
+@pytest.mark.parametrize("what", ["loss", "weights"])
+def test_a_run_that_breaks_stops_and_keeps_its_last_good_checkpoint(
+    what, text, tmp_path, capsys, monkeypatch
+):
+    """Poison the loss, or the weights behind a last finite loss, at step 4."""
+    original = Trainer.training_step
+
+    def poisoned(self, model, inputs, *args, **kwargs):
+        loss = original(self, model, inputs, *args, **kwargs)
+        if self.state.global_step < 3:
+            return loss
+        if what == "loss":
+            return loss * torch.nan
+        next(model.parameters()).grad.fill_(torch.nan)
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", poisoned)
+    assert train(text, tmp_path / "r", "--save_steps", "1", "--max_grad_norm", "0") == 1
+    message = capsys.readouterr().err
+    what = "the loss is not a number at" if what == "loss" else "the weights are not numbers after"
+    kept = newest_whole(tmp_path / "r")
+    assert f"{what} step 4; the last good checkpoint is {kept}" in message
+    assert kept.name == "checkpoint-3"
+    assert all(v.isfinite().all() for v in load_file(kept / "model.safetensors").values())
+
+
+def test_generate_streams_text(trained, capsys):
+    assert (
+        cli.main(
+            [
+                "generate",
+                str(trained),
+                "--prompt",
+                "def f",
+                "--max_new_tokens",
+                "12",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    sampled = capsys.readouterr().out
+    assert sampled.startswith("def f") and len(sampled) > 6
+    greedy = [
+        "generate",
+        str(trained),
+        "--temperature",
+        "0",
+        "--max_new_tokens",
+        "9",
+        "--device",
+        "cpu",
+    ]
+    assert cli.main(greedy) == 0
+    first = capsys.readouterr().out
+    assert cli.main(greedy) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_eval_scores_by_position(trained, text, capsys):
+    flags = ["--data", text, "--length", "32", "--bucket", "16", "--device", "cpu"]
+    assert cli.main(["eval", str(trained), *flags]) == 0
+    out = capsys.readouterr().out
+    result = json.loads((trained / "results.json").read_text())
+    for part in (
+        f"{result['bits_per_byte']:.4f}",
+        "perplexity at 0..15",
+        "perplexity at 16..31",
+        "gzip -9",
+    ):
+        assert part in out
+
+
+def test_doctor_tells_versions_operators_and_consumers(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "torch",
+        "chunk_gated_delta_rule",
+        "not triton: this version",
+        "qwen3_next",
+        "fla (fla.ops.gated_delta_rule",
+    ):
+        assert part in out
+
+
+def test_config_files_and_flags(text, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: delta_net\nmodel_config: [hidden_size=16, num_hidden_layers=1, num_heads=2]\ndata: {text}\n"
+        "seq_len: 32\nmax_steps: 3\nsample_tokens: 4\nuse_cpu: true\n"
+    )
+    folder = tmp_path / "r"
+    assert (
+        cli.main(["train", "--config", str(file), "--output_dir", str(folder), "--max_steps", "2"])
+        == 0
+    )
+    assert json.loads((folder / "results.json").read_text())["steps"] == 2
+    config = json.loads((folder / "config.json").read_text())
+    assert (
+        config["model_type"] == "delta_net"
+        and config["hidden_size"] == 16
+        and config["vocab_size"] == 259
+    )
+    assert cli.main(["train", "--config", str(file), "--output_dir", str(folder)]) == 2
+    assert "already holds checkpoints; add --resume" in capsys.readouterr().err
+
+
+def test_going_on_from_a_saved_model(text, trained, tmp_path):
+    flags = [
+        "--data",
+        text,
+        "--output_dir",
+        str(tmp_path / "r"),
+        "--model",
+        str(trained),
+        "--max_steps",
+        "1",
+    ]
+    assert cli.main(["train", *SMALL[SMALL.index("--seq_len") :], *flags]) == 0
+    assert train(text, tmp_path / "s", "--model", str(trained)) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["tran"], "'tran' is not a command"),
+        (["train", "--data", "/no/such/corpus"], "'/no/such/corpus' does not exist"),
+        (["train", "--data", "EMPTY"], "holds no text"),
+        (
+            ["train", "--data", "TEXT", "--model", "gated_delta_net"],
+            "did you mean 'gated_deltanet'? Registered: delta_net",
+        ),
+        (
+            ["train", "--data", "TEXT", "--model_config", "hiden_size=8"],
+            "no field 'hiden_size'; did you mean 'hidden_size'?",
+        ),
+        (
+            ["train", "--data", "TEXT", "--model_config", "hidden_size"],
+            "'hidden_size' is not of the form name=value",
+        ),
+        (["train", "--data", "TEXT", "--model_config", "num_heads=five"], "num_heads"),
+        (
+            ["train", "--data", "TEXT", "--tokenizer", "/no/tokenizer"],
+            "'/no/tokenizer' cannot be loaded",
+        ),
+        (["train", "--config", "/no/file.yaml"], "'/no/file.yaml' does not exist"),
+        (["train", "--config"], "--config needs a file"),
+        (["train", "--no_such_flag", "1"], "no_such_flag"),
+        (["generate", "/no/checkpoint"], "'/no/checkpoint' does not exist"),
+        (["eval", "EMPTY"], "has no config.json"),
+        (["generate", "HALF"], "is damaged: model.safetensors cannot be read"),
+        (["generate", "NOWEIGHTS"], "has no model.safetensors: it was not written to the end"),
+    ],
+)
+def test_wrong_usage_is_one_message_and_exit_code_2(argv, message, text, trained, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for name in ("half", "noweights"):
+        shutil.copytree(
+            trained, tmp_path / name, ignore=shutil.ignore_patterns("checkpoint-*", "logs")
+        )
+    weights = tmp_path / "half" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "noweights" / "model.safetensors").unlink()
+    places = {
+        "TEXT": text,
+        "EMPTY": str(tmp_path / "empty"),
+        "HALF": str(tmp_path / "half"),
+        "NOWEIGHTS": str(tmp_path / "noweights"),
+    }
+    argv = [places.get(a, a) for a in argv]
+    if argv[0] == "train":
+        argv += ["--output_dir", str(tmp_path / "out")]
+    try:
+        code = cli.main(argv)
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_and_entry_point():
+    out = subprocess.run(
+        [sys.executable, "-m", "fla.cli", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(verb in out for verb in ("train", "generate", "eval", "doctor"))
