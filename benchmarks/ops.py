@@ -102,10 +102,18 @@ def memory_probe(name: str, T: int) -> int:
     small = {n: t.requires_grad_() for n, t in inputs(128).items()}
     with_backward(implementations(small)[name], small)()
     x = {n: t.requires_grad_() for n, t in inputs(T).items()}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_memory("VmRSS")
     with_backward(implementations(x)[name], x)()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    return resident_memory("VmHWM") - before
+
+
+def resident_memory(which: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process in bytes; where there is no /proc, the peak."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith(which))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(lengths: list[int], repeats: int, console: Console) -> dict:

@@ -25,31 +25,35 @@ def check_shapes(op: str, **specs: tuple[Tensor | None, str]) -> dict[str, int]:
             raise ValueError(
                 f"{op}: {name} is a {type(tensor).__name__}; pass a torch.Tensor [{spec}]"
             )
-        axes = spec.split()
-        expected = " ".join(f"{a}={sizes[a]}" if a in sizes else a for a in axes)
-        got = f"{op}: {name} has shape {list(tensor.shape)}"
-        if tensor.dim() != len(axes):
+        axes, shape = spec.split(), tensor.shape
+        if len(shape) != len(axes):
             raise ValueError(
-                f"{got}, but {len(axes)} axes [{expected}] were expected; reshape {name} to that "
-                "layout"
+                f"{op}: {name} has shape {list(shape)}, but {len(axes)} axes "
+                f"[{_named(axes, sizes)}] were expected; reshape {name} to that layout"
             )
-        for axis, size in zip(axes, tensor.shape, strict=True):
-            if sizes.setdefault(axis, size) != size:
+        for axis, size in zip(axes, shape, strict=True):
+            if axis not in sizes:
+                sizes[axis], source[axis] = size, name
+            elif sizes[axis] != size:
                 raise ValueError(
-                    f"{got}, but [{expected}] was expected: {axis} is {sizes[axis]} in "
-                    f"{source[axis]}; "
+                    f"{op}: {name} has shape {list(shape)}, but [{_named(axes, sizes)}] was "
+                    f"expected: {axis} is {sizes[axis]} in {source[axis]}; "
                     f"pass {name} with {axis}={sizes[axis]}"
                 )
-            source.setdefault(axis, name)
     return sizes
+
+
+def _named(axes: list[str], sizes: dict[str, int]) -> str:
+    return " ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
 
 
 def check_same(op: str, *, dtype: bool = True, **tensors: Tensor | None) -> None:
     """Raise `ValueError` unless the tensors are floating point, on one device and, with
     `dtype`, of one dtype."""
-    present = {name: t for name, t in tensors.items() if t is not None}
-    first_name, first = next(iter(present.items()))
-    for name, t in present.items():
+    first_name, first = next((name, t) for name, t in tensors.items() if t is not None)
+    for name, t in tensors.items():
+        if t is None:
+            continue
         if not t.is_floating_point():
             raise ValueError(
                 f"{op}: {name} has dtype {t.dtype}; a floating-point tensor was expected"

@@ -83,6 +83,15 @@ class _Workspace:
             buffer = self._buffers[name] = self._like.new_empty(size)
         return buffer[:size].view(shape)
 
+    def constant(self, name: str, n: int) -> Tensor:
+        """`"eye"`, or `"above"`: -inf above the diagonal and 0 elsewhere; `[n, n]`, built once."""
+        key = f"{name} {n}"
+        if key not in self._buffers:
+            eye = torch.eye(n, dtype=self._like.dtype, device=self._like.device)
+            above = torch.full_like(eye, -torch.inf).triu_(1)
+            self._buffers[key] = eye if name == "eye" else above
+        return self._buffers[key]
+
     def load(self, name: str, x: Tensor, groups: int = 1) -> Tensor:
         """`[rows, C, H, D]` copied to `[R, C, D]`, each head repeated for its group of value
         heads."""
@@ -93,22 +102,29 @@ class _Workspace:
 
 
 class _Inputs:
-    """What one step reads: `qk` = [q; k] as `[R, 2C, K]`, normalised, with the inverse norms
-    per H head."""
+    """What one step reads: `qk` = [q; k] as `[R, 2C, K]`, times the inverse norms `[rows, H, C,
+    1]` if any."""
 
-    def __init__(self, ws: _Workspace, step: Step, q: Tensor, k: Tensor, groups: int, l2norm: bool):
+    def __init__(
+        self,
+        ws: _Workspace,
+        step: Step,
+        q: Tensor,
+        k: Tensor,
+        norms: tuple[Tensor | None, ...],
+        groups: int,
+    ):
         n, (heads, width) = step.size, q.shape[2:]
         rows = ws("qk", step.rows, heads, groups, 2 * n, width)
         self.norms: list[Tensor | None] = []
-        for x, half in ((q, rows[..., :n, :]), (k, rows[..., n:, :])):
-            x, norm = step.read(x).transpose(1, 2), None
-            if l2norm:
-                x = x.to(half.dtype)
-                norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-                norm = norm.square_().add_(L2_EPS).rsqrt_()
-                torch.mul(x.unsqueeze(2).expand_as(half), norm.unsqueeze(2), out=half)
+        halves = (rows[..., :n, :], rows[..., n:, :])
+        for x, norm, half in zip((q, k), norms, halves, strict=True):
+            x = step.read(x).transpose(1, 2).unsqueeze(2)
+            if norm is None:
+                half.copy_(x)
             else:
-                half.copy_(x.unsqueeze(2))
+                norm = step.read(norm).transpose(1, 2)
+                torch.mul(x.to(half.dtype).expand_as(half), norm.unsqueeze(2), out=half)
             self.norms.append(norm)
         self.by_head = rows
         self.qk = rows.view(-1, 2 * n, width)
@@ -142,16 +158,14 @@ class _Decay:
             lower = torch.ones(n, n, dtype=dtype, device=like.device).tril_()
             self.pair = torch.cat([lower, lower.tril(-1)]) if erase else lower
             return
-        # Summed in fp64 and kept as high + low: decays of -1e4 must not swallow the small ones
-        # beside them
-        G = step.read(g).mT.double().clamp(min=LOG_ZERO).cumsum(-1).flatten(0, 1)
+        G = step.read(g).mT.cumsum(-1).flatten(0, 1)  # fp64, kept as high + low
         high = G.to(dtype)
         low = (G - high).to(dtype)
-        above = torch.full((n, n), -torch.inf, dtype=dtype, device=like.device).triu_(1)
         self.pair = ws("pair", G.shape[0], 2 * n if erase else n, n)
         lower = self.pair[:, :n]
         torch.sub(high[:, :, None], high[:, None, :], out=lower)
-        lower.add_(low[:, :, None]).sub_(low[:, None, :]).add_(above).exp_()
+        lower.add_(low[:, :, None]).sub_(low[:, None, :])
+        lower.add_(ws.constant("above", n)).exp_()
         if erase:
             self.pair[:, n:] = lower
             self.pair[:, n:].diagonal(dim1=1, dim2=2).zero_()
@@ -160,6 +174,20 @@ class _Decay:
         self.leave = (G[:, -1:] - G).exp_().to(dtype).unsqueeze(-1)
         if erase:
             self.enter = torch.cat([self.enter, self.enter], 1)
+
+
+def _inverse_norms(q: Tensor, k: Tensor, l2norm: bool) -> tuple[Tensor | None, ...]:
+    """`1 / sqrt(sum(x^2) + eps)` of q and k, `[B, T, H, 1]`; None without l2norm."""
+    if not l2norm:
+        return None, None
+    dtype = compute_dtype(q.dtype)
+    norms = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype) for x in (q, k))
+    return tuple(x.square_().add_(L2_EPS).rsqrt_() for x in norms)
+
+
+def _clamped(g: Tensor | None) -> Tensor | None:
+    """g in fp64, where cumulative decays of -1e4 do not swallow the small ones beside them."""
+    return None if g is None else g.to(torch.float64).clamp(min=LOG_ZERO)
 
 
 def _scale_(x: Tensor, factor: Tensor | None) -> Tensor:
@@ -201,16 +229,17 @@ def _chunk(
         x[plan.chunks :].zero_()
     final = final.zero_() if initial_state is None else plan.sort(final.copy_(initial_state))
     heads, groups, erase = v.shape[2], v.shape[2] // q.shape[2], beta is not None
+    norms, decays = _inverse_norms(q, k, l2norm), _clamped(g)
     for step in plan.steps:
         S = final[: step.rows].view(-1, *final.shape[2:])
         chunks = slice(step.first, step.first + step.rows)
         if save:
             saved[0][chunks] = final[: step.rows]
-        inputs = _Inputs(ws, step, q, k, groups, l2norm)
+        inputs = _Inputs(ws, step, q, k, norms, groups)
         out, y, inverse = _step_forward(
             ws,
             inputs,
-            _Decay(ws, step, g, erase, final),
+            _Decay(ws, step, decays, erase, final),
             ws.load("values", step.read(v)),
             step.read(beta).mT.flatten(0, 1).unsqueeze(-1).to(final.dtype) if erase else None,
             S,
@@ -239,7 +268,7 @@ def _step_forward(
         system = torch.mul(scores[:, n:], b.mT, out=ws("system", R, n, n))
         # substitution, not a Neumann series: equal keys make the powers of B grow, their sum stays
         # small
-        eye = torch.eye(n, dtype=S.dtype, device=S.device).expand(R, n, n)
+        eye = ws.constant("eye", n).expand(R, n, n)
         inverse = torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
         y = torch.bmm(inverse, values.sub_(inter[:, n:]), out=ws("y", R, n, V))
         u = torch.mul(y, b, out=values)
@@ -288,9 +317,10 @@ def _chunk_backward(
         q.device.type, enabled=False
     )  # the caller's autocast is not for this arithmetic
     groups, erase = v.shape[2] // q.shape[2], beta is not None
+    norms, decays = _inverse_norms(q, k, l2norm), _clamped(g)
     for step in reversed(plan.steps):
         n, chunks = step.size, slice(step.first, step.first + step.rows)
-        inputs = _Inputs(ws, step, q, k, groups, l2norm)
+        inputs = _Inputs(ws, step, q, k, norms, groups)
         if erase:
             y = ws.load("y", ys[chunks, :, :n].transpose(1, 2))
             inverse = inverses[chunks, :, :n, :n].flatten(0, 1)
@@ -301,7 +331,7 @@ def _chunk_backward(
             grads = _step_backward(
                 ws,
                 inputs,
-                _Decay(ws, step, g, erase, dstate),
+                _Decay(ws, step, decays, erase, dstate),
                 ws.load("do", step.read(do)).mul_(scale),
                 states[chunks].flatten(0, 1),
                 dstate[: step.rows].view(-1, *dstate.shape[2:]),

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: MIT
+"""Examples in docstrings and in the README run; the README's table lists every operator."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fla
+from fla.ops.registry import OPS
+
+ROOT = Path(__file__).parents[2]
+MODULES = [m.name for m in pkgutil.walk_packages(fla.__path__, "fla.")]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    module = importlib.import_module(name)
+    torch.manual_seed(0)
+    result = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+def test_public_operators_have_an_example_or_name_one():
+    for op in OPS:
+        assert ">>>" in op.chunk.__doc__
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_readme_examples_run(code):
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_readme_lists_every_operator_and_names_files_that_exist():
+    for op in OPS:
+        assert f"(fla/ops/{op.name}.py)" in README
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    assert len(README.splitlines()) < 180
