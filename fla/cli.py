@@ -126,9 +126,9 @@ def generate(argv: list[str]) -> int:
     parser.add_argument("--prompt", default="def ", help="text to go on from")
     parser.add_argument("--max_new_tokens", type=int, default=300)
     parser.add_argument(
-        "--temperature", type=float, default=0.7, help="0 takes the likeliest token"
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
     )
-    parser.add_argument("--top_p", type=float, default=0.9)
+    parser.add_argument("--top_p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, ...; the best available by default")
     args = parser.parse_args(argv)

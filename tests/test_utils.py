@@ -14,7 +14,11 @@ def test_assert_close_accepts_close_and_rejects_the_rest():
     x = torch.randn(100)
     utils.assert_close("x", x, x + 1e-4 * torch.randn(100), 1e-3)
     utils.assert_close("x", torch.zeros(3), torch.full((3,), 1e-7), 1e-3)
-    for other, message in [(x * 1.1, "error ratio"), (x * torch.nan, "holds NaN"), (x[:5], "differ")]:
+    for other, message in [
+        (x * 1.1, "error ratio"),
+        (x * torch.nan, "holds NaN"),
+        (x[:5], "differ"),
+    ]:
         with pytest.raises(AssertionError, match=message):
             utils.assert_close("x", x, other, 1e-3)
     with pytest.raises(ValueError, match="would hide a miss"):
@@ -44,7 +48,7 @@ def test_input_guard_makes_tensors_contiguous():
 
 def test_facts_agree_with_torch_and_are_not_computed_at_import():
     assert utils.device == utils.get_available_device() == utils.device_name
-    assert utils.IS_NVIDIA == (torch.cuda.is_available() and torch.version.hip is None)
+    assert (torch.cuda.is_available() and torch.version.hip is None) == utils.IS_NVIDIA
     assert isinstance(utils.IS_NVIDIA_HOPPER, bool) and utils.is_amd == utils.IS_AMD
     assert utils.device_torch_lib is getattr(torch, utils.device)
     assert utils.check_pytorch_version("2.4") and not utils.check_pytorch_version("99.0")

@@ -142,7 +142,7 @@ class LiveProgress(TrainerCallback):
     def rates(self, state) -> tuple[float, float]:
         """(tokens per second, seconds left), of this run."""
         elapsed, done = time.monotonic() - self.begun, state.global_step - self.first
-        speed = self.trainer.tokens_done / max(elapsed, 1e-9)
+        speed = self.trainer.tokens_done * self.trainer.args.world_size / max(elapsed, 1e-9)
         return speed, elapsed / max(done, 1) * (state.max_steps - state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

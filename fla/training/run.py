@@ -132,9 +132,12 @@ def parse_overrides(pairs: list[str], config: type[DecoderConfig]) -> dict[str, 
     return values
 
 
-def train(run: RunArguments, args: TrainingArguments) -> Result:
-    """Train, score on held-out documents, save, plot and sample. Prints as it goes."""
-    console = Console(highlight=False, soft_wrap=True)
+def train(run: RunArguments, args: TrainingArguments) -> Result | None:
+    """Train, score on held-out documents, save, plot and sample. Prints as it goes; under
+    `torchrun` the first process
+    does what is not training, and the others return None.
+    """
+    console = Console(highlight=False, soft_wrap=True, quiet=args.process_index > 0)
     folder = Path(args.output_dir)
     tokenizer = load_tokenizer(run.tokenizer)
     corpus = load_corpus(run.data, run.data_column, run.streaming)
@@ -157,6 +160,8 @@ def train(run: RunArguments, args: TrainingArguments) -> Result:
         )
         raise SystemExit(130)
     trainer.save_model(str(folder))
+    if not trainer.is_world_process_zero():
+        return None
     result = finish(run, args, trainer, corpus, tokenizer, console)
     (folder / "results.json").write_text(json.dumps(vars(result), indent=2) + "\n")
     return result
@@ -266,8 +271,8 @@ def sample(
         attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,
         do_sample=True,
-        temperature=0.7,
-        top_p=0.9,
+        temperature=0.8,
+        top_p=0.95,
         pad_token_id=tokenizer.pad_token_id,
     )
     return str(tokenizer.decode(out[0], skip_special_tokens=True))

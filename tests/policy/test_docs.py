@@ -24,7 +24,9 @@ README = (ROOT / "README.md").read_text()
 def test_docstring_examples_run(name):
     module = importlib.import_module(name)
     torch.manual_seed(0)
-    result = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.NORMALIZE_WHITESPACE)
+    result = doctest.testmod(
+        module, extraglobs={"torch": torch}, optionflags=doctest.NORMALIZE_WHITESPACE
+    )
     assert result.failed == 0
 
 
