@@ -179,9 +179,12 @@ def plot(result: dict, path: Path) -> None:
         for name, style in (("fla", "o-"), ("transformers", "s--"), ("sdpa", "^:")):
             points = [(int(T), times[name] * 1e3) for T, times in result[kind].items()]
             axes.loglog(*zip(*points, strict=True), style, label=name)
+        lengths = [int(T) for T in result["forward"]]
+        axes.set_xticks(lengths, [f"{T:,}" for T in lengths], rotation=30)
+        axes.minorticks_off()
         axes.set_xlabel("tokens")
         axes.set_title("forward" if kind == "forward" else "forward + backward")
-        axes.grid(alpha=0.3, which="both")
+        axes.grid(alpha=0.3)
     both[0].set_ylabel("milliseconds")
     both[0].legend(frameon=False)
     figure.tight_layout()

@@ -38,8 +38,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def from_file(argv: list[str]) -> list[str]:
-    """Replace `--config FILE` (YAML or JSON, names as the flags) by its flags, before the
-    others so that these win."""
+    """Replace `--config FILE` (YAML or JSON, names as the flags) by its flags, before the others so
+    that these win.
+    """
     import yaml
 
     from fla.training.errors import UsageError
@@ -68,8 +69,9 @@ def from_file(argv: list[str]) -> list[str]:
 
 
 def train(argv: list[str]) -> int:
-    """`fla train`: every RunArguments and TrainingArguments flag; defaults fit a small run on
-    this machine."""
+    """`fla train`: every RunArguments and TrainingArguments flag; defaults fit a small run on this
+    machine.
+    """
     from transformers import HfArgumentParser, TrainingArguments
 
     from fla.training import run
@@ -199,7 +201,8 @@ def evaluate(argv: list[str]) -> int:
 
 def doctor(argv: list[str]) -> int:
     """`fla doctor`: versions, devices, what each operator would run and why, which transformers
-    models use us."""
+    models use us.
+    """
     argparse.ArgumentParser(prog="fla doctor", description=doctor.__doc__).parse_args(argv)
     import platform
     from importlib.metadata import PackageNotFoundError, version

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Device facts and numeric checks under the names users know. Facts are computed when asked for,
-never at import."""
+never at import.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +60,7 @@ def input_guard(
     fn: Callable | None = None, *, no_guard_contiguous: bool | list[str] = False
 ) -> Callable:
     """Decorator: tensor arguments are made contiguous (none with True, all but the named with a
-    list), and the
-    call runs on the device of the first tensor.
+    list), and the call runs on the device of the first tensor.
     """
     if fn is None:
         return functools.partial(input_guard, no_guard_contiguous=no_guard_contiguous)
@@ -90,8 +90,7 @@ contiguous = input_guard
 
 def tensor_cache(fn: Callable) -> Callable:
     """Decorator kept for its name: calls are not remembered, since a memo keyed by identity goes
-    stale when a tensor
-    is changed in place.
+    stale when a tensor is changed in place.
     """
     return fn
 

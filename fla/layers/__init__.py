@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Token mixers: projections and gates around an operator. Padding, boundaries and the cache are
-`mixer.py`'s."""
+`mixer.py`'s.
+"""
 
 from fla._lazy import lazy_names
 

@@ -99,8 +99,9 @@ class Attention(Mixer):
         )
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Tokens of whole sequences; with a window in blocks of its size, so cost stays linear
-        in the length."""
+        """Tokens of whole sequences; with a window in blocks of its size, so cost stays linear in
+        the length.
+        """
         T, window = q.shape[1], self.window_size
         if window is None or window >= T:
             return self._attend(q, k, v, is_causal=True)
@@ -143,8 +144,9 @@ class Attention(Mixer):
     def _visible_by_position(
         self, layout: SequenceLayout, real: Tensor | None, keys: int
     ) -> Tensor:
-        """`[B, 1, T, keys]`: the cache keeps a row's real keys at its end, so their positions
-        count back from there."""
+        """`[B, 1, T, keys]`: the cache keeps a row's real keys at its end, so their positions count
+        back from there.
+        """
         positions = layout.unpack(layout.positions().unsqueeze(-1)).squeeze(-1)
         now = layout.length if real is None else real.sum(1)
         seen = torch.as_tensor(layout.starts + now, device=positions.device).view(-1, 1)

@@ -21,8 +21,7 @@ class DeltaNet(RecurrentMixer):
     """The delta rule between projections, on `[B, T, hidden_size]`.
 
         q, k = norm(act(conv(W x)))        v = silu(conv(W_v x))        beta = sigmoid(W_b x)
-        o = W_o rms_norm(delta_rule(q, k, v, beta))                     times silu(W_g x) with
-        use_gate
+        o = W_o rms_norm(delta_rule(q, k, v, beta))             (times silu(W_g x) with use_gate)
 
     qk_activation is silu, relu, elu (plus 1) or identity; qk_norm is "l2" or "sum" (divide by the
     sum of entries).

@@ -16,8 +16,9 @@ from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gat
 class GatedDeltaNet(RecurrentMixer):
     """The gated delta rule between projections, on `[B, T, hidden_size]`.
 
-        q, k, v = silu(conv(W x))        beta = sigmoid(W_b x)        g = -exp(A_log) softplus(W_a x
-        + dt_bias) o = W_o (rms_norm(gated_delta_rule(q/|q|, k/|k|, v, g, beta)) * silu(W_g x))
+        q, k, v = silu(conv(W x))
+        beta = sigmoid(W_b x)        g = -exp(A_log) softplus(W_a x + dt_bias)
+        o = W_o (rms_norm(gated_delta_rule(q/|q|, k/|k|, v, g, beta)) * silu(W_g x))
 
     q and k have num_heads heads of head_dim, v has num_v_heads of head_dim * expand_v.
     `allow_neg_eigval` doubles beta.

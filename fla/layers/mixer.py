@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What every token mixer shares: the forward protocol, padding and boundaries, and its place in
-the cache."""
+"""What every token mixer shares: the forward protocol, padding and boundaries, and its place in the
+cache.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from fla.ops.engine.layout import SequenceLayout
 
 @dataclass
 class State:
-    """What a recurrent mixer carries from one call to the next: inputs of its convolutions and
-    the recurrence."""
+    """What a recurrent mixer carries from one call to the next: inputs of its convolutions and the
+    recurrence.
+    """
 
     recurrent: Tensor
     conv: tuple[Tensor, ...] = ()
@@ -46,8 +48,7 @@ class Mixer(nn.Module):
     @classmethod
     def from_config(cls, config: Any, layer_idx: int) -> Mixer:
         """Build from a model config: constructor arguments take the config fields of the same name,
-        `mode` takes
-        `attn_mode`.
+        `mode` takes `attn_mode`.
         """
         names = inspect.signature(cls).parameters
         values = {name: getattr(config, name) for name in names if hasattr(config, name)}
@@ -66,8 +67,7 @@ class Mixer(nn.Module):
         layout: SequenceLayout | None = None,
     ) -> tuple[Tensor, None, StateCache | None]:
         """Returns (o, None, past_key_values). attention_mask `[B, T]` (or `[B, past + T]` under a
-        cache), 1 for real
-        tokens on any side; cu_seqlens bounds packed sequences.
+        cache), 1 for real tokens on any side; cu_seqlens bounds packed sequences.
         """
         name = type(self).__name__
         if output_attentions:

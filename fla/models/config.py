@@ -106,8 +106,7 @@ class DecoderConfig(PretrainedConfig):
 
     def attention_spec(self, layer_idx: int) -> dict[str, Any]:
         """The arguments of the `Attention` at a layer: from the `attn` entry that names it, else
-        the only entry, else
-        the config's own fields.
+        the only entry, else the config's own fields.
         """
         specs = self._specs()
         named = [spec for spec in specs if layer_idx in spec.get("layers", ())]

@@ -35,8 +35,7 @@ IGNORE = -100
 
 
 class Block(GradientCheckpointingLayer):
-    """`h + attn(attn_norm(h))`, then `h + mlp(mlp_norm(h))`; the mixer is what `layer_types`
-    says."""
+    """`h + attn(attn_norm(h))`, then `h + mlp(mlp_norm(h))`; `layer_types` names the mixer."""
 
     def __init__(self, config: DecoderConfig, layer_idx: int):
         super().__init__()
@@ -157,17 +156,22 @@ class DecoderModel(DecoderPreTrainedModel):
                 "output_attentions is not supported: linear attention forms no attention matrix"
             )
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = (
-            (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        )
-        cache = self._cache(past_key_values, use_cache)
+        self._check_cache(past_key_values)
         if layout is None:
-            layout = self.resolve_layout(hidden, attention_mask, cu_seqlens, position_ids, cache)
-        if cache is not None and layout.packed and not layout.padded:
+            layout = self.resolve_layout(
+                hidden, attention_mask, cu_seqlens, position_ids, past_key_values
+            )
+        rows = not layout.packed or layout.padded  # packed sequences have no rows to cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and rows
+        if (use_cache or past_key_values is not None) and not rows:
             raise ValueError(
                 "packed sequences have no cache; pass use_cache=False, or a padded batch with "
                 "attention_mask"
             )
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = Cache(config=self.config)
         hidden = layout.pack(hidden)
         collected = [hidden] if output_hidden_states else None
         for block in self.layers:
@@ -183,16 +187,14 @@ class DecoderModel(DecoderPreTrainedModel):
         output = BaseModelOutputWithPast(hidden, cache if use_cache else None, states)
         return output if return_dict or return_dict is None else output.to_tuple()
 
-    def _cache(self, cache: Cache | None, use_cache: bool) -> Cache | None:
-        if cache is None:
-            return Cache(config=self.config) if use_cache else None
-        if not isinstance(cache, Cache):
+    @staticmethod
+    def _check_cache(cache: Cache | None) -> None:
+        if cache is not None and not isinstance(cache, Cache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; pass a "
-                "fla.models.utils.Cache(config=model.config), "
-                "which also keeps recurrent states and counts tokens"
+                f"past_key_values is a {type(cache).__name__}; pass "
+                "fla.models.utils.Cache(config=model.config), which also keeps recurrent states "
+                "and counts tokens"
             )
-        return cache
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
@@ -257,6 +259,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         `fuse_linear_cross_entropy` and labels, logits is None.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        self.model._check_cache(past_key_values)
         if tokens is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         layout = self.resolve_layout(
@@ -284,7 +287,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         self, hidden: Tensor, labels: Tensor, layout: SequenceLayout
     ) -> tuple[Tensor, Tensor | None]:
         """(loss, logits where they were formed). Each token is scored on the next one of its own
-        sequence."""
+        sequence.
+        """
         if labels.shape != (layout.batch, layout.length):
             raise ValueError(
                 f"labels has shape {list(labels.shape)}; expected [B={layout.batch}, "

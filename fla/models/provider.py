@@ -97,9 +97,8 @@ def packed_causal_conv1d(
     **_unrelated: Any,
 ) -> Tensor:
     """transformers' `causal_conv1d_fn` on `[B, D, T]` with boundaries: `cu_seq_lens_q`, or
-    `seq_idx` `[1, T]` that changes
-    where a sequence starts. Other keyword arguments belong to other layers: transformers hands all
-    of them to each.
+    `seq_idx` `[1, T]` that changes where a sequence starts. Other keyword arguments belong to other
+    layers: transformers hands all of them to each.
     """
     if cu_seq_lens_q is None and seq_idx is not None:
         starts = seq_idx.flatten().diff().ne(0).nonzero().flatten() + 1
@@ -118,9 +117,8 @@ def packed_causal_conv1d(
 @contextmanager
 def packed_convolution() -> Iterator[list[str]]:
     """Inside the block, transformers' Qwen3-Next, Qwen3.5 and OLMo-Hybrid convolve with
-    `packed_causal_conv1d`, so that
-    packed sequences (`cu_seq_lens_q=` on the model's call) stay apart in convolution and recurrence
-    alike. Yields the models changed.
+    `packed_causal_conv1d`, so that packed sequences (`cu_seq_lens_q=` on the model's call) stay
+    apart in convolution and recurrence alike. Yields the models changed.
     """
     changed: dict[str, Any] = {}
     for model in CONSUMERS:

@@ -8,8 +8,9 @@ from fla.models.decoder import DecoderForCausalLM, DecoderModel, register
 
 
 class TransformerConfig(DecoderConfig):
-    """`DecoderConfig` with the arguments of `fla.layers.Attention`; `window_size` makes every
-    layer a sliding one."""
+    """`DecoderConfig` with the arguments of `fla.layers.Attention`; `window_size` makes every layer
+    a sliding one.
+    """
 
     model_type = "transformer"
     default_layer_type: ClassVar[str] = "full_attention"

@@ -14,8 +14,7 @@ from fla.layers.mixer import State
 
 
 class RecurrentLayer(LinearAttentionLayer):
-    """One recurrent mixer's `State`, in the containers transformers reorders, resets and
-    offloads."""
+    """One recurrent mixer's `State`, where transformers reorders, resets and offloads it."""
 
     is_compileable = False  # the state is replaced, not overwritten in place
 
@@ -123,9 +122,8 @@ class Cache(DynamicCache):
         self, keys: Tensor, values: Tensor, layer_idx: int, real: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Add keys and values `[B, H, T, D]` of an attention layer, of which `real` `[B, T]` are
-        not padding; returns
-        all that a query may look at. Padding is moved to the front of its row, so that the real
-        keys of a row are its last ones and a window holds real keys only.
+        not padding; returns all that a query may look at. Padding is moved to the front of its row,
+        so that the real keys of a row are its last ones and a window holds real keys only.
         """
         keys, values = self.update(keys, values, layer_idx)
         if real is None:
@@ -146,7 +144,8 @@ class Cache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens (a number <= 0, as in transformers); not with
-        recurrent layers."""
+        recurrent layers.
+        """
         for layer in self.layers:
             layer.crop(tokens_to_remove)
         self.seen_tokens += tokens_to_remove

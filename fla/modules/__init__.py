@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Building blocks: norms, short convolution, rotary embedding, MLP, losses. Plain torch, on any
-device."""
+device.
+"""
 
 from fla._lazy import lazy_names
 

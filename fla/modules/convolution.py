@@ -81,7 +81,8 @@ def causal_conv1d(
 
 def _slots(cu_seqlens: Tensor, T: int, W: int) -> tuple[Tensor, Tensor]:
     """Where each token lies once W slots precede every sequence, and where each sequence ends
-    there."""
+    there.
+    """
     N = cu_seqlens.shape[0] - 1
     owner = torch.arange(N, device=cu_seqlens.device).repeat_interleave(
         cu_seqlens.diff(), output_size=T
@@ -153,8 +154,8 @@ class ShortConvolution(nn.Conv1d):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x `[B, T, D]`; mask `[B, T]` reads masked tokens as zero (they stay in place: to drop
-        padding altogether
-        pack it with `SequenceLayout`)."""
+        padding altogether pack it with `SequenceLayout`).
+        """
         if mask is not None:
             if cu_seqlens is not None:
                 raise ValueError(

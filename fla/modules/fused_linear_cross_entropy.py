@@ -5,9 +5,9 @@ exist.
     logits = x W^T + b,  then the loss of `fused_cross_entropy.py`
 
 Each chunk's logits are turned into gradients at once and forgotten, so memory is one chunk of
-logits, in the forward as in the backward. With p = softmax(z) and y the smoothed target, `dz = p -
-y + 2 zw lse(z) p`, taken through the soft cap (`1 - (z/cap)^2`) and the scale. l2warp (RWKV) adds
-`factor * max(z) / M` to the gradient of each row's largest logit.
+logits, in the forward as in the backward. With p = softmax(z) and y the smoothed target,
+`dz = p - y + 2 zw lse(z) p`, taken through the soft cap (`1 - (z/cap)^2`) and the scale.
+l2warp (RWKV) adds `factor * max(z) / M` to the gradient of each row's largest logit.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,8 @@ class LinearLoss:
 
     def rows(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Summed loss of one chunk and the gradient of its logits `[rows, V]` (which are
-        overwritten)."""
+        overwritten).
+        """
         V = logits.shape[-1]
         z = shape_logits(logits, self.logit_scale, self.logit_softcapping)
         kept = (target != self.ignore_index).unsqueeze(-1)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """RMSNorm with an output gate: `y = rms_norm(x + residual) * act(g)`, computed in fp32 for lower
-dtypes."""
+dtypes.
+"""
 
 from collections.abc import Callable
 

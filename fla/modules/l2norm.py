@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""L2 norm: `y = x / sqrt(sum(x^2) + eps)` over the last axis; finite, with a finite gradient,
-at x = 0."""
+"""L2 norm: `y = x / sqrt(sum(x^2) + eps)` over the last axis; finite, with a finite gradient, at x
+= 0.
+"""
 
 import torch
 import torch.nn as nn

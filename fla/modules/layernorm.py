@@ -26,8 +26,9 @@ def layer_norm(
     residual_in_fp32: bool = False,
     is_rms_norm: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`norm(x + residual)`; see the module's equation. `residual_in_fp32` adds and returns the
-    sum in fp32."""
+    """`norm(x + residual)`; see the module's equation. `residual_in_fp32` adds and returns the sum
+    in fp32.
+    """
     total = x
     if residual is not None:
         total = residual.float() + x if residual_in_fp32 else x + residual

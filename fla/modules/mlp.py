@@ -17,8 +17,7 @@ def intermediate_width(hidden_size: int, hidden_ratio: float | None) -> int:
 
 class GatedMLP(nn.Module):
     """SwiGLU MLP on `[..., hidden_size]`. `fuse_swiglu` recomputes the gated product in the
-    backward instead of
-    storing it.
+    backward instead of storing it.
 
     Example:
         >>> import torch

@@ -2,7 +2,7 @@
 """Rotary position embedding: Su et al. (2021), arXiv:2104.09864; with `scale_base` the xPos form,
 arXiv:2212.10554.
 
-    angle_{t,i} = t * base^(-2i/R)        (x_i, x_{i+R/2}) <- rotate by angle_{t,i}        i < R/2
+    angle_{t,i} = t * base^(-2i/R)      (x_i, x_{i+R/2}) <- rotated by angle_{t,i}      i < R/2
 
 `interleaved` pairs neighbours (x_{2i}, x_{2i+1}) instead of halves. Angles are computed in fp32
 from the positions at every call: nothing is cached, so nothing goes stale and meta-device
@@ -17,8 +17,7 @@ from fla.ops.engine.layout import SequenceLayout
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotate the first R channels of x `[B, T, H, D]` by angles with cos, sin `[B or 1, T,
-    R/2]`."""
+    """Rotate the first R channels of x `[B, T, H, D]` by angles of cos, sin `[B or 1, T, R/2]`."""
     half = cos.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
@@ -64,8 +63,7 @@ class RotaryEmbedding(nn.Module):
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Positions are `positions` `[B or 1, T]` where given; else they count from `seqlen_offset`
-        (an int, or one per
-        sequence) in every row, or in every sequence of `cu_seqlens`.
+        (an int, or one per sequence) in every row, or in every sequence of `cu_seqlens`.
         """
         if positions is None:
             layout = SequenceLayout.resolve(q.shape[0], q.shape[1], cu_seqlens=cu_seqlens)

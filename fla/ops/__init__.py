@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Operators: functions on tensors, one page per operator (`fla/ops/<op>.py`), on one engine
-(`fla/ops/engine`)."""
+(`fla/ops/engine`).
+"""
 
 from fla._lazy import lazy_names
 

@@ -14,8 +14,9 @@ arXiv:2102.11174; in parallel over the sequence: Yang et al. (2024), arXiv:2406.
 | S_0, S_T | `initial_state`, result | `[N, HV, K, V]` fp32 |
 
 Numerics: the triangular system of a chunk is solved by substitution in fp32; it is well behaved for
-`beta |k|^2 <= 2` and grows without bound beyond. On the one equation: no decay, a = -beta k, b = k,
-written k and beta v.
+`beta |k|^2 <= 2` and grows without bound beyond.
+
+On the one equation: no decay, a = -beta k, b = k, written k and beta v.
 """
 
 import torch
@@ -64,8 +65,7 @@ def delta_rule_recurrence(
 def delta_rule_chunkwise(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, chunk_size: int = 32
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence's chunk form on head-first tensors; returns (o `[B, H, T, V]`, final
-    state)."""
+    """The recurrence's chunk form on head-first tensors; (o `[B, H, T, V]`, final state)."""
     q, k, v, beta = (x.transpose(1, 2) for x in (q, k, v, beta[..., None]))
     o, S = chunk_form(
         q, k, beta * v, None, -beta * k, k, scale=q.shape[-1] ** -0.5, chunk_size=chunk_size
@@ -74,8 +74,9 @@ def delta_rule_chunkwise(
 
 
 def delta_rule_parallel(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix the rule implies, head-first: `A = tril(scale q k^T) (I + strict(beta k
-    k^T))^{-1} beta`, (o = A v, A)."""
+    """The matrix the rule implies, head-first: `A = tril(scale q k^T) (I + strict(beta k k^T))^{-1}
+    beta`, (o = A v, A).
+    """
     keys = k * beta[..., None]
     system = (keys @ k.mT).tril(-1)
     scores = (q @ k.mT * q.shape[-1] ** -0.5).tril()

@@ -14,11 +14,12 @@ Yang, Kautz, Hatamizadeh (2024), *Gated Delta Networks*, arXiv:2412.06464.
 | beta | `beta` | `[B, T, HV]` in [0, 1] or [0, 2]; recurrent also `[B, T, HV, V]` |
 | S_0, S_T | `initial_state`, result | `[N, HV, K, V]` fp32 (`[N, HV, V, K]` with `state_v_first`) |
 
-In-kernel gates: `g <- -exp(A_log) softplus(g + dt_bias)` with `use_gate_in_kernel`; `beta <-
-sigmoid(beta)`, doubled by `allow_neg_eigval`, with `use_beta_sigmoid_in_kernel`. Absent g is 0,
-absent beta is 1.
+In-kernel gates: `g <- -exp(A_log) softplus(g + dt_bias)` with `use_gate_in_kernel`, and
+`beta <- sigmoid(beta)`, doubled by `allow_neg_eigval`, with `use_beta_sigmoid_in_kernel`.
+Absent g is 0, absent beta is 1.
 
 Numerics: as `simple_gla` for the decay and `delta_rule` for the solve.
+
 On the one equation: scalar decay, a = -beta k, b = exp(g) k, written k and beta v.
 """
 
@@ -159,8 +160,8 @@ def chunk_gated_delta_rule(
     Example:
         >>> q, k, v = torch.randn(3, 1, 100, 2, 16).unbind()
         >>> g, beta = -torch.rand(1, 100, 2), torch.rand(1, 100, 2)
-        >>> o, state = chunk_gated_delta_rule(q, k, v, g, beta, output_final_state=True,
-        use_qk_l2norm_in_kernel=True)
+        >>> options = dict(output_final_state=True, use_qk_l2norm_in_kernel=True)
+        >>> o, state = chunk_gated_delta_rule(q, k, v, g, beta, **options)
         >>> o.shape, state.shape
         (torch.Size([1, 100, 2, 16]), torch.Size([1, 2, 16, 16]))
     """
@@ -222,8 +223,7 @@ def fused_recurrent_gated_delta_rule(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gated delta rule token by token, with further log decays `gk [B, T, HV, K]` on the rows
-    of the state and
-    `gv [B, T, HV, V]` on its columns. Differentiable.
+    of the state and `gv [B, T, HV, V]` on its columns. Differentiable.
     """
     op = "fused_recurrent_gated_delta_rule"
     g, beta = _gates(

@@ -4,8 +4,7 @@ r"""# Linear attention
 Katharopoulos, Vyas, Pappas, Fleuret (2020), *Transformers are RNNs*, arXiv:2006.16236.
 
     S_t = S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
-    z_t = z_{t-1} + k_t              o_t <- o_t / (scale * q_t . z_t + 1e-10)          with
-    normalize
+    z_t = z_{t-1} + k_t              o_t <- o_t / (scale * q_t . z_t + 1e-10)   with normalize
 
 | symbol | argument | shape |
 |---|---|---|

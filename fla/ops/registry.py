@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""OPS: the one list that tests, benchmarks and docs are made from. A new operator is its page
-and a line here."""
+"""OPS: the one list that tests, benchmarks and docs are made from. A new operator is its page and a
+line here.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,11 +24,9 @@ class OpCase:
         name: the page, `fla/ops/<name>.py`.
         title: the operator in words; paper: its source.
         chunk, token, naive: the public functions (`naive` is the page's literal loop).
-        gates: names and kinds of the gates beside q, k, v: "decay" (log, <= 0) or "beta" (in [0,
-        2]).
+        gates: gates beside q, k, v by kind: "decay" (log, <= 0) or "beta" (in [0, 2]).
         fixed: keyword arguments that every call of chunk and token passes.
-        on_equation: inputs to the arguments (g, a, b, k, v) of the recurrence in
-        `engine/recurrence.py`.
+        on_equation: inputs to the arguments g, a, b, k, v of `engine/recurrence.py`.
     """
 
     name: str

@@ -15,7 +15,9 @@ also the recurrence of RetNet (constant decay) and of Mamba-2 (arXiv:2405.21060)
 | S_0, S_T | `initial_state`, result | `[N, HV, K, V]` fp32 (`[N, HV, V, K]` with `state_v_first`) |
 
 Numerics: cumulative decays are summed in fp64 and subtracted before the exponential, so nothing
-overflows and a reset (-inf) leaves no trace. On the one equation: scalar decay, no erase.
+overflows and a reset (-inf) leaves no trace.
+
+On the one equation: scalar decay, no erase.
 """
 
 import torch
@@ -51,7 +53,8 @@ def naive_parallel_simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """The whole matrix at once: `A_ij = scale q_i . k_j exp(G_i - G_j)` for i >= j, `o = A v`.
-    Returns (o, A [B, H, T, T])."""
+    Returns (o, A [B, H, T, T]).
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     A = torch.einsum("bihk,bjhk->bhij", q, k) * scale
     if g is not None:
@@ -214,7 +217,8 @@ def parallel_simple_gla(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Simple GLA with its attention matrix `[B, H, T, T]`, returned where `output_attentions`;
-    without, the chunk form runs."""
+    without, the chunk form runs.
+    """
     o, _ = chunk_simple_gla(
         q,
         k,

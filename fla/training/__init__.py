@@ -1,3 +1,4 @@
 # SPDX-License-Identifier: MIT
-"""Training: text in, packed tokens with boundaries, transformers' Trainer, checkpoints that
-survive a kill."""
+"""Training: text in, packed tokens with boundaries, transformers' Trainer, checkpoints that survive
+a kill.
+"""

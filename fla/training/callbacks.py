@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the user sees of a run, and what ends it early: progress, interruption, a time budget, a
-loss that is no number."""
+loss that is no number.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +20,8 @@ from fla.training.errors import TrainingDiverged
 
 class FlaTrainer(Trainer):
     """transformers' Trainer that watches the loss and counts tokens. A loss that is no number is
-    noticed at the step
-    it appears on a CPU; on an accelerator before the next checkpoint, so that no step waits for
-    the device.
+    noticed at the step it appears on a CPU; on an accelerator before the next checkpoint, so that
+    no step waits for the device.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -67,8 +67,7 @@ class LossGuard(TrainerCallback):
 
 class Interruption(TrainerCallback):
     """Ctrl-C and SIGTERM finish the step, save a checkpoint and stop; a second Ctrl-C stops at
-    once. `max_minutes` ends
-    a run the same way.
+    once. `max_minutes` ends a run the same way.
     """
 
     def __init__(self, max_minutes: float | None, say):
@@ -107,8 +106,9 @@ class Interruption(TrainerCallback):
 
 
 class LiveProgress(TrainerCallback):
-    """A bar with loss, tokens per second and time left; one line per log where the output is
-    not a terminal."""
+    """A bar with loss, tokens per second and time left; one line per log where the output is not a
+    terminal.
+    """
 
     def __init__(self, console: Console):
         self.console = console

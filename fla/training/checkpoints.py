@@ -48,8 +48,7 @@ def damage(path: Path) -> str | None:
 
 def broken_weights(file: Path) -> str | None:
     """Why a safetensors file cannot be read, or None where it can. The header holds every offset,
-    so a file that was
-    cut short is found without reading it.
+    so a file that was cut short is found without reading it.
     """
     try:
         with safe_open(file, framework="pt") as weights:
@@ -60,8 +59,7 @@ def broken_weights(file: Path) -> str | None:
 
 
 def newest_whole(folder: Path, warn=print) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named through `warn` and passed
-    over."""
+    """The newest whole checkpoint; damaged ones are named through `warn` and passed over."""
     for path in checkpoints(folder):
         problem = damage(path)
         if problem is None:

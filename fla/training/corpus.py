@@ -25,8 +25,7 @@ TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet
 
 @dataclass
 class Corpus:
-    """Training documents (a list, or an iterable that is read on the fly) and held-out
-    documents."""
+    """Training documents (a list, or an iterable read on the fly) and held-out documents."""
 
     name: str
     train: Iterable[str]
@@ -42,8 +41,8 @@ class Corpus:
 
 def load_corpus(source: str, column: str = "text", streaming: bool = False) -> Corpus:
     """`"stdlib"`, a text file, a table (.json, .jsonl, .csv, .parquet), a folder of text files, or
-    `"hf:NAME"` or
-    `"hf:NAME::CONFIG"` for a Hugging Face dataset; raises `UsageError` where nothing is there.
+    `"hf:NAME"` or `"hf:NAME::CONFIG"` for a Hugging Face dataset; raises `UsageError` where nothing
+    is there.
     """
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -70,8 +69,9 @@ def load_corpus(source: str, column: str = "text", streaming: bool = False) -> C
 
 
 def split(name: str, documents: dict[str, str]) -> Corpus:
-    """Hold out about a twentieth of the text in whole documents, at least one; a single
-    document is cut instead."""
+    """Hold out about a twentieth of the text in whole documents, at least one; a single document is
+    cut instead.
+    """
     documents = {key: text for key, text in documents.items() if text}
     if not documents:
         raise UsageError(f"--data: {name!r} holds no text; every file is empty or not UTF-8")
@@ -93,8 +93,7 @@ def split(name: str, documents: dict[str, str]) -> Corpus:
 
 
 def _read_files(root: Path, files: list[Path]) -> dict[str, str]:
-    """Text by path; files that are not UTF-8 are left out, and so are tests and installed
-    packages."""
+    """Text by path, without files that are not UTF-8, tests and installed packages."""
     documents = {}
     for path in files:
         relative = path.relative_to(root) if path != root else Path(path.name)
@@ -148,7 +147,8 @@ class _Column:
 
 def compressed_bits_per_byte(documents: list[str]) -> dict[str, float]:
     """What gzip -9 and xz -9 make of the concatenated documents, in bits per byte: the floor a
-    model should beat."""
+    model should beat.
+    """
     data = "".join(documents).encode()
     sizes = {
         "gzip -9": len(gzip.compress(data, 9)),

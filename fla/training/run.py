@@ -31,7 +31,7 @@ from fla.training.callbacks import FlaTrainer, Interruption, LiveProgress, LossG
 from fla.training.checkpoints import checkpoints, newest_whole
 from fla.training.corpus import Corpus, compressed_bits_per_byte, load_corpus
 from fla.training.errors import TrainingDiverged, UsageError
-from fla.training.tokens import collate, encode, load_tokenizer, make_blocks
+from fla.training.tokens import TokenBlocks, collate, encode, load_tokenizer, make_blocks
 
 
 @dataclass
@@ -134,14 +134,16 @@ def parse_overrides(pairs: list[str], config: type[DecoderConfig]) -> dict[str, 
 
 def train(run: RunArguments, args: TrainingArguments) -> Result | None:
     """Train, score on held-out documents, save, plot and sample. Prints as it goes; under
-    `torchrun` the first process
-    does what is not training, and the others return None.
+    `torchrun` the first process does what is not training, and the others return None.
     """
     console = Console(highlight=False, soft_wrap=True, quiet=args.process_index > 0)
     folder = Path(args.output_dir)
     tokenizer = load_tokenizer(run.tokenizer)
     corpus = load_corpus(run.data, run.data_column, run.streaming)
     blocks = make_blocks(corpus, tokenizer, run.seq_len)
+    held_out = None
+    if args.eval_strategy != "no":
+        held_out = TokenBlocks(corpus.held_out, tokenizer, run.seq_len)
     torch.manual_seed(args.seed)
     model = build_model(run, tokenizer)
     resume_from = find_resume_point(run, folder)
@@ -150,7 +152,7 @@ def train(run: RunArguments, args: TrainingArguments) -> Result | None:
         f"model {run.model}: {parameters / 1e6:.2f}M parameters; data {corpus.name}: held out "
         f"{len(corpus.held_out)} documents, {corpus.held_out_bytes() / 1e6:.2f} MB"
     )
-    trainer, interruption = make_trainer(run, args, model, tokenizer, blocks, console)
+    trainer, interruption = make_trainer(run, args, model, tokenizer, blocks, held_out, console)
     run_trainer(trainer, interruption, resume_from)
     if interruption.asked:
         last = newest_whole(folder)
@@ -186,6 +188,7 @@ def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     blocks: Any,
+    held_out: Any,
     console: Console,
 ) -> tuple[FlaTrainer, Interruption]:
     """The Trainer with our callbacks in place of its printers."""
@@ -197,6 +200,7 @@ def make_trainer(
     transformers_logging.disable_progress_bar()
     if "tensorboard" in args.report_to:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "logs"))
+    args.prediction_loss_only = True
     guard, progress = LossGuard(), LiveProgress(console)
     interruption = Interruption(run.max_minutes, say)
     trainer = FlaTrainer(
@@ -204,9 +208,10 @@ def make_trainer(
         args,
         data_collator=collate,
         train_dataset=blocks,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         # progress comes first: what it adds to a log reaches TensorBoard with it
-        callbacks=[guard, interruption],
+        callbacks=[interruption, guard],
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

@@ -18,7 +18,8 @@ BYTE_OFFSET = 3  # ByT5's ids 0, 1, 2 are padding, end of text and unknown
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """`"byte"` (ByT5's: 256 bytes and three special tokens, no download) or any Hugging Face
-    tokenizer."""
+    tokenizer.
+    """
     if name == "byte":
         return ByT5Tokenizer(extra_ids=0)
     try:
@@ -42,7 +43,8 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     """Token ids of one document, its start token first. Bytes take a shortcut with ByT5's own
-    result."""
+    result.
+    """
     if isinstance(tokenizer, ByT5Tokenizer):
         ids = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) + BYTE_OFFSET
     else:
@@ -111,8 +113,7 @@ def make_blocks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int)
 
 def collate(blocks: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Blocks one after the other in a single row: input_ids and labels `[1, total]` and cu_seqlens,
-    which bounds
-    every document and every block.
+    which bounds every document and every block.
 
     Example:
         >>> block = {"input_ids": torch.tensor([1, 7, 1, 8]), "starts": [0, 2]}

@@ -106,7 +106,8 @@ def test_packed_is_separate(name, how):
         bounds = {"cu_seqlens": torch.tensor([0, 5, 6, 12])}
     else:
         bounds = {"position_ids": torch.cat([torch.arange(b - a) for a, b in spans])[None]}
-    out = model(x, labels=x, use_cache=False, **bounds)
+    out = model(x, labels=x, **bounds)
+    assert out.past_key_values is None
     parts = [model(x[:, a:b]).logits for a, b in spans]
     close(out.logits, torch.cat(parts, 1), "logits")
     total = sum(
@@ -260,7 +261,7 @@ def test_wrong_configs(build, message):
         (dict(input_ids=ids(2, 5), cu_seqlens=torch.tensor([0, 5])), "packed sequences need B=1"),
         (dict(input_ids=ids(1, 5), cu_seqlens=torch.tensor([0, 3, 2, 5])), "cu_seqlens decreases"),
         (
-            dict(input_ids=ids(1, 5), cu_seqlens=torch.tensor([0, 2, 5])),
+            dict(input_ids=ids(1, 5), cu_seqlens=torch.tensor([0, 2, 5]), use_cache=True),
             "packed sequences have no cache",
         ),
         (

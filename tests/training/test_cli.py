@@ -272,6 +272,13 @@ def test_config_files_and_flags(text, tmp_path, capsys):
     assert "already holds checkpoints; add --resume" in capsys.readouterr().err
 
 
+def test_scores_on_the_way(text, tmp_path):
+    folder = tmp_path / "r"
+    assert train(text, folder, "--eval_strategy", "steps", "--eval_steps", "4") == 0
+    history = json.loads((newest_whole(folder) / "trainer_state.json").read_text())["log_history"]
+    assert [log["step"] for log in history if "eval_loss" in log] == [4, 8]
+
+
 def test_going_on_from_a_saved_model(text, trained, tmp_path):
     flags = [
         "--data",

@@ -48,8 +48,9 @@ def _named(axes: list[str], sizes: dict[str, int]) -> str:
 
 
 def check_same(op: str, *, dtype: bool = True, **tensors: Tensor | None) -> None:
-    """Raise `ValueError` unless the tensors are floating point, on one device and, with
-    `dtype`, of one dtype."""
+    """Raise `ValueError` unless the tensors are floating point, on one device and, with `dtype`, of
+    one dtype.
+    """
     first_name, first = next((name, t) for name, t in tensors.items() if t is not None)
     for name, t in tensors.items():
         if t is None:
@@ -83,8 +84,9 @@ def check_groups(op: str, sizes: dict[str, int]) -> None:
 def check_sequences(
     op: str, batch: int, cu_seqlens: Tensor | None, initial_state: Tensor | None
 ) -> int:
-    """The number of sequences N: `len(cu_seqlens) - 1` for packed input (which needs B = 1),
-    else B."""
+    """The number of sequences N: `len(cu_seqlens) - 1` for packed input (which needs B = 1), else
+    B.
+    """
     if cu_seqlens is None:
         sequences, origin = batch, f"the batch size B={batch}"
     else:

@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: MIT
-r"""The chunk form, fast, in plain torch: decay none or scalar, erase none or delta, backward by
-hand.
+r"""The chunk form, fast, in plain torch: decay none or scalar, erase none or delta.
 
-Per chunk of C tokens, with S its first state, G the inclusive cumulative log decay, `D_ij = exp(G_i
-- G_j)` for i >= j, `e_i = exp(G_i)`, `d_j = exp(G_C - G_j)`, and `tril`/`strict` the lower triangle
-with/without diagonal:
+Per chunk of C tokens, with S its first state and G the inclusive cumulative log decay:
+`D_ij = exp(G_i - G_j)` for i >= j, `e_i = exp(G_i)`, `d_j = exp(G_C - G_j)`; `tril` and `strict`
+are the lower triangle with and without its diagonal.
 
-    P = tril(q k^T D)        B = strict(k k^T D)                   one product [q; k] k^T
-    x = v - e k S            (I + B diag(beta)) y = x              u = beta y      (without erase: u
-    = v) o = scale (e q S + P u)  S <- e_C S + (d k)^T u
+    P = tril(q k^T D)        B = strict(k k^T D)        as one product [q; k] k^T
+    x = v - e k S            (I + B diag(beta)) y = x
+    u = beta y               (without erase: u = v)
+    o = scale (e q S + P u)
+    S <- e_C S + (d k)^T u
 
-Backward, from the last chunk to the first, with `do` scaled and the gradient Z of the chunk's final
-state:
+Backward, by hand, from the last chunk to the first, with `do` times scale and the gradient Z of
+the chunk's final state:
 
-    m  = P^T do + (d k) Z            dy = (I + B diag(beta))^{-T} (beta m)         dv = dy
-    dbeta = y . (m - B^T dy)         [dP; dB] = [do; -dy] u^T D                     X = [do; -dy]
-    [dq; dk] += [dP; dB] k + (e X) S^T            dk += [dP; dB]^T [q; k] + d (u Z^T)
-    Z <- e_C Z + [q; k]^T (e X)                   dG from q.dq, k.dk and the state
+    m = P^T do + (d k) Z
+    dv = dy = (I + B diag(beta))^{-T} (beta m)          dbeta = y . (m - B^T dy)
+    X = [do; -dy]                                       [dP; dB] = X u^T D
+    [dq; dk] += [dP; dB] k + (e X) S^T                  dk += [dP; dB]^T [q; k] + d (u Z^T)
+    Z <- e_C Z + [q; k]^T (e X)                         dG from q . dq, k . dk and the state
 
 Chunks of all heads and sequences march together (`plan.py`) through one workspace of a few
 megabytes that stays in cache; nothing of the size of the sequence is stored but S, y and the
@@ -93,8 +95,7 @@ class _Workspace:
         return self._buffers[key]
 
     def load(self, name: str, x: Tensor, groups: int = 1) -> Tensor:
-        """`[rows, C, H, D]` copied to `[R, C, D]`, each head repeated for its group of value
-        heads."""
+        """`[rows, C, H, D]` copied to `[R, C, D]`, heads repeated for their value heads."""
         rows, size, heads, width = x.shape
         out = self(name, rows, heads, groups, size, width)
         out.copy_(x.transpose(1, 2).unsqueeze(2))
@@ -102,8 +103,9 @@ class _Workspace:
 
 
 class _Inputs:
-    """What one step reads: `qk` = [q; k] as `[R, 2C, K]`, times the inverse norms `[rows, H, C,
-    1]` if any."""
+    """What one step reads: `qk` = [q; k] as `[R, 2C, K]`, times the inverse norms `[rows, H, C, 1]`
+    if any.
+    """
 
     def __init__(
         self,
@@ -146,9 +148,9 @@ class _Inputs:
 class _Decay:
     """The decay factors of one step; everything but `pair` is None without decay.
 
-    pair: D, and where erase needs it strict D below it, `[R, C or 2C, C]`.
-    enter: e for the rows of q, and of k where erase needs it, `[R, C or 2C, 1]`.
-    leave, last: d `[R, C, 1]` and e_C `[R, 1, 1]`.
+    pair: D, and where erase needs it strict D below it, `[R, C or 2C, C]`. enter: e for the rows of
+    q, and of k where erase needs it, `[R, C or 2C, 1]`. leave, last: d `[R, C, 1]` and e_C `[R, 1,
+    1]`.
     """
 
     def __init__(self, ws: _Workspace, step: Step, g: Tensor | None, erase: bool, like: Tensor):
@@ -360,7 +362,8 @@ def _step_backward(
     solved: tuple[Tensor, Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dq, dk, dv, dg, dbeta) of one step; Z becomes the gradient of the step's first state in
-    place."""
+    place.
+    """
     y, inverse, b = solved
     R, n, V = do.shape
     K, keys = S.shape[1], inputs.keys

@@ -46,7 +46,8 @@ def requested(backend: str | None = None) -> tuple[str | None, str]:
 
 def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
     """The backend that runs `op` on `device`. An explicit choice that cannot run raises
-    `ValueError`."""
+    `ValueError`.
+    """
     choice, origin = requested(backend)
     if choice is None:
         return next(b for b in BACKENDS if unavailable(b, device) is None)

@@ -19,8 +19,7 @@ from fla.ops.engine.checks import check_boundaries
 
 
 def boundaries_to_list(cu_seqlens: Tensor, total: int, op: str = "SequenceLayout") -> list[int]:
-    """The values of `cu_seqlens` on the host, checked: start at 0, never decrease, end at
-    `total`."""
+    """The values of `cu_seqlens` on the host: from 0, never decreasing, up to `total`."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"{op}: cu_seqlens starts at {bounds[0]}; the first boundary must be 0")
@@ -44,17 +43,17 @@ class SequenceLayout:
 
     Fields:
         batch, length: B and T of the rectangle as given.
-        cu_seqlens: boundaries `[N+1]` of the packed real tokens, or None for B dense rows of T
-        tokens.
+        cu_seqlens: boundaries `[N+1]` of the packed real tokens; None for B dense rows of T.
         indices: positions of the real tokens in the flattened rectangle, or None when all are real.
-        starts: tokens already seen per sequence (an int, or a tensor `[N]`), for positions under a
-        cache.
+        starts: tokens already seen per sequence, an int or a tensor `[N]`.
 
     Example:
         >>> mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
         >>> layout = SequenceLayout.resolve(2, 3, attention_mask=mask)
-        >>> layout.cu_seqlens.tolist(), layout.pack(torch.arange(6.).view(2, 3,
-        1)).flatten().tolist() ([0, 2, 5], [1.0, 2.0, 3.0, 4.0, 5.0])
+        >>> layout.cu_seqlens.tolist()
+        [0, 2, 5]
+        >>> layout.pack(torch.arange(6.0).view(2, 3)).tolist()
+        [[1.0, 2.0, 3.0, 4.0, 5.0]]
     """
 
     batch: int
@@ -109,8 +108,9 @@ class SequenceLayout:
     def _split_mask(
         batch: int, length: int, mask: Tensor | None, past: int
     ) -> tuple[Tensor | None, int | Tensor]:
-        """The mask of the current tokens (None where it drops nothing) and the real tokens
-        before them."""
+        """The mask of the current tokens (None where it drops nothing) and the real tokens before
+        them.
+        """
         if mask is None:
             return None, past
         if (

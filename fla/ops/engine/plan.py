@@ -56,7 +56,8 @@ class Step:
 @dataclass(frozen=True)
 class Plan:
     """All steps, and `order`: the sequence that row i of the state belongs to (None: row i is
-    sequence i)."""
+    sequence i).
+    """
 
     steps: list[Step]
     chunks: int
@@ -74,8 +75,9 @@ class Plan:
 
 
 def count_chunks(batch: int, length: int, sequences: int, chunk_size: int, packed: bool) -> int:
-    """An upper bound on the chunks of a plan that needs no look at the boundaries; exact where
-    not packed."""
+    """An upper bound on the chunks of a plan that needs no look at the boundaries; exact where not
+    packed.
+    """
     if packed:
         return length // chunk_size + sequences
     return batch * -(-length // chunk_size)

@@ -66,7 +66,8 @@ LOG_ZERO = -1000.0
 
 def _pair(x: Tensor, y: Tensor, gx: Tensor, gy: Tensor, keep: Tensor) -> Tensor:
     """sum_k x_ik y_jk exp(gx_ik - gy_jk) for kept (i, j): the difference is taken before the
-    exponential."""
+    exponential.
+    """
     difference = (gx[:, :, :, None] - gy[:, :, None]).masked_fill(~keep[..., None], -torch.inf)
     return torch.einsum(
         "bhik,bhjk,bhijk->bhij",
@@ -146,8 +147,7 @@ def _one_chunk(
 def per_sequence(
     form, cu_seqlens: list[int] | None, state: Tensor | None, **inputs: Tensor | None
 ) -> Result:
-    """Apply a form to each sequence of a packed row and concatenate: the meaning of
-    `cu_seqlens`."""
+    """A form applied to each sequence of a packed row: the meaning of `cu_seqlens`."""
     if cu_seqlens is None:
         return form(**inputs, state=state)
     outs, states = [], []

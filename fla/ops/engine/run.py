@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""From the public call of an operator to the engine: checks, defaults, layout of the state,
-choice of the form."""
+"""From the public call of an operator to the engine: checks, defaults, layout of the state, choice
+of the form.
+"""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ def run(
     cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Check the arguments of the public function `op` and run its form: token by token for
-    `fused_recurrent_*`
-    (the only form with gk, gv or a beta per value channel), chunk by chunk for the others.
+    `fused_recurrent_*` (the only form with gk, gv or a beta per value channel), chunk by chunk for
+    the others.
     """
     state_axes = "N HV V K" if options.state_v_first else "N HV K V"
     per_channel = beta is not None and beta.dim() == 4

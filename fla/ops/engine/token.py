@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The token form, fast: one token after the other for decay none, scalar or vector and erase none
-or delta.
+"""The token form, fast: decay none, scalar or vector on either side, erase none or delta.
 
-    S <- diag(exp(g + gk)) S diag(exp(gv));  u = beta (v - S^T k), or v without erase;  S <- S + k
-    u^T;  o = scale S^T q
+    S <- diag(exp(g + gk)) S diag(exp(gv))
+    u = beta (v - S^T k)                        (without erase: u = v)
+    S <- S + k u^T
+    o = scale S^T q
 
-This is the decode step (T = 1). Without gradients the state is advanced in place on a copy. With
-gradients it is plain autograd, cut into segments that are recomputed in the backward, so memory
-grows with T / 64 states.
+This is the decode step (T = 1). With gradients it is plain autograd, and longer inputs are cut into
+segments that are recomputed in the backward, so memory grows with T / 64 states.
 """
 
 from functools import partial
@@ -38,10 +38,9 @@ def recurrent(
     cu_seqlens: Tensor | None = None,
     l2norm: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """q, k `[B, T, H, K]`, v `[B, T, HV, V]`, g `[B, T, HV]`, beta `[B, T, HV]` or `[B, T, HV, V]`,
-    gk `[B, T, HV, K]`,
-    gv `[B, T, HV, V]`; returns o `[B, T, HV, V]` in q's dtype and the final state `[N, HV, K, V]`
-    in fp32 or fp64.
+    """q, k `[B, T, H, K]`, v `[B, T, HV, V]`, g `[B, T, HV]`, gk `[B, T, HV, K]`, gv
+    `[B, T, HV, V]`, beta `[B, T, HV]` or `[B, T, HV, V]`; returns o `[B, T, HV, V]` in q's dtype
+    and the final state `[N, HV, K, V]` in fp32 (fp64 for fp64 inputs).
     """
     dtype, groups = compute_dtype(q.dtype), v.shape[2] // q.shape[2]
     inputs: dict[str, Any] = dict(
@@ -62,7 +61,8 @@ def recurrent(
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x.to(dtype)` without the call where there is nothing to do: a decode step is made of
-    microseconds."""
+    microseconds.
+    """
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -82,8 +82,9 @@ def _queries_keys(
 def _decay(
     g: Tensor | None, gk: Tensor | None, gv: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Factors on the rows `[B, T, HV]` or `[B, T, HV, K]` and on the columns `[B, T, HV, V]` of
-    the state."""
+    """Factors on the rows `[B, T, HV]` or `[B, T, HV, K]` and on the columns `[B, T, HV, V]` of the
+    state.
+    """
     row = g if g is None else _cast(g, dtype)
     if gk is not None:
         row = _cast(gk, dtype) if row is None else row.unsqueeze(-1) + _cast(gk, dtype)
@@ -138,7 +139,8 @@ def _step(
     column: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One token of states `[R, K, V]`: q, k `[R, 1, K]`, v `[R, 1, V]`, row `[R, 1, 1 or K]`,
-    column `[R, 1, V]`."""
+    column `[R, 1, V]`.
+    """
     decay = row if row is None or row.shape[2] == 1 else row.mT
     if column is not None:
         decay = column if decay is None else decay * column
