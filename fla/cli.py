@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 USAGE = 2
+EXTRAS = ("accelerate", "datasets", "matplotlib", "rich", "tensorboard", "yaml")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,6 +36,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"fla {verb}: interrupted", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in EXTRAS:
+            raise
+        print(
+            f"fla {verb}: the package {error.name} is not installed; "
+            "pip install 'flash-linear-attention[train]'",
+            file=sys.stderr,
+        )
+        return USAGE
 
 
 def from_file(argv: list[str]) -> list[str]:

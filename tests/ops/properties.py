@@ -152,3 +152,43 @@ def check_error_budget(op: OpCase, dtype: torch.dtype, T: int = 130) -> None:
         assert o.dtype == dtype and state.dtype == torch.float32
         assert_within_budget(o, plain[0], exact[0], f"{op.name} {form.__name__} {dtype} o")
         assert_within_budget(state, plain[1], exact[1], f"{op.name} {form.__name__} {dtype} state")
+
+
+def check_gradient_budget(op: OpCase, dtype: torch.dtype, T: int = 130) -> None:
+    """The same budget for every gradient of the chunk form."""
+    inputs = op.inputs(1, T, 2, 32, 24, dtype=dtype)
+    zero = {"initial_state": None}
+
+    def grads(inputs: dict[str, Tensor], run) -> dict[str, Tensor]:
+        inputs = leaves(inputs)
+        return gradients([run(inputs)[0]], inputs)
+
+    exact = grads({n: x.double() for n, x in inputs.items()}, lambda x: reference(op, x | zero))
+    plain = grads(inputs, lambda x: reference(op, x | zero))
+    for name, grad in grads(inputs, lambda x: op.chunk(**x, **op.fixed)).items():
+        assert grad.dtype == dtype
+        assert_within_budget(grad, plain[name], exact[name], f"{op.name} {dtype} d{name}")
+
+
+def check_strides_do_not_matter(op: OpCase) -> None:
+    """Slices, transposes and expanded gates give what contiguous copies give."""
+    inputs = op.inputs(2, 70, 2, K, V, dtype=torch.float64)
+    inputs |= {n: x[:, :1].expand_as(x) for n, x in inputs.items() if n in op.gates}
+    odd = {}
+    for name, x in inputs.items():
+        if name in op.gates:
+            odd[name] = x
+        else:
+            odd[name] = (
+                torch.cat([x, x], -1)
+                .transpose(1, 2)
+                .contiguous()
+                .transpose(1, 2)[..., : x.shape[-1]]
+            )
+        assert not odd[name].is_contiguous()
+    plain = {n: x.contiguous() for n, x in inputs.items()}
+    for form in (op.chunk, op.token):
+        for x, y, what in zip(
+            call(form, op, odd), call(form, op, plain), ("o", "state"), strict=True
+        ):
+            assert_same(x, y, f"{op.name} {form.__name__} strided {what}")

@@ -76,6 +76,17 @@ def test_error_budget(op, dtype):
 
 
 @every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradient_budget(op, dtype):
+    P.check_gradient_budget(op, dtype)
+
+
+@every_op
+def test_strides_do_not_matter(op):
+    P.check_strides_do_not_matter(op)
+
+
+@every_op
 def test_no_tokens(op):
     state = P.random_state(2, 2)
     for form in (op.chunk, op.token):
@@ -185,8 +196,9 @@ def _broken(op):
         functools.partial(P.check_packed_is_separate, lengths=[5, 65]),
         P.check_batch_mates_do_not_matter,
         functools.partial(P.check_error_budget, dtype=torch.float32),
+        functools.partial(P.check_gradient_budget, dtype=torch.float32),
     ],
-    ids=["page", "forms", "split", "packed", "batch", "budget"],
+    ids=["page", "forms", "split", "packed", "batch", "budget", "gradients"],
 )
 def test_a_broken_operator_fails(check):
     op = _broken(OPS[1])

@@ -143,6 +143,25 @@ def test_import_needs_no_triton_no_torch_and_touches_no_device():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_a_bare_install_has_models_and_names_what_training_needs():
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'accelerate', 'datasets', 'matplotlib', 'rich', 'tensorboard'):\n"
+        "    sys.modules[name] = None\n"
+        "import torch\n"
+        "from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM\n"
+        "config = GatedDeltaNetConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_heads=1, head_dim=4)\n"
+        "model = GatedDeltaNetForCausalLM(config)\n"
+        "model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, pad_token_id=0)\n"
+        "from fla.cli import main\n"
+        "assert main(['doctor']) == 0\n"
+        "sys.exit(main(['train']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert "is not installed; pip install 'flash-linear-attention[train]'" in done.stderr
+
+
 def test_unknown_names_are_attribute_errors():
     import fla
 
