@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fla.ops.engine.recurrence import chunk_form, token_form
 from fla.ops.registry import OpCase
-from tests.helpers import assert_same, assert_within_budget, gradients
+from tests.helpers import assert_same, assert_within_budget, error, gradients
 
 K, V = 12, 20
 
@@ -155,7 +155,9 @@ def check_error_budget(op: OpCase, dtype: torch.dtype, T: int = 130) -> None:
 
 
 def check_gradient_budget(op: OpCase, dtype: torch.dtype, T: int = 130) -> None:
-    """The same budget for every gradient of the chunk form."""
+    """The same budget for every gradient of the chunk form; plain torch is the worse of the two plain forms, since
+    rounding is met in another order chunk by chunk than token by token.
+    """
     inputs = op.inputs(1, T, 2, 32, 24, dtype=dtype)
     zero = {"initial_state": None}
 
@@ -164,10 +166,14 @@ def check_gradient_budget(op: OpCase, dtype: torch.dtype, T: int = 130) -> None:
         return gradients([run(inputs)[0]], inputs)
 
     exact = grads({n: x.double() for n, x in inputs.items()}, lambda x: reference(op, x | zero))
-    plain = grads(inputs, lambda x: reference(op, x | zero))
+    forms = (
+        [token_form, chunk_form] if dtype == torch.float32 else [token_form]
+    )  # LAPACK stops there
+    plains = [grads(inputs, lambda x, f=form: reference(op, x | zero, f)) for form in forms]
     for name, grad in grads(inputs, lambda x: op.chunk(**x, **op.fixed)).items():
         assert grad.dtype == dtype
-        assert_within_budget(grad, plain[name], exact[name], f"{op.name} {dtype} d{name}")
+        plain = max((p[name] for p in plains), key=lambda p, e=exact[name]: error(p, e))
+        assert_within_budget(grad, plain, exact[name], f"{op.name} {dtype} d{name}")
 
 
 def check_strides_do_not_matter(op: OpCase) -> None:

@@ -18,7 +18,7 @@ the chunk's final state:
     dv = dy = (I + B diag(beta))^{-T} (beta m)          dbeta = y . (m - B^T dy)
     X = [do; -dy]                                       [dP; dB] = X u^T D
     [dq; dk] += [dP; dB] k + (e X) S^T                  dk += [dP; dB]^T [q; k] + d (u Z^T)
-    Z <- e_C Z + [q; k]^T (e X)                         dG from q . dq, k . dk and the state
+    Z <- e_C Z + [q; k]^T (e X)                         dg: `_decay_gradient`
 
 Chunks of all heads and sequences march together (`plan.py`) through one workspace of a few
 megabytes that stays in cache; nothing of the size of the sequence is stored but S, y and the
@@ -86,12 +86,19 @@ class _Workspace:
         return buffer[:size].view(shape)
 
     def constant(self, name: str, n: int) -> Tensor:
-        """`"eye"`, or `"above"`: -inf above the diagonal and 0 elsewhere; `[n, n]`, built once."""
+        """An `[n, n]` matrix, built once: `"eye"`; `"above"`, -inf above the diagonal, else 0;
+        `"up to"`, 1 on and above the diagonal; `"below"`, 1 below it.
+        """
         key = f"{name} {n}"
         if key not in self._buffers:
-            eye = torch.eye(n, dtype=self._like.dtype, device=self._like.device)
-            above = torch.full_like(eye, -torch.inf).triu_(1)
-            self._buffers[key] = eye if name == "eye" else above
+            ones = self._like.new_ones(n, n)
+            build = {
+                "eye": lambda: torch.eye(n, dtype=ones.dtype, device=ones.device),
+                "above": lambda: (ones * -torch.inf).triu(1),
+                "up to": ones.triu,
+                "below": lambda: ones.tril(-1),
+            }
+            self._buffers[key] = build[name]()
         return self._buffers[key]
 
     def load(self, name: str, x: Tensor, groups: int = 1) -> Tensor:
@@ -382,38 +389,43 @@ def _step_backward(
         X[:, n:].neg_()
         dbeta = torch.mul(m.baddbmm_(scores[:, n:].mT, X[:, n:]), y, out=m).sum(-1)
         u = y.mul_(b)
-    dscores = torch.bmm(X, u.mT, out=scores).mul_(decay.pair)
+    dscores = torch.bmm(X, u.mT, out=ws("dscores", R, left.shape[1], n))
+    pairs = scores.mul_(dscores)
+    dscores.mul_(decay.pair)
     _scale_(X, decay.enter)
-    dleft = torch.bmm(dscores, keys, out=ws("dleft", R, left.shape[1], K)).baddbmm_(X, S.mT)
+    dleft = torch.bmm(X, S.mT, out=ws("dleft", R, left.shape[1], K))
     leaving = _scale_(torch.bmm(u, Z.mT, out=ws("leaving", R, n, K)), decay.leave)
-    dkeys = torch.bmm(dscores.mT, left, out=ws("dkeys", R, n, K)).add_(leaving)
     dg = None
     if decay.last is not None:
-        through = decay.last[:, 0, 0] * torch.bmm(S.reshape(R, 1, -1), Z.view(R, -1, 1)).view(R)
-        through += torch.mul(keys, leaving, out=leaving).sum((-1, -2))
-        dg = _decay_gradient(ws, left, dleft, keys, dkeys, through)
+        through = decay.last[:, 0] * torch.bmm(S.reshape(R, 1, -1), Z.view(R, -1, 1))[:, 0]
+        entered = torch.mul(left, dleft, out=ws("product", R, left.shape[1], K)).sum(-1)
+        left_over = torch.mul(keys, leaving, out=ws("product", R, n, K)).sum(-1)
+        dg = _decay_gradient(ws, pairs, entered, left_over) + through
         Z.mul_(decay.last)
+    dkeys = torch.bmm(dscores.mT, left, out=ws("dkeys", R, n, K)).add_(leaving)
+    dleft.baddbmm_(dscores, keys)
     Z.baddbmm_(left.mT, X)
     if b is not None:
         dkeys.add_(dleft[:, n:])
     return dleft[:, :n], dkeys, dv, dg, dbeta
 
 
-def _decay_gradient(
-    ws: _Workspace, left: Tensor, dleft: Tensor, keys: Tensor, dkeys: Tensor, through: Tensor
-) -> Tensor:
-    """dg `[R, C]` of one step: a row x_i with G_i beside it adds x_i . dx_i to dG_i, one with -G_i
-    takes it away.
+def _decay_gradient(ws: _Workspace, pairs: Tensor, entered: Tensor, left_over: Tensor) -> Tensor:
+    """dg `[R, C]` of one step, but for the state that passes through it.
 
-    `dleft` are the gradients of the rows with G_i, `dkeys` of those with -G_i; `through` goes to
-    the last G, which also carries the state and the keys over to the next chunk.
+    g_t decays whatever goes from before t to t or later, so dg_t sums what those ways carry:
+    `pairs` `[R, C or 2C, C]` from key j < t to row i >= t, `entered` `[R, C or 2C]` from the first
+    state to row i >= t, `left_over` `[R, C]` from key j < t to the last state. No term is added and
+    taken away again, which sums of row . drow - key . dkey would do.
     """
-    R, rows, K = left.shape
-    n = keys.shape[1]
-    dG = torch.mul(left, dleft, out=ws("product", R, rows, K)).sum(-1).view(R, -1, n).sum(1)
-    dG -= torch.mul(keys, dkeys, out=ws("product", R, n, K)).sum(-1)
-    dG[:, -1] += through
-    return dG.flip(-1).cumsum(-1).flip(-1)
+    R, _, n = pairs.shape
+    pairs = pairs.view(R, -1, n, n).sum(1)
+    entered = entered.view(R, -1, n).sum(1)
+    up_to = ws.constant("up to", n)
+    before = torch.matmul(pairs, up_to).mul_(ws.constant("below", n)).sum(1) + left_over @ up_to
+    dg = entered.flip(-1).cumsum(-1).flip(-1)
+    dg[:, 1:] += before[:, :-1]
+    return dg
 
 
 @_chunk_backward.register_fake
