@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 from fla._lazy import lazy_names
+from fla._register import register_with_transformers
 
 __version__ = "1.0.0"
 
@@ -40,3 +41,6 @@ def __getattr__(name: str) -> Any:
     if name in ("ops", "modules", "layers", "models", "utils"):
         return importlib.import_module(f"{__name__}.{name}")
     return _getter(name)
+
+
+register_with_transformers()

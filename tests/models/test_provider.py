@@ -2,6 +2,8 @@
 """transformers' own models on our operators: equal to transformers' torch code, in training and generation."""
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -165,6 +167,55 @@ def test_seq_idx_bounds_the_convolution_too():
     b = provider.packed_causal_conv1d(x, weight, cu_seq_lens_q=torch.tensor([0, 4, 9]))
     assert torch.equal(a, b)
     torch.testing.assert_close(a[..., 4:], provider.packed_causal_conv1d(x[..., 4:], weight))
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import fla\nfrom transformers import AutoConfig, AutoModelForCausalLM",
+        "from transformers import AutoConfig, AutoModelForCausalLM\nimport fla",
+        "from fla.models import Cache\nfrom transformers import AutoConfig, AutoModelForCausalLM",
+        "import fla, transformers\nfrom fla.ops import chunk_gdn\nAutoConfig = transformers.AutoConfig\n"
+        "AutoModelForCausalLM = transformers.AutoModelForCausalLM",
+    ],
+)
+def test_importing_fla_registers_its_models(imports, tmp_path):
+    from tests.models.common import make
+
+    make("gated_deltanet").save_pretrained(tmp_path)
+    code = (
+        f"{imports}\nassert AutoConfig.from_pretrained({str(tmp_path)!r}).model_type == 'gated_deltanet'\n"
+        f"name = type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__\n"
+        "assert name == 'GatedDeltaNetForCausalLM'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_registered_model_types_are_all_of_them():
+    from fla._register import MODEL_TYPES
+    from fla.training.run import architectures
+
+    assert set(MODEL_TYPES) == set(architectures())
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import transformers\nfrom transformers import AutoModelForCausalLM",
+        "from transformers import Qwen3NextForCausalLM",
+        "import fla\nfrom transformers import Qwen3NextForCausalLM",
+        "from transformers import AutoModel\nimport fla.models",
+    ],
+)
+def test_transformers_finds_us_in_any_order_of_imports(imports):
+    code = (
+        f"{imports}\nfrom transformers.models.qwen3_next import modeling_qwen3_next as m\n"
+        "import inspect\n"
+        "for f in (m.torch_chunk_gated_delta_rule, m.torch_recurrent_gated_delta_rule):\n"
+        "    used = inspect.getclosurevars(f).nonlocals['implementation']\n"
+        "    assert used.__module__ == 'fla.ops.gated_delta_rule', used\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_names_older_and_newer_transformers_look_up():

@@ -20,6 +20,7 @@ SOURCES = sorted(
 # A folder may import from itself and from folders before it.
 ORDER = [
     "fla._lazy",
+    "fla._register",
     "fla.ops.engine",
     "fla.ops",
     "fla.utils",
