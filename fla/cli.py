@@ -112,6 +112,7 @@ def train(argv: list[str]) -> int:
 
 def _load(folder: str, device: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
     import fla.models  # registers the architectures
     from fla.training.checkpoints import require_model
@@ -119,6 +120,7 @@ def _load(folder: str, device: str | None) -> tuple[Any, Any]:
     from fla.utils import get_available_device
 
     path = require_model(folder)
+    transformers_logging.disable_progress_bar()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -226,7 +228,7 @@ def doctor(argv: list[str]) -> int:
     from fla.utils import get_available_device
 
     def line(name: str, value: object) -> None:
-        print(f"  {name:<24} {value}")
+        print(f"  {name:<34} {value}")
 
     print("versions")
     line("fla", fla.__version__)
