@@ -106,7 +106,7 @@ FORMS = {
     "chunk_": f"chunk form, chunk_size tokens a chunk (default {CHUNK_SIZE}); backward by hand",
     "fused_chunk_": f"chunk form, {CHUNK_SIZE} tokens a chunk; backward by hand",
     "fused_recurrent_": f"token form; under autograd recomputed in segments of {SEGMENT} tokens",
-    "parallel_": "parallel form, the full T x T matrix of one head at a time",
+    "parallel_": "chunk form; output_attentions adds the T x T matrix",
     "naive_": "the page's literal loop, under plain autograd",
 }
 
