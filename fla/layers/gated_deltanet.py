@@ -68,7 +68,6 @@ class GatedDeltaNet(RecurrentMixer):
         self.b_proj = nn.Linear(hidden_size, self.num_v_heads, bias=False)
         for name, value in self.initial_values().items():
             self.register_parameter(name, nn.Parameter(value))
-            getattr(self, name)._no_weight_decay = True
         if use_short_conv:
             self.q_conv1d = ShortConvolution(key_dim, conv_size, bias=conv_bias)
             self.k_conv1d = ShortConvolution(key_dim, conv_size, bias=conv_bias)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import Trainer, TrainerCallback
 
+from fla.layers.mixer import Mixer
 from fla.training.errors import TrainingDiverged
 
 
@@ -37,6 +38,16 @@ class FlaTrainer(Trainer):
         self._broken = broken if self._broken is None else self._broken | broken
         self.last_loss = loss.detach() * self.args.gradient_accumulation_steps
         return loss
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """As transformers', without what a mixer initialises by itself (decay rates, time steps)."""
+        own = {
+            f"{name}.{parameter}"
+            for name, module in model.named_modules()
+            if isinstance(module, Mixer)
+            for parameter in module.initial_values()
+        }
+        return [name for name in super().get_decay_parameter_names(model) if name not in own]
 
     def is_broken(self) -> bool:
         return self._broken is not None and bool(self._broken.any())

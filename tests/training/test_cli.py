@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from fla import cli
+from fla.training.callbacks import FlaTrainer
 from fla.training.checkpoints import damage, newest_whole
 
 SMALL = [
@@ -270,6 +271,19 @@ def test_config_files_and_flags(text, tmp_path, capsys):
     )
     assert cli.main(["train", "--config", str(file), "--output_dir", str(folder)]) == 2
     assert "already holds checkpoints; add --resume" in capsys.readouterr().err
+
+
+def test_weight_decay_leaves_norms_biases_and_decay_rates_alone(tmp_path):
+    from tests.models.common import make
+
+    model = make("gated_deltanet-hybrid")
+    trainer = FlaTrainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    decayed = {
+        name.split(".")[-2:][0] if name.endswith("weight") else name
+        for name in trainer.get_decay_parameter_names(model)
+    }
+    assert not any("norm" in name or "A_log" in name or "bias" in name for name in decayed)
+    assert {"q_proj", "a_proj", "q_conv1d", "gate_proj", "lm_head"} <= decayed
 
 
 def test_scores_on_the_way(text, tmp_path):
