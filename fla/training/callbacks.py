@@ -40,7 +40,7 @@ class FlaTrainer(Trainer):
         return loss
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        """As transformers', without what a mixer initialises by itself (decay rates, time steps)."""
+        """As transformers', without what a mixer initialises itself (decay rates, time steps)."""
         own = {
             f"{name}.{parameter}"
             for name, module in model.named_modules()
