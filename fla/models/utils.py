@@ -61,8 +61,7 @@ class RecurrentLayer(LinearAttentionLayer):
         if tokens_to_remove:
             raise ValueError(
                 "Cache.crop: a recurrent state cannot forget its last tokens; keep a copy of the "
-                "cache from "
-                "before them, or use a model without linear attention layers"
+                "cache from before them, or use a model without linear attention layers"
             )
 
 
@@ -146,7 +145,8 @@ class Cache(DynamicCache):
         """Drop the last `-tokens_to_remove` tokens (a number <= 0, as in transformers); not with
         recurrent layers.
         """
-        for layer in self.layers:
+        # recurrent layers first: they refuse before anything is cut
+        for layer in sorted(self.layers, key=lambda x: not isinstance(x, RecurrentLayer)):
             layer.crop(tokens_to_remove)
         self.seen_tokens += tokens_to_remove
 

@@ -60,17 +60,17 @@ class LossGuard(TrainerCallback):
         self.trainer: FlaTrainer | None = None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self._check(args, state, always=False, will_save=False)
+        self._check(args, state, will_save=False)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self._check(args, state, always=False, will_save=control.should_save)
+        self._check(args, state, will_save=control.should_save)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        self._check(args, state, always=True, will_save=True)
+        self._check(args, state, will_save=True)
 
-    def _check(self, args, state, always: bool, will_save: bool) -> None:
+    def _check(self, args, state, will_save: bool) -> None:
         on_cpu = args.device.type == "cpu"
-        if (always or on_cpu or will_save) and self.trainer.is_broken():
+        if (on_cpu or will_save) and self.trainer.is_broken():
             raise TrainingDiverged(f"the loss is not a number at step {state.global_step + 1}")
         if will_save and not all(p.isfinite().all() for p in self.trainer.model.parameters()):
             raise TrainingDiverged(f"the weights are not numbers after step {state.global_step}")

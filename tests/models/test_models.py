@@ -222,6 +222,12 @@ def test_reset_and_crop():
         linear = make("gated_deltanet")
         state = Cache(config=linear.config)
         want = linear(x, past_key_values=state, use_cache=True).logits
+        hybrid = make("delta_net-hybrid")  # attention first: it must not be cut before the refusal
+        mixed = Cache(config=hybrid.config)
+        hybrid(x, past_key_values=mixed, use_cache=True)
+        with pytest.raises(ValueError, match="cannot forget its last tokens"):
+            mixed.crop(-1)
+        assert mixed.layers[0].keys.shape[2] == mixed.get_seq_length() == 9
         with pytest.raises(ValueError, match="cannot forget its last tokens"):
             state.crop(-1)
         state.reset()

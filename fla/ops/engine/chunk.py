@@ -101,11 +101,10 @@ class _Workspace:
             self._buffers[key] = build[name]()
         return self._buffers[key]
 
-    def load(self, name: str, x: Tensor, groups: int = 1) -> Tensor:
-        """`[rows, C, H, D]` copied to `[R, C, D]`, heads repeated for their value heads."""
+    def load(self, name: str, x: Tensor) -> Tensor:
+        """`[rows, C, HV, D]` copied to `[R, C, D]`."""
         rows, size, heads, width = x.shape
-        out = self(name, rows, heads, groups, size, width)
-        out.copy_(x.transpose(1, 2).unsqueeze(2))
+        out = self(name, rows, heads, size, width).copy_(x.transpose(1, 2))
         return out.view(-1, size, width)
 
 
@@ -155,9 +154,10 @@ class _Inputs:
 class _Decay:
     """The decay factors of one step; everything but `pair` is None without decay.
 
-    pair: D, and where erase needs it strict D below it, `[R, C or 2C, C]`. enter: e for the rows of
-    q, and of k where erase needs it, `[R, C or 2C, 1]`. leave, last: d `[R, C, 1]` and e_C `[R, 1,
-    1]`.
+    Fields:
+        pair: D, and where erase needs it strict D below it, `[R, C or 2C, C]`.
+        enter: e for the rows of q, and of k where erase needs it, `[R, C or 2C, 1]`.
+        leave, last: d `[R, C, 1]` and e_C `[R, 1, 1]`.
     """
 
     def __init__(self, ws: _Workspace, step: Step, g: Tensor | None, erase: bool, like: Tensor):
@@ -322,9 +322,8 @@ def _chunk_backward(
     )
     plan, ws = _plan(q, cu_seqlens, chunk_size), _Workspace(dstate)
     dstate = dstate.zero_() if dfinal is None else plan.sort(dstate.copy_(dfinal))
-    autocast = torch.autocast(
-        q.device.type, enabled=False
-    )  # the caller's autocast is not for this arithmetic
+    # the caller's autocast is not for this arithmetic
+    autocast = torch.autocast(q.device.type, enabled=False)
     groups, erase = v.shape[2] // q.shape[2], beta is not None
     norms, decays = _inverse_norms(q, k, l2norm), _clamped(g)
     for step in reversed(plan.steps):
@@ -352,9 +351,8 @@ def _chunk_backward(
         for gate, grad in ((dg, grads[3]), (dbeta, grads[4])):
             if grad is not None:
                 step.write(gate, grad.view(step.rows, -1, n).mT)
-    if (
-        g is not None
-    ):  # a decay that was clamped is a factor of exactly zero, and so is its gradient
+    if g is not None:
+        # a decay that was clamped is a factor of exactly zero, and so is its gradient
         dg.masked_fill_(g <= LOG_ZERO, 0)
     return dq, dk, dv, dg, dbeta, plan.unsort(dstate)
 
