@@ -248,7 +248,7 @@ def doctor(argv: list[str]) -> int:
     for op in OPS:
         inputs = op.inputs(1, 8, 1, 4, 4, device=device)
         for function in (op.chunk, op.token):
-            found = explain(function, **inputs)
+            found = explain(function, next(iter(inputs.values())))
             line(found.op, f"{found.backend}: {found.form}")
     print(f"  because: {found.why}")
     for name, reason in found.rejected.items():

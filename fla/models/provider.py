@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What transformers' own models take from this package, and a short convolution they can take too.
 
-From 5.15 on, the modelling files of Qwen3-Next, Qwen3.5, OLMo-Hybrid and others look up
-`chunk_gated_delta_rule` and `fused_recurrent_gated_delta_rule` in the package `fla` when they are
+From 5.15 on, the modelling files of Qwen3-Next, Qwen3.5, OLMo-Hybrid, Kimi-Linear and others look
+up `chunk_gated_delta_rule`, `chunk_kda` and their token forms in the package `fla` when they are
 imported, on any device; installing this package is all it takes. Their short convolution comes from
 another package; without it they cannot keep packed sequences apart in the convolution.
 `packed_convolution()` closes that gap.
@@ -94,12 +94,14 @@ def packed_causal_conv1d(
     activation: str | None = None,
     cu_seq_lens_q: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     **_unrelated: Any,
 ) -> Tensor:
-    """transformers' `causal_conv1d_fn` on `[B, D, T]` with boundaries: `cu_seq_lens_q`, or
-    `seq_idx` `[1, T]` that changes where a sequence starts. Other keyword arguments belong to other
+    """transformers' `causal_conv1d_fn` on `[B, D, T]` with boundaries: `cu_seq_lens_q` or
+    `cu_seqlens`, or `seq_idx` `[1, T]` that changes where a sequence starts. Other keyword arguments belong to other
     layers: transformers hands all of them to each.
     """
+    cu_seq_lens_q = cu_seqlens if cu_seq_lens_q is None else cu_seq_lens_q
     if cu_seq_lens_q is None and seq_idx is not None:
         starts = seq_idx.flatten().diff().ne(0).nonzero().flatten() + 1
         ends = starts.new_tensor([hidden_states.shape[-1]])
@@ -116,9 +118,10 @@ def packed_causal_conv1d(
 
 @contextmanager
 def packed_convolution() -> Iterator[list[str]]:
-    """Inside the block, transformers' Qwen3-Next, Qwen3.5 and OLMo-Hybrid convolve with
-    `packed_causal_conv1d`, so that packed sequences (`cu_seq_lens_q=` on the model's call) stay
-    apart in convolution and recurrence alike. Yields the models changed.
+    """Inside the block, transformers' Qwen3-Next, Qwen3.5, OLMo-Hybrid and Kimi-Linear convolve
+    with `packed_causal_conv1d`, so that packed sequences stay apart in convolution and recurrence
+    alike. The boundaries go to the model's call as `cu_seq_lens_q=`; to Kimi-Linear's, which hands
+    on keyword arguments as they are, as `cu_seqlens=`. Yields the models changed.
     """
     changed: dict[str, Any] = {}
     for model in CONSUMERS:

@@ -120,6 +120,7 @@ def _gates(
             "use_beta_sigmoid_in_kernel=True or "
             "pass beta in [0, 2]"
         )
+    check_shapes(op, v=(v, "B T HV V"), g=(g, "B T HV"))
     if use_gate:
         check_shapes(
             op, v=(v, "B T HV V"), g=(g, "B T HV"), A_log=(A_log, "HV"), dt_bias=(dt_bias, "HV")

@@ -3,30 +3,72 @@
 line here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.ops import delta_rule, gated_delta_rule, linear_attn, simple_gla
+from fla.ops import abc as abc_
+from fla.ops import (
+    comba,
+    delta_rule,
+    gated_delta_product,
+    gated_delta_rule,
+    gated_oja_rule,
+    gdn2,
+    generalized_delta_rule,
+    gla,
+    gsa,
+    hgrn,
+    kda,
+    lightning_attn,
+    linear_attn,
+    precond_gated_delta_rule,
+    precond_kda,
+    retention,
+    rwkv6,
+    rwkv7,
+    simple_gla,
+)
 
 Inputs = dict[str, Tensor]
+Equation = Callable[[Inputs], dict[str, Any]]
+
+QKV = dict(q="B T H K", k="B T H K unit", v="B T HV V")
+SIZES = dict(M=9, D=16, n=2)  # axes that not every operator has
+
+
+def _values(kind: str, x: Tensor) -> Tensor:
+    """Normal numbers x brought into the domain of an argument."""
+    return {
+        "normal": lambda: x,
+        "unit": lambda: F.normalize(x, dim=-1),
+        "decay": lambda: F.logsigmoid(x + 1),
+        "beta": lambda: 2 * x.sigmoid(),
+        "rate": x.sigmoid,
+        "small": lambda: x / 10,
+    }[kind]()
 
 
 @dataclass(frozen=True)
 class OpCase:
-    """One operator of the family, as its tests and benchmarks see it.
+    """One operator, as its tests and benchmarks see it.
 
     Fields:
         name: the page, `fla/ops/<name>.py`.
         title: the operator in words; paper: its source.
         chunk, token, naive: the public functions (`naive` is the page's literal loop).
-        gates: gates beside q, k, v by kind: "decay" (log, <= 0) or "beta" (in [0, 2]).
-        fixed: keyword arguments that every call of chunk and token passes.
-        on_equation: inputs to the arguments g, a, b, k, v of `engine/recurrence.py`.
+        tensors: axes, and the domain where it is not any number, of each tensor argument. `T*n` is
+            an axis of n steps a token; without T an argument is a parameter.
+        state: axes of each state argument; a tuple of them for an argument that is a tuple.
+        fixed: keyword arguments that every call passes.
+        chunk_fixed: those that calls of chunk and token pass and calls of naive do not.
+        equation: inputs to the arguments q, k, v, g, a, b, bonus of `engine/recurrence.py`, and
+            `steps` where a token is several; None where the operator is no point of it.
     """
 
     name: str
@@ -35,9 +77,23 @@ class OpCase:
     chunk: Callable
     token: Callable
     naive: Callable
-    gates: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, str]
+    equation: Equation | None = None
+    state: dict[str, str | tuple[str, ...]] = field(
+        default_factory=lambda: {"initial_state": "N HV K V"}
+    )
     fixed: dict[str, Any] = field(default_factory=dict)
-    on_equation: Callable[[Inputs], dict[str, Tensor | None]] = lambda x: dict(k=x["k"], v=x["v"])
+    chunk_fixed: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def grouped(self) -> bool:
+        """Whether value (or query) heads may be a multiple of the others."""
+        axes = " ".join(self.tensors.values()).split()
+        return "HV" in axes and "H" in axes
+
+    def axes(self, name: str) -> list[str]:
+        """The axes of a tensor argument."""
+        return [a for a in self.tensors[name].split() if not a.islower() or a == "n"]
 
     def inputs(
         self,
@@ -51,31 +107,126 @@ class OpCase:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         seed: int = 0,
+        **sizes: int,
     ) -> Inputs:
-        """Random arguments inside the operator's domain: unit keys, decays <= 0, beta in [0, 2]."""
+        """Random arguments inside the operator's domain."""
         generator = torch.Generator().manual_seed(seed)
-        HV = HV or H
+        sizes = SIZES | dict(B=B, T=T, H=H, HV=HV or H, K=K, V=V) | sizes
+        sizes["T*n"] = sizes["T"] * sizes["n"]
+        values = {}
+        for name, spec in self.tensors.items():
+            kind = spec.split()[-1] if spec.split()[-1].islower() else "normal"
+            shape = [sizes[a] for a in self.axes(name)]
+            x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            values[name] = _values(kind, x).to(device, dtype)
+        return values
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    def states(
+        self,
+        N: int,
+        H: int,
+        K: int,
+        V: int,
+        *,
+        HV: int | None = None,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 7,
+        **sizes: int,
+    ) -> list[Tensor]:
+        """Random initial states, flat."""
+        generator = torch.Generator().manual_seed(seed)
+        sizes = SIZES | dict(N=N, H=H, HV=HV or H, K=K, V=V) | sizes
+        states = []
+        for spec in self.state.values():
+            for axes in [spec] if isinstance(spec, str) else spec:
+                kind = axes.split()[-1] if axes.split()[-1].islower() else "normal"
+                shape = [sizes[a] for a in axes.split() if not a.islower()]
+                x = torch.randn(shape, generator=generator, dtype=torch.float64)
+                states.append(_values(kind, x).to(dtype))
+        return states
 
-        values: Inputs = dict(
-            q=normal(B, T, H, K), k=F.normalize(normal(B, T, H, K), dim=-1), v=normal(B, T, HV, V)
+    def state_arguments(self, states: Sequence[Tensor] | None) -> dict[str, Any]:
+        """Flat states as the arguments of a call; none at all for None."""
+        if states is None:
+            return {}
+        rest: list[Tensor] = list(states)
+        out: dict[str, Any] = {}
+        for name, spec in self.state.items():
+            if isinstance(spec, str):
+                out[name] = rest.pop(0)
+            else:
+                out[name] = tuple(rest.pop(0) for _ in spec)
+        return out
+
+    def tokens(self, inputs: Inputs, begin: int, end: int) -> Inputs:
+        """The tokens from begin to end of every input that has tokens."""
+        out = {}
+        for name, x in inputs.items():
+            axes = self.axes(name)
+            n = SIZES["n"] if "T*n" in axes else 1
+            out[name] = x[:, begin * n : end * n] if {"T", "T*n"} & set(axes) else x
+        return out
+
+    def call(
+        self, function: Callable, inputs: Inputs, states: Sequence[Tensor] | None = None, **kw: Any
+    ) -> list[Tensor]:
+        """`function` on the inputs: the output and the final states, flat."""
+        fixed = self.fixed if function is self.naive else self.fixed | self.chunk_fixed
+        results = function(
+            **inputs, **self.state_arguments(states), output_final_state=True, **fixed, **kw
         )
-        for gate, kind in self.gates.items():
-            x = normal(B, T, HV)
-            values[gate] = F.logsigmoid(x + 1) if kind == "decay" else 2 * x.sigmoid()
-        return {name: x.to(device, dtype) for name, x in values.items()}
+        flat: list[Tensor] = []
+        for x in results:
+            flat += x if isinstance(x, tuple) else [x]
+        return flat
 
 
-def _delta(x: Inputs) -> dict[str, Tensor | None]:
+def _renamed(function: Callable, **names: str) -> Callable:
+    """`function` taking some of its arguments by the names the chunk form has for them."""
+
+    @wraps(function)
+    def call(**kwargs: Any) -> Any:
+        return function(**{names.get(name, name): x for name, x in kwargs.items()})
+
+    return call
+
+
+def _linear(x: Inputs) -> dict[str, Any]:
+    return dict(q=x["q"], k=x["k"], v=x["v"])
+
+
+def _delta(x: Inputs) -> dict[str, Any]:
     beta = x["beta"][..., None]
-    return dict(k=x["k"], v=beta * x["v"], a=-beta * x["k"], b=x["k"])
+    return dict(q=x["q"], k=x["k"], v=beta * x["v"], a=-beta * x["k"], b=x["k"])
 
 
-def _gated_delta(x: Inputs) -> dict[str, Tensor | None]:
-    decay = x["g"][..., None]
+def _constant(log_decay: Tensor) -> Equation:
+    return lambda x: _linear(x) | {"g": log_decay.to(x["v"]).expand(x["v"].shape[:3])[..., None]}
+
+
+def _gated_delta(x: Inputs) -> dict[str, Any]:
+    decay = x["g"][..., None] if x["g"].dim() == 3 else x["g"]
     return {**_delta(x), "g": decay, "b": decay.exp() * x["k"]}
+
+
+def _product(x: Inputs) -> dict[str, Any]:
+    n = SIZES["n"]
+    q = torch.stack([torch.zeros_like(x["q"])] * (n - 1) + [x["q"]], 2).flatten(1, 2)
+    g = torch.stack([x["g"]] + [torch.zeros_like(x["g"])] * (n - 1), 2).flatten(1, 2)
+    return {**_gated_delta(x | {"q": q, "g": g}), "steps": n}
+
+
+def _gdn2(x: Inputs) -> dict[str, Any]:
+    b = x["g"].exp() * x["b"] * x["k"]
+    return dict(q=x["q"], k=x["k"], v=x["w"] * x["v"], g=x["g"], a=-x["k"], b=b)
+
+
+def _comba(x: Inputs) -> dict[str, Any]:
+    return {**_delta(x), "g": x["g"][..., None], "b": x["p"]}
+
+
+def _rwkv6(x: Inputs) -> dict[str, Any]:
+    return dict(q=x["r"], k=x["k"], v=x["v"], g=x["w"], bonus=x["u"])
 
 
 OPS = [
@@ -86,6 +237,8 @@ OPS = [
         linear_attn.chunk_linear_attn,
         linear_attn.fused_recurrent_linear_attn,
         linear_attn.naive_recurrent_linear_attn,
+        QKV,
+        _linear,
         fixed=dict(normalize=False),
     ),
     OpCase(
@@ -95,8 +248,118 @@ OPS = [
         simple_gla.chunk_simple_gla,
         simple_gla.fused_recurrent_simple_gla,
         simple_gla.naive_recurrent_simple_gla,
-        gates=dict(g="decay"),
-        on_equation=lambda x: dict(k=x["k"], v=x["v"], g=x["g"][..., None]),
+        QKV | dict(g="B T HV decay"),
+        lambda x: _linear(x) | {"g": x["g"][..., None]},
+    ),
+    OpCase(
+        "retention",
+        "Retention",
+        "arXiv:2307.08621",
+        retention.chunk_retention,
+        retention.fused_recurrent_retention,
+        retention.naive_recurrent_retention,
+        QKV,
+        lambda x: _constant(retention.log_decay(x["v"].shape[2]))(x),
+    ),
+    OpCase(
+        "lightning_attn",
+        "Lightning attention",
+        "arXiv:2401.04658",
+        lightning_attn.chunk_lightning_attn,
+        lightning_attn.fused_recurrent_lightning_attn,
+        lightning_attn.naive_recurrent_lightning_attn,
+        QKV,
+        lambda x: _constant(-6 / x["v"].shape[2] * torch.arange(x["v"].shape[2]))(x),
+        fixed=dict(layer_idx=3, num_layers=12),
+    ),
+    OpCase(
+        "gla",
+        "Gated linear attention",
+        "arXiv:2312.06635",
+        gla.chunk_gla,
+        _renamed(gla.fused_recurrent_gla, g="gk"),
+        _renamed(gla.naive_recurrent_gla, g="gk"),
+        QKV | dict(g="B T HV K decay"),
+        lambda x: _linear(x) | {"g": x["g"]},
+    ),
+    OpCase(
+        "hgrn",
+        "HGRN",
+        "arXiv:2311.04823",
+        hgrn.chunk_hgrn,
+        hgrn.fused_recurrent_hgrn,
+        hgrn.naive_recurrent_hgrn,
+        dict(x="B T D", g="B T D decay"),
+        state=dict(initial_state="N D"),
+    ),
+    OpCase(
+        "gsa",
+        "Gated slot attention",
+        "arXiv:2409.07146",
+        gsa.chunk_gsa,
+        gsa.fused_recurrent_gsa,
+        gsa.naive_recurrent_gsa,
+        dict(q="B T HV K", k="B T H K", v="B T H V", s="B T H M rate", g="B T H M decay"),
+        state=dict(initial_state=("N H K M", "N H M V")),
+    ),
+    OpCase(
+        "abc",
+        "ABC",
+        "arXiv:2110.02488",
+        abc_.chunk_abc,
+        abc_.fused_recurrent_abc,
+        abc_.naive_recurrent_abc,
+        dict(q="B T HV K", k="B T H K", v="B T H V", s="B T H M"),
+        state=dict(initial_state=("N H K M", "N H M V", "N H M")),
+    ),
+    OpCase(
+        "rwkv6",
+        "RWKV-6",
+        "arXiv:2404.05892",
+        rwkv6.chunk_rwkv6,
+        rwkv6.fused_recurrent_rwkv6,
+        rwkv6.naive_recurrent_rwkv6,
+        dict(r="B T H K", k="B T H K unit", v="B T HV V", w="B T HV K decay", u="H K"),
+        _rwkv6,
+    ),
+    OpCase(
+        "rwkv7",
+        "RWKV-7",
+        "arXiv:2503.14456",
+        rwkv7.chunk_rwkv7,
+        rwkv7.fused_recurrent_rwkv7,
+        rwkv7.naive_recurrent_rwkv7,
+        dict(
+            r="B T H K",
+            w="B T H K decay",
+            k="B T H K unit",
+            v="B T H V",
+            a="B T H K unit",
+            b="B T H K unit",
+        ),
+        lambda x: dict(q=x["r"], k=x["k"], v=x["v"], g=x["w"], a=x["b"], b=x["a"]),
+        state=dict(initial_state="N H K V"),
+        fixed=dict(scale=0.3),
+    ),
+    OpCase(
+        "generalized_delta_rule",
+        "Generalised delta rule (DPLR)",
+        "arXiv:2503.14456",
+        generalized_delta_rule.chunk_dplr_delta_rule,
+        generalized_delta_rule.fused_recurrent_dplr_delta_rule,
+        generalized_delta_rule.naive_recurrent_dplr_delta_rule,
+        QKV | dict(a="B T HV K unit", b="B T HV K unit", gk="B T HV K decay"),
+        lambda x: _linear(x) | dict(g=x["gk"], a=x["b"], b=x["a"]),
+    ),
+    OpCase(
+        "generalized_delta_rule",
+        "Generalised delta rule (IPLR)",
+        "arXiv:2503.14456",
+        generalized_delta_rule.chunk_iplr_delta_rule,
+        generalized_delta_rule.fused_recurrent_iplr_delta_rule,
+        generalized_delta_rule.naive_recurrent_iplr_delta_rule,
+        QKV | dict(a="B T HV K unit", b="B T HV K small"),
+        lambda x: _linear(x) | dict(a=x["b"], b=x["a"]),
     ),
     OpCase(
         "delta_rule",
@@ -105,8 +368,93 @@ OPS = [
         delta_rule.chunk_delta_rule,
         delta_rule.fused_recurrent_delta_rule,
         delta_rule.naive_recurrent_delta_rule,
-        gates=dict(beta="beta"),
-        on_equation=_delta,
+        QKV | dict(beta="B T HV beta"),
+        _delta,
+    ),
+    OpCase(
+        "gated_delta_product",
+        "Gated DeltaProduct",
+        "arXiv:2502.10297",
+        gated_delta_product.chunk_gated_delta_product,
+        gated_delta_product.fused_recurrent_gated_delta_product,
+        gated_delta_product.naive_recurrent_gated_delta_product,
+        dict(
+            q="B T H K",
+            k="B T*n H K unit",
+            v="B T*n HV V",
+            g="B T HV decay",
+            beta="B T*n HV beta",
+        ),
+        _product,
+        fixed=dict(num_householder=SIZES["n"]),
+    ),
+    OpCase(
+        "kda",
+        "Kimi delta attention",
+        "arXiv:2510.26692",
+        kda.chunk_kda,
+        kda.fused_recurrent_kda,
+        kda.naive_recurrent_kda,
+        QKV | dict(g="B T HV K decay", beta="B T HV beta"),
+        _gated_delta,
+    ),
+    OpCase(
+        "gdn2",
+        "Gated DeltaNet 2",
+        "arXiv:2412.06464",
+        gdn2.chunk_gdn2,
+        gdn2.fused_recurrent_gdn2,
+        gdn2.naive_recurrent_gdn2,
+        QKV | dict(g="B T HV K decay", b="B T HV K rate", w="B T HV V rate"),
+        _gdn2,
+    ),
+    OpCase(
+        "comba",
+        "Comba",
+        "arXiv:2506.02475",
+        comba.chunk_comba,
+        comba.fused_recurrent_comba,
+        comba.naive_recurrent_comba,
+        QKV | dict(p="B T H K unit", g="B T HV decay", beta="B T HV rate"),
+        _comba,
+    ),
+    OpCase(
+        "gated_oja_rule",
+        "Gated Oja rule",
+        "arXiv:2203.06246",
+        gated_oja_rule.chunk_gated_oja_rule,
+        gated_oja_rule.fused_recurrent_gated_oja_rule,
+        gated_oja_rule.naive_recurrent_gated_oja_rule,
+        dict(q="B T H K", k="B T H K", v="B T H V unit", gv="B T H V decay", beta="B T H beta"),
+        state=dict(initial_state="N H K V"),
+    ),
+    OpCase(
+        "precond_gated_delta_rule",
+        "Preconditioned gated delta rule",
+        "arXiv:2412.06464",
+        precond_gated_delta_rule.chunk_precond_gated_delta_rule,
+        precond_gated_delta_rule.fused_recurrent_precond_gated_delta_rule,
+        precond_gated_delta_rule.naive_recurrent_precond_gated_delta_rule,
+        QKV
+        | dict(g_atk="B T HV decay", g="B T HV decay", beta_atk="B T HV rate", beta="B T HV rate"),
+        state=dict(initial_state="N HV K V", initial_A_state="N HV K rate"),
+        fixed=dict(log_atk_scale=-0.2),
+        chunk_fixed=dict(use_qk_l2norm_in_kernel=False),
+    ),
+    OpCase(
+        "precond_kda",
+        "Preconditioned KDA",
+        "arXiv:2510.26692",
+        precond_kda.chunk_precond_kda,
+        precond_kda.fused_recurrent_precond_kda,
+        precond_kda.naive_recurrent_precond_kda,
+        QKV
+        | dict(
+            g="B T HV K decay", g_atk="B T HV decay", beta_atk="B T HV rate", beta="B T HV rate"
+        ),
+        state=dict(initial_state="N HV K V", initial_A_state="N HV K rate"),
+        fixed=dict(log_atk_scale=-0.2),
+        chunk_fixed=dict(use_qk_l2norm_in_kernel=False),
     ),
     OpCase(
         "gated_delta_rule",
@@ -115,7 +463,7 @@ OPS = [
         gated_delta_rule.chunk_gated_delta_rule,
         gated_delta_rule.fused_recurrent_gated_delta_rule,
         gated_delta_rule.naive_recurrent_gated_delta_rule,
-        gates=dict(g="decay", beta="beta"),
-        on_equation=_gated_delta,
+        QKV | dict(g="B T HV decay", beta="B T HV beta"),
+        _gated_delta,
     ),
 ]

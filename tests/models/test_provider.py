@@ -28,9 +28,11 @@ MODELS = {
         head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)),
     "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", dict(head_dim=8)),
     "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", dict(linear_num_value_heads=2, linear_allow_neg_eigval=True)),
+    "kimi_linear": ("KimiLinearConfig", "KimiLinearForCausalLM", dict(
+        layer_types=["linear_attention"] * 3 + ["full_attention"], linear_num_heads=2, linear_head_dim=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+        num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_key_value_heads=4, bos_token_id=1, eos_token_id=2)),
 }  # fmt: skip
 every_model = pytest.mark.parametrize("name", MODELS)
-FUNCTIONS = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def build(monkeypatch):
 
 def run_on_the_fallback(module, monkeypatch):
     """Put transformers' undecorated torch functions in place of what it resolved."""
-    for name in FUNCTIONS:
+    for name in provider.CONSUMERS[module.__name__.rpartition("modeling_")[2]]:
         monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
 
 
@@ -62,11 +64,23 @@ def ids(*shape):
 @every_model
 def test_transformers_finds_our_operators(name):
     uses = {use.function: use for use in provider.report() if use.model == name}
-    assert set(uses) == set(FUNCTIONS)
+    assert set(uses) == set(provider.CONSUMERS[name])
     assert all(use.runs == "fla" for use in uses.values())
 
 
-def test_report_says_why_where_ours_does_not_run():
+def test_report_says_why_where_ours_does_not_run(monkeypatch):
+    """As where a later transformers looks up a function that we lack."""
+    import inspect
+
+    real = inspect.getclosurevars
+
+    def lacking(function):
+        found = real(function)
+        if "implementation" in found.nonlocals:
+            found.nonlocals["implementation"] = torch.add
+        return found
+
+    monkeypatch.setattr(provider.inspect, "getclosurevars", lacking)
     kimi = [use for use in provider.report() if use.model == "kimi_linear"]
     assert kimi and all(use.runs == "transformers" and "fla has no" in use.why for use in kimi)
 
@@ -133,9 +147,9 @@ def test_packed_sequences_stay_apart(name, build, monkeypatch):
     bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
     packing = dict(
         position_ids=torch.cat([torch.arange(b - a) for a, b in spans])[None],
-        cu_seq_lens_q=bounds,
         use_cache=False,
     )
+    packing["cu_seqlens" if name == "kimi_linear" else "cu_seq_lens_q"] = bounds
     with provider.packed_convolution() as changed:
         assert name in changed
         packed = model(x, **packing).logits
@@ -145,6 +159,8 @@ def test_packed_sequences_stay_apart(name, build, monkeypatch):
     moved[:, :5] = moved[:, :5].flip(1)
     with provider.packed_convolution():
         assert torch.equal(model(moved, **packing).logits[:, 5:], packed[:, 5:])
+    if name == "kimi_linear":
+        return
     q = torch.randn(1, 12, 2, 8)
     gates = torch.rand(2, 1, 12, 2)
     with pytest.raises(ValueError, match="can't keep packed sequences apart"):

@@ -22,80 +22,87 @@ def random_state(N: int, H: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(N, H, K, V, generator=torch.Generator().manual_seed(7), dtype=dtype)
 
 
-def expand_groups(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """q and k repeated to the value heads: the meaning of grouped value heads."""
-    groups = inputs["v"].shape[2] // inputs["q"].shape[2]
-    return {n: x.repeat_interleave(groups, dim=2) if n in "qk" else x for n, x in inputs.items()}
+def start(op: OpCase, N: int, H: int = 2, dtype: torch.dtype = torch.float64, **sizes) -> list:
+    """Initial states as leaves."""
+    states = op.states(N, H, K, V, dtype=dtype, **sizes)
+    return [x.requires_grad_() for x in states]
 
 
-def reference(op: OpCase, inputs: dict[str, Tensor], form=token_form) -> tuple[Tensor, Tensor]:
-    inputs = expand_groups(inputs)
-    return form(
-        inputs["q"],
-        scale=inputs["q"].shape[-1] ** -0.5,
-        state=inputs["initial_state"],
-        **op.on_equation(inputs),
-    )
+def named(inputs: dict[str, Tensor], states: list[Tensor]) -> dict[str, Tensor]:
+    return inputs | {f"state {i}": x for i, x in enumerate(states)}
 
 
-def call(function, op: OpCase, inputs: dict[str, Tensor], **kwargs) -> list[Tensor]:
-    return list(function(**inputs, output_final_state=True, **op.fixed, **kwargs))
+def expand_groups(op: OpCase, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Heads repeated to the value heads: the meaning of grouped value heads."""
+    if not op.grouped:
+        return inputs
+    HV = next(x.shape[a.index("HV")] for n, x in inputs.items() if "HV" in (a := op.axes(n)))
+    out = {}
+    for name, x in inputs.items():
+        axis = op.axes(name).index("H") if "H" in op.axes(name) else None
+        out[name] = x if axis is None else x.repeat_interleave(HV // x.shape[axis], dim=axis)
+    return out
+
+
+def reference(op: OpCase, inputs: dict[str, Tensor], states=None, form=token_form) -> list[Tensor]:
+    """The recurrence on the operator's point of it; of an operator that is none, its loop."""
+    if op.equation is None:
+        own_groups = any("M" in op.axes(n) for n in inputs)  # the slots' loops group their queries
+        return op.call(op.naive, inputs if own_groups else expand_groups(op, inputs), states)
+    point = op.equation(expand_groups(op, inputs))
+    scale = op.fixed.get("scale", point["q"].shape[-1] ** -0.5)
+    steps = point.pop("steps", 1)
+    o, final = form(**point, scale=scale, state=None if states is None else states[0])
+    return [o[:, steps - 1 :: steps], final]
+
+
+def results(got: list[Tensor], want: list[Tensor], what: str, rtol: float = 1e-11) -> None:
+    assert len(got) == len(want), f"{what}: {len(got)} results instead of {len(want)}"
+    for i, (x, y) in enumerate(zip(got, want, strict=True)):
+        assert_same(x, y, f"{what} {f'state {i - 1}' if i else 'o'}", rtol)
+
+
+def grads_equal(got: dict[str, Tensor], want: dict[str, Tensor], what: str) -> None:
+    for name, grad in got.items():
+        assert_same(grad, want[name], f"{what} d{name}", rtol=1e-10)
 
 
 def check_page_is_the_equation(op: OpCase) -> None:
     """The page's literal loop is the recurrence."""
-    inputs = op.inputs(2, 9, 3, K, V, dtype=torch.float64) | {"initial_state": random_state(2, 3)}
-    for got, want, what in zip(
-        op.naive(**inputs, output_final_state=True),
-        reference(op, inputs),
-        ("o", "state"),
-        strict=True,
-    ):
-        assert_same(got, want, f"{op.name} naive {what}")
+    inputs = op.inputs(2, 9, 3, K, V, dtype=torch.float64)
+    states = start(op, 2, 3)
+    results(op.call(op.naive, inputs, states), reference(op, inputs, states), f"{op.name} naive")
 
 
 def check_forms_agree(op: OpCase, T: int, HV: int = 2, chunk_size: int | None = None) -> None:
     """Chunk, token and both generic forms: outputs, states and every gradient, in fp64."""
-    H = 2
-    inputs = leaves(
-        op.inputs(2, T, H, K, V, HV=HV, dtype=torch.float64)
-        | {"initial_state": random_state(2, HV)}
-    )
-    want = list(reference(op, inputs))
-    want_grads = gradients(want, inputs)
+    inputs = leaves(op.inputs(2, T, 2, K, V, HV=HV, dtype=torch.float64))
+    states = start(op, 2, HV=HV)
+    want = reference(op, inputs, states)
+    want_grads = gradients(want, named(inputs, states))
     options = {} if chunk_size is None else {"chunk_size": chunk_size}
-    results = {
-        "chunk": call(op.chunk, op, inputs, **options),
-        "token": call(op.token, op, inputs),
-        "generic chunk": list(reference(op, inputs, chunk_form)),
+    forms = {
+        "chunk": op.call(op.chunk, inputs, states, **options),
+        "token": op.call(op.token, inputs, states),
     }
-    for form, got in results.items():
-        for x, y, what in zip(got, want, ("o", "state"), strict=True):
-            assert_same(x, y, f"{op.name} {form} T={T} {what}")
-        for name, grad in gradients(got, inputs).items():
-            assert_same(grad, want_grads[name], f"{op.name} {form} T={T} d{name}", rtol=1e-10)
+    if op.equation is not None:
+        forms["generic chunk"] = reference(op, inputs, states, chunk_form)
+    for form, got in forms.items():
+        results(got, want, f"{op.name} {form} T={T}")
+        grads_equal(gradients(got, named(inputs, states)), want_grads, f"{op.name} {form} T={T}")
 
 
 def check_split_is_whole(op: OpCase, T: int, cut: int) -> None:
     """The first part, then the rest from its state, equals the whole: values and gradients."""
-    inputs = leaves(
-        op.inputs(2, T, 2, K, V, dtype=torch.float64) | {"initial_state": random_state(2, 2)}
-    )
-    state = inputs["initial_state"]
-    tokens = {n: x for n, x in inputs.items() if n != "initial_state"}
-    whole = call(op.chunk, op, inputs)
-    outs = []
-    for part in (slice(0, cut), slice(cut, T)):
-        o, state = call(
-            op.chunk, op, {n: x[:, part] for n, x in tokens.items()}, initial_state=state
-        )
-        outs.append(o)
-    split = [torch.cat(outs, 1), state]
-    grads = gradients(whole, inputs)
-    for x, y, what in zip(split, whole, ("o", "state"), strict=True):
-        assert_same(x, y, f"{op.name} split at {cut} {what}")
-    for name, grad in gradients(split, inputs).items():
-        assert_same(grad, grads[name], f"{op.name} split at {cut} d{name}", rtol=1e-10)
+    inputs = leaves(op.inputs(2, T, 2, K, V, dtype=torch.float64))
+    states = start(op, 2)
+    whole = op.call(op.chunk, inputs, states)
+    first, *middle = op.call(op.chunk, op.tokens(inputs, 0, cut), states)
+    second, *final = op.call(op.chunk, op.tokens(inputs, cut, T), middle)
+    split = [torch.cat([first, second], 1), *final]
+    results(split, whole, f"{op.name} split at {cut}")
+    leaf = named(inputs, states)
+    grads_equal(gradients(split, leaf), gradients(whole, leaf), f"{op.name} split at {cut}")
 
 
 def check_packed_is_separate(
@@ -105,53 +112,46 @@ def check_packed_is_separate(
     function = function or op.chunk
     options = {"chunk_size": chunk_size} if function is op.chunk and chunk_size != 64 else {}
     bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    N = len(lengths)
-    inputs = leaves(
-        op.inputs(1, bounds[-1], 2, K, V, dtype=torch.float64)
-        | {"initial_state": random_state(N, 2)}
-    )
-    packed = call(function, op, inputs, cu_seqlens=torch.tensor(bounds), **options)
-    outs, states = [], []
+    inputs = leaves(op.inputs(1, bounds[-1], 2, K, V, dtype=torch.float64))
+    states = start(op, len(lengths))
+    packed = op.call(function, inputs, states, cu_seqlens=torch.tensor(bounds), **options)
+    rows = []
     for i, (begin, end) in enumerate(pairwise(bounds)):
-        row = {n: x[:, begin:end] for n, x in inputs.items() if n != "initial_state"}
-        o, state = call(
-            function, op, row | {"initial_state": inputs["initial_state"][i : i + 1]}, **options
-        )
-        outs.append(o)
-        states.append(state)
-    separate = [torch.cat(outs, 1), torch.cat(states)]
-    want = gradients(separate, inputs)
-    for x, y, what in zip(packed, separate, ("o", "state"), strict=True):
-        assert_same(x, y, f"{op.name} packed {lengths} {what}")
-    for name, grad in gradients(packed, inputs).items():
-        assert_same(grad, want[name], f"{op.name} packed {lengths} d{name}", rtol=1e-10)
+        own = [x[i : i + 1] for x in states]
+        rows.append(op.call(function, op.tokens(inputs, begin, end), own, **options))
+    outs, *finals = zip(*rows, strict=True)
+    separate = [torch.cat(outs, 1), *(torch.cat(x) for x in finals)]
+    results(packed, separate, f"{op.name} packed {lengths}")
+    leaf = named(inputs, states)
+    grads_equal(gradients(packed, leaf), gradients(separate, leaf), f"{op.name} packed {lengths}")
 
 
 def check_batch_mates_do_not_matter(op: OpCase) -> None:
     """A sequence's bits are the same alone and in a batch, whatever its place there."""
-    inputs = op.inputs(3, 70, 2, K, V) | {"initial_state": random_state(3, 2, torch.float32)}
-    batch = call(op.chunk, op, inputs)
+    inputs, states = op.inputs(3, 70, 2, K, V), op.states(3, 2, K, V, dtype=torch.float32)
     order = torch.tensor([2, 0, 1])
-    shuffled = call(op.chunk, op, {n: x[order] for n, x in inputs.items()})
-    alone = call(op.chunk, op, {n: x[1:2] for n, x in inputs.items()})
-    for x, y, z, what in zip(batch, shuffled, alone, ("o", "state"), strict=True):
-        assert torch.equal(x[order], y), f"{op.name} {what} depends on the batch order"
-        assert torch.equal(x[1:2], z), f"{op.name} {what} depends on the batch-mates"
+
+    def rows(index) -> list[Tensor]:
+        part = {n: x[index] if "B" in op.axes(n) else x for n, x in inputs.items()}
+        return op.call(op.chunk, part, [x[index] for x in states])
+
+    batch, shuffled, alone = rows(slice(0, 3)), rows(order), rows(slice(1, 2))
+    for i, (x, y, z) in enumerate(zip(batch, shuffled, alone, strict=True)):
+        assert torch.equal(x[order], y), f"{op.name} result {i} depends on the batch order"
+        assert torch.equal(x[1:2], z), f"{op.name} result {i} depends on the batch-mates"
 
 
 def check_error_budget(op: OpCase, dtype: torch.dtype, T: int = 130) -> None:
     """At most twice the error of the plain recurrence in the same dtype, both against fp64;
     states in fp32."""
     inputs = op.inputs(1, T, 2, 32, 24, dtype=dtype)
-    exact_in = {n: x.double() for n, x in inputs.items()}
-    zero = {"initial_state": None}
-    exact = reference(op, exact_in | zero)
-    plain = reference(op, inputs | zero)
+    exact = reference(op, {n: x.double() for n, x in inputs.items()})
+    plain = reference(op, inputs)
     for form in (op.chunk, op.token):
-        o, state = form(**inputs, output_final_state=True, **op.fixed)
-        assert o.dtype == dtype and state.dtype == torch.float32
-        assert_within_budget(o, plain[0], exact[0], f"{op.name} {form.__name__} {dtype} o")
-        assert_within_budget(state, plain[1], exact[1], f"{op.name} {form.__name__} {dtype} state")
+        o, *states = op.call(form, inputs)
+        assert o.dtype == dtype and all(x.dtype == torch.float32 for x in states)
+        for i, x in enumerate([o, *states]):
+            assert_within_budget(x, plain[i], exact[i], f"{op.name} {dtype} result {i}")
 
 
 def check_gradient_budget(op: OpCase, dtype: torch.dtype, T: int = 130) -> None:
@@ -159,18 +159,16 @@ def check_gradient_budget(op: OpCase, dtype: torch.dtype, T: int = 130) -> None:
     rounding is met in another order chunk by chunk than token by token.
     """
     inputs = op.inputs(1, T, 2, 32, 24, dtype=dtype)
-    zero = {"initial_state": None}
 
     def grads(inputs: dict[str, Tensor], run) -> dict[str, Tensor]:
         inputs = leaves(inputs)
         return gradients([run(inputs)[0]], inputs)
 
-    exact = grads({n: x.double() for n, x in inputs.items()}, lambda x: reference(op, x | zero))
-    forms = (
-        [token_form, chunk_form] if dtype == torch.float32 else [token_form]
-    )  # LAPACK stops there
-    plains = [grads(inputs, lambda x, f=form: reference(op, x | zero, f)) for form in forms]
-    for name, grad in grads(inputs, lambda x: op.chunk(**x, **op.fixed)).items():
+    exact = grads({n: x.double() for n, x in inputs.items()}, lambda x: reference(op, x))
+    both = dtype == torch.float32 and op.equation is not None  # LAPACK stops there
+    forms = [token_form, chunk_form] if both else [token_form]
+    plains = [grads(inputs, lambda x, f=form: reference(op, x, form=f)) for form in forms]
+    for name, grad in grads(inputs, lambda x: op.call(op.chunk, x)).items():
         assert grad.dtype == dtype
         plain = max((p[name] for p in plains), key=lambda p, e=exact[name]: error(p, e))
         assert_within_budget(grad, plain, exact[name], f"{op.name} {dtype} d{name}")
@@ -179,22 +177,13 @@ def check_gradient_budget(op: OpCase, dtype: torch.dtype, T: int = 130) -> None:
 def check_strides_do_not_matter(op: OpCase) -> None:
     """Slices, transposes and expanded gates give what contiguous copies give."""
     inputs = op.inputs(2, 70, 2, K, V, dtype=torch.float64)
-    inputs |= {n: x[:, :1].expand_as(x) for n, x in inputs.items() if n in op.gates}
+    gates = [n for n, spec in op.tensors.items() if spec.endswith(("decay", "beta", "rate"))]
+    inputs |= {n: x[:, :1].expand_as(x) for n, x in inputs.items() if n in gates}
     odd = {}
     for name, x in inputs.items():
-        if name in op.gates:
-            odd[name] = x
-        else:
-            odd[name] = (
-                torch.cat([x, x], -1)
-                .transpose(1, 2)
-                .contiguous()
-                .transpose(1, 2)[..., : x.shape[-1]]
-            )
+        wide = torch.cat([x, x], -1)
+        odd[name] = x if name in gates else wide.mT.contiguous().mT[..., : x.shape[-1]]
         assert not odd[name].is_contiguous()
     plain = {n: x.contiguous() for n, x in inputs.items()}
     for form in (op.chunk, op.token):
-        for x, y, what in zip(
-            call(form, op, odd), call(form, op, plain), ("o", "state"), strict=True
-        ):
-            assert_same(x, y, f"{op.name} {form.__name__} strided {what}")
+        results(op.call(form, odd), op.call(form, plain), f"{op.name} strided")

@@ -14,47 +14,88 @@ every_form = pytest.mark.parametrize("form", ["chunk", "token"])
 CU = torch.tensor
 
 
-@every_op
-@every_form
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(k=torch.zeros(1, 9, 2, 8)), r"k has shape \[1, 9, 2, 8\].*T is 10 in q"),
-        (dict(v=torch.zeros(10, 2, 6)), r"v has shape \[10, 2, 6\], but 4 axes \[B=1 T=10 HV V\]"),
-        (dict(k=torch.zeros(1, 10, 2, 8, dtype=torch.float64)), "k has dtype torch.float64 but q has torch.float32"),
-        (dict(k=torch.zeros(1, 10, 2, 8, dtype=torch.int64)), "k has dtype torch.int64; a floating-point"),
-        (dict(v=torch.zeros(1, 10, 2, 6, device="meta")), "v is on meta but q is on cpu"),
-        (dict(initial_state=torch.zeros(1, 2, 6, 8)), r"initial_state has shape \[1, 2, 6, 8\].*K=8 V=6"),
-        (dict(initial_state=torch.zeros(3, 2, 8, 6)), "initial_state holds 3 states but 1 were expected from the batch"),
-        (dict(cu_seqlens=CU([0, 6, 4, 10])), "cu_seqlens decreases from 6 to 4 at position 2"),
-        (dict(cu_seqlens=CU([0, 6, 9])), "cu_seqlens ends at 9 but there are T=10 tokens"),
-        (dict(cu_seqlens=CU([1, 10])), "cu_seqlens starts at 1"),
-        (dict(cu_seqlens=CU([10])), "1-D tensor"),
-        (dict(cu_seqlens=CU([0.0, 10.0])), "int32 or int64 was expected"),
-        (dict(cu_seqlens=CU([0, 4, 10]), initial_state=torch.zeros(1, 2, 8, 6)), "bounds 2 sequences"),
-        (dict(backend="cuda"), "backend is 'cuda'; expected one of triton, native, torch"),
-        (dict(backend="triton"), "'triton' was asked for by the call's backend argument but cannot run on cpu"),
-    ],
-)  # fmt: skip
-def test_wrong_arguments(op, form, change, message):
-    arguments = {**op.inputs(1, 10, 2, 8, 6), **op.fixed, **change}
-    with pytest.raises(ValueError, match=message):
-        getattr(op, form)(**arguments)
+def arguments(op, function, B=1, T=10, **sizes):
+    fixed = op.fixed if function is op.naive else op.fixed | op.chunk_fixed
+    return {**op.inputs(B, T, 2, 8, 6, **sizes), **fixed}
 
 
 @every_op
 @every_form
-def test_wrong_gates_and_batches(op, form):
+def test_wrong_tensors_are_named(op, form):
     function = getattr(op, form)
-    for gate in op.gates:
-        with pytest.raises(ValueError, match=f"{gate} has shape"):
-            function(**{**op.inputs(1, 10, 2, 8, 6), gate: torch.zeros(1, 10, 3)})
-    with pytest.raises(ValueError, match="HV=3 heads and k has H=2; HV must be a multiple"):
-        function(**op.inputs(1, 10, 2, 8, 6, HV=3), **op.fixed)
+    good = arguments(op, function)
+    first = next(iter(op.tensors))
+    for name in op.tensors:
+        x, called = good[name], f"({name}|gk)" if op.name == "gla" else name
+        for bad, message in [
+            (x.unsqueeze(0), f"{called} has shape"),
+            (x.long(), f"{called} has dtype torch.int64; a floating-point"),
+            (x.to("meta"), f"{called} is on meta" if name != first else "on cpu but .* is on meta"),
+            (x.tolist(), f"{called} is a list; pass a torch.Tensor"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                function(**{**good, name: bad})
+        for axis in range(x.dim()):
+            bad = torch.cat([x, x.narrow(axis, 0, 1)], axis)
+            try:
+                function(**{**good, name: bad})
+            except ValueError as error:
+                message = str(error)
+                assert any(f": {n} has " in message for n in [*op.tensors, "gk"])
+            else:
+                lonely = sum(op.axes(name)[axis] in op.axes(n) for n in op.tensors) == 1
+                assert lonely, f"{name} {list(bad.shape)} was taken"
+
+
+@every_op
+@every_form
+def test_wrong_states_and_boundaries_are_named(op, form):
+    function = getattr(op, form)
+    good = arguments(op, function)
+    for name, spec in op.state.items():
+        for bad in ([x[None] for x in op.states(1, 2, 8, 6)], op.states(3, 2, 8, 6)):
+            state = op.state_arguments(bad)
+            if isinstance(spec, tuple):
+                with pytest.raises(ValueError, match="initial_state is a"):
+                    function(**good, initial_state=state[name][:-1])
+            with pytest.raises(ValueError, match=rf"{name}(\[0\])? h(as shape|olds 3 states)"):
+                function(**good, **{name: state[name]})
+    with pytest.raises(ValueError, match=r"bounds 2 sequences|2 were expected|N"):
+        states = op.state_arguments(op.states(1, 2, 8, 6))
+        function(**good, **states, cu_seqlens=CU([0, 4, 10]))
+    for bounds, message in [
+        ([0, 6, 4, 10], "cu_seqlens decreases from"),
+        ([0, 6, 9], "cu_seqlens ends at"),
+        ([1, 10], "cu_seqlens starts at"),
+        ([10], "1-D tensor"),
+        ([0.0, 10.0], "int32 or int64 was expected"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            function(**good, cu_seqlens=CU(bounds))
     with pytest.raises(ValueError, match="packed sequences need B=1"):
-        function(**op.inputs(2, 10, 2, 8, 6), **op.fixed, cu_seqlens=CU([0, 10]))
+        function(**arguments(op, function, B=2), cu_seqlens=CU([0, 10]))
+
+
+@every_op
+@every_form
+def test_wrong_choices(op, form):
+    function = getattr(op, form)
+    good = arguments(op, function)
+    with pytest.raises(ValueError, match="backend is 'cuda'; expected one of"):
+        function(**good, backend="cuda")
+    with pytest.raises(ValueError, match=r"'triton' was asked for by the call's backend argument"):
+        function(**good, backend="triton")
     with pytest.raises(TypeError, match="unexpected keyword argument"):
-        function(**op.inputs(1, 10, 2, 8, 6), head_first=True)
+        function(**good, head_first=True)
+    if op.grouped:
+        with pytest.raises(ValueError, match=r"HV=3 heads and k has H=2; HV must be a multiple"):
+            function(**arguments(op, function, HV=3))
+
+
+def test_one_dtype_for_queries_keys_and_values():
+    x = OPS[-1].inputs(1, 10, 2, 8, 6)
+    with pytest.raises(ValueError, match=r"k has dtype torch\.float64 but q has torch\.float32"):
+        gdr.chunk_gated_delta_rule(**{**x, "k": x["k"].double()})
 
 
 @pytest.mark.parametrize(

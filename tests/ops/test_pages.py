@@ -12,7 +12,8 @@ from fla.ops.registry import OPS
 from tests.helpers import assert_same, gradients
 from tests.ops import properties as P
 
-GDN = OPS[-1]
+BY_NAME = {op.name: op for op in OPS}
+GDN = BY_NAME["gated_delta_rule"]
 
 
 def make(op, T=70, **kwargs):
@@ -30,12 +31,12 @@ def test_every_published_name_resolves():
 def test_l2norm_inside_equals_outside(form, HV):
     x = make(GDN, HV=HV)
     function = getattr(GDN, form)
-    inside = P.call(function, GDN, x, use_qk_l2norm_in_kernel=True)
+    inside = GDN.call(function, x, use_qk_l2norm_in_kernel=True)
     norm = {
         n: t * (t.square().sum(-1, keepdim=True) + L2_EPS).rsqrt() if n in "qk" else t
         for n, t in x.items()
     }
-    outside = P.call(function, GDN, norm)
+    outside = GDN.call(function, norm)
     want = gradients(outside, x)
     for got, expected, what in zip(inside, outside, ("o", "state"), strict=True):
         assert_same(got, expected, what)
@@ -45,7 +46,7 @@ def test_l2norm_inside_equals_outside(form, HV):
 
 def test_l2norm_is_finite_at_zero_vectors():
     x = {n: t.detach().zero_().requires_grad_() if n in "qk" else t for n, t in make(GDN).items()}
-    out = P.call(GDN.chunk, GDN, x, use_qk_l2norm_in_kernel=True)
+    out = GDN.call(GDN.chunk, x, use_qk_l2norm_in_kernel=True)
     assert all(g.isfinite().all() for g in gradients(out, x).values())
 
 
@@ -115,8 +116,8 @@ def test_channel_gates_of_the_recurrent_form():
 
 def test_long_token_form_recomputes_the_same_gradients():
     x = make(GDN, T=200)
-    want = gradients(P.call(GDN.chunk, GDN, x), x)
-    for name, grad in gradients(P.call(GDN.token, GDN, x), x).items():
+    want = gradients(GDN.call(GDN.chunk, x), x)
+    for name, grad in gradients(GDN.call(GDN.token, x), x).items():
         assert_same(grad, want[name], f"d{name}", rtol=1e-10)
 
 
@@ -131,7 +132,7 @@ def test_naive_gated_delta_rule_forms():
 
 
 def test_head_first_delta_rule_names():
-    x = make(OPS[2])
+    x = make(BY_NAME["delta_rule"])
     want, S = delta_rule.chunk_delta_rule(**x, output_final_state=True)
     head_first = {n: t.transpose(1, 2) for n, t in x.items()}
     for o in (
@@ -144,7 +145,7 @@ def test_head_first_delta_rule_names():
 
 
 def test_simple_gla_forms():
-    x = make(OPS[1])
+    x = make(BY_NAME["simple_gla"])
     want, S = simple_gla.chunk_simple_gla(**x, output_final_state=True)
     o, A = simple_gla.parallel_simple_gla(**x, output_attentions=True)
     assert_same(o, want, "parallel")
@@ -158,7 +159,7 @@ def test_simple_gla_forms():
 
 
 def test_constant_decay_is_a_decay_with_a_gradient():
-    x = make(OPS[1])
+    x = make(BY_NAME["simple_gla"])
     gamma = torch.tensor([-0.1, -0.5], dtype=torch.float64, requires_grad=True)
     want, _ = simple_gla.chunk_simple_gla(x["q"], x["k"], x["v"], gamma.expand(2, 70, 2))
     want_grad = gradients([want], {"gamma": gamma})["gamma"]
@@ -175,7 +176,7 @@ def test_constant_decay_is_a_decay_with_a_gradient():
 
 
 def test_parallel_attention_stays_inside_its_sequence():
-    x = {n: t[:1] for n, t in make(OPS[1]).items()}
+    x = {n: t[:1] for n, t in make(BY_NAME["simple_gla"]).items()}
     o, A = simple_gla.parallel_simple_gla(
         **x, output_attentions=True, cu_seqlens=torch.tensor([0, 30, 70])
     )
@@ -185,7 +186,7 @@ def test_parallel_attention_stays_inside_its_sequence():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_normalized_linear_attention(packed):
-    x = {n: t.detach().abs()[:1].requires_grad_() for n, t in make(OPS[0]).items()}
+    x = {n: t.detach().abs()[:1].requires_grad_() for n, t in make(BY_NAME["linear_attn"]).items()}
     options = dict(normalize=True, output_final_state=True)
     if packed:
         parts = [

@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: MIT
 """Properties x operators. A new line in OPS is tested here without a change."""
 
+import dataclasses
 import functools
+import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fla.ops.registry import OPS
-from tests.helpers import assert_same
 from tests.ops import properties as P
 
-every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.title)
+BY_TITLE = {op.title: op for op in OPS}
+GDN, KDA = BY_TITLE["Gated delta rule"], BY_TITLE["Kimi delta attention"]
+SIMPLE_GLA = BY_TITLE["Simple GLA"]
 
 
 @every_op
@@ -28,13 +33,15 @@ def test_forms_agree(op, T):
 
 @every_op
 def test_forms_agree_with_grouped_value_heads(op):
+    if not op.grouped:
+        pytest.skip("no groups")
     P.check_forms_agree(op, 70, HV=6)
 
 
 @every_op
 @pytest.mark.parametrize("chunk_size", [1, 5, 16, 200])
 def test_forms_agree_at_any_chunk_size(op, chunk_size):
-    if op.name == "linear_attn":
+    if "chunk_size" not in inspect.signature(op.chunk).parameters:
         pytest.skip("its public functions have no chunk_size")
     P.check_forms_agree(op, 33, chunk_size=chunk_size)
 
@@ -61,7 +68,7 @@ def test_packed_is_separate_token_by_token(op):
 def test_packed_is_separate_for_any_boundaries(lengths, chunk_size):
     if sum(lengths) == 0:
         lengths = [*lengths, 1]
-    P.check_packed_is_separate(OPS[-1], lengths, chunk_size=chunk_size)
+    P.check_packed_is_separate(GDN, lengths, chunk_size=chunk_size)
 
 
 @every_op
@@ -86,17 +93,31 @@ def test_strides_do_not_matter(op):
     P.check_strides_do_not_matter(op)
 
 
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), chunk_size=st.integers(1, 20))
+@settings(max_examples=10, deadline=None, derandomize=True)
+def test_packed_is_separate_for_any_boundaries_and_vector_decay(lengths, chunk_size):
+    if sum(lengths) == 0:
+        lengths = [*lengths, 1]
+    P.check_packed_is_separate(KDA, lengths, chunk_size=chunk_size)
+
+
 @every_op
 def test_no_tokens(op):
-    state = P.random_state(2, 2)
+    states = op.states(2, 2, P.K, P.V)
+    inputs = op.inputs(2, 0, 2, P.K, P.V, dtype=torch.float64)
     for form in (op.chunk, op.token):
-        o, final = form(
-            **op.inputs(2, 0, 2, P.K, P.V, dtype=torch.float64),
-            initial_state=state,
-            output_final_state=True,
-            **op.fixed,
-        )
-        assert o.shape == (2, 0, 2, P.V) and torch.equal(final, state)
+        o, *finals = op.call(form, inputs, states)
+        assert o.shape[:2] == (2, 0) and len(finals) == len(states)
+        for final, state in zip(finals, states, strict=True):
+            assert torch.equal(final, state)
+
+
+@every_op
+@pytest.mark.parametrize(("K", "V"), [(1, 1), (3, 7), (60, 100), (16, 1)])
+def test_any_sizes(op, K, V):
+    """No power of two, no multiple, no equality of K and V is asked for."""
+    inputs = op.inputs(1, 20, 1, K, V, dtype=torch.float64)
+    P.results(op.call(op.chunk, inputs), P.reference(op, inputs), op.title)
 
 
 @every_op
@@ -104,35 +125,31 @@ def test_no_tokens(op):
 def test_extreme_decays_are_exact_and_finite(op, decay):
     """Strong decays at some tokens among mild ones: no NaN, and the mild ones keep their
     accuracy."""
-    if "g" not in op.gates:
+    decays = [n for n, spec in op.tensors.items() if spec.endswith("decay")]
+    if not decays:
         pytest.skip("no decay")
-    inputs = op.inputs(1, 90, 2, P.K, P.V, dtype=torch.float64) | {
-        "initial_state": P.random_state(1, 2)
-    }
-    inputs["g"][:, 3::7] = decay
-    inputs = P.leaves(inputs)
-    want = list(P.reference(op, inputs))
-    got = P.call(op.chunk, op, inputs)
-    for x, y, what in zip(got, want, ("o", "state"), strict=True):
-        assert_same(x, y, what)
-    single = {n: x.float() for n, x in inputs.items()}
-    o, _ = P.call(op.chunk, op, single)
+    inputs = op.inputs(1, 90, 2, P.K, P.V, dtype=torch.float64)
+    for name in decays:
+        inputs[name][:, 3::7] = decay
+    inputs, states = P.leaves(inputs), P.start(op, 1)
+    want = P.reference(op, inputs, states)
+    got = op.call(op.chunk, inputs, states)
+    P.results(got, want, op.title)
+    o, *_ = op.call(op.chunk, {n: x.float() for n, x in inputs.items()}, states)
     assert (o.double() - want[0]).abs().max() < 1e-5 * want[0].abs().max()
-    grads = P.gradients(got, inputs)
-    for name, grad in P.gradients(want, inputs).items():
-        assert_same(grads[name], grad, f"d{name}", rtol=1e-10)
+    leaf = P.named(inputs, states)
+    P.grads_equal(P.gradients(got, leaf), P.gradients(want, leaf), op.title)
 
 
 @every_op
 def test_compiles_without_a_graph_break(op):
+    torch._dynamo.reset()
     inputs = op.inputs(1, 70, 2, P.K, P.V)
     for form, T in ((op.chunk, 70), (op.token, 1)):
-        call = functools.partial(form, output_final_state=True, **op.fixed)
-        part = P.leaves({n: x[:, :T] for n, x in inputs.items()})
-        eager, compiled = (
-            call(**part),
-            torch.compile(call, fullgraph=True, backend="aot_eager")(**part),
-        )
+        call = functools.partial(op.call, form)
+        part = P.leaves(op.tokens(inputs, 0, T))
+        eager = call(part)
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(part)
         grads = P.gradients(list(compiled), part)
         for name, grad in P.gradients(list(eager), part).items():
             torch.testing.assert_close(grads[name], grad)
@@ -140,34 +157,58 @@ def test_compiles_without_a_graph_break(op):
             torch.testing.assert_close(x, y)
 
 
+BOUNDS = torch.tensor([0, 5, 70])
+
+
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("gated", [False, True])
-def test_registered_operator(packed, gated):
-    x = P.leaves(OPS[-1].inputs(1, 70, 2, P.K, P.V))
-    state = P.random_state(2 if packed else 1, 2, torch.float32).requires_grad_()
-    bounds = torch.tensor([0, 5, 70]) if packed else None
-    gates = (x["g"], x["beta"]) if gated else (None, None)
-    arguments = (x["q"], x["k"], x["v"], *gates, state, bounds, 0.3, 64, True, True)
+@pytest.mark.parametrize(
+    "title", ["Linear attention", "Gated delta rule", "Comba", "KDA", "RWKV-7"]
+)
+def test_registered_chunk(packed, title):
+    T, H, K, V = 70, 2, P.K, P.V
+    scalar, vector = torch.rand(1, T, H), torch.rand(1, T, H, K)
+    low = F.normalize(torch.randn(1, T, H, K), dim=-1)
+    gates = {
+        "Linear attention": (None, None, None, None),
+        "Gated delta rule": (-scalar, scalar, None, None),
+        "Comba": (-scalar, scalar, None, low),
+        "KDA": (-vector, scalar, None, None),
+        "RWKV-7": (-vector, None, -low, low),
+    }[title]
+    tensors = [torch.randn(1, T, H, K), low, torch.randn(1, T, H, V), *gates]
+    tensors.append(torch.randn(2 if packed else 1, H, K, V))
+    leaf = [x if x is None else x.clone().requires_grad_() for x in tensors]
+    arguments = (*leaf, BOUNDS if packed else None, 0.3, 64, title == "KDA", False, True)
     torch.library.opcheck(torch.ops.fla.chunk.default, arguments)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_registered_columns_and_scan(packed):
+    x = [torch.randn(1, 70, 2, n).requires_grad_() for n in (P.K, P.K, P.V)]
+    g = (-torch.rand(1, 70, 2, P.V)).requires_grad_()
+    bounds, N = (BOUNDS, 2) if packed else (None, 1)
+    state = torch.randn(N, 2, P.K, P.V).requires_grad_()
+    columns = (*x, g, state, bounds, 0.3, 64, True)
+    torch.library.opcheck(torch.ops.fla.chunk_columns.default, columns)
+    state = torch.randn(N, 2, P.V).requires_grad_()
+    torch.library.opcheck(torch.ops.fla.scan.default, (x[2], g, state, bounds, 64))
 
 
 @every_op
 def test_reverse_reads_from_the_end(op):
-    if op.name not in ("linear_attn", "simple_gla"):
+    if "reverse" not in inspect.signature(op.token).parameters:
         pytest.skip("no reverse argument")
     inputs = op.inputs(1, 30, 2, P.K, P.V, dtype=torch.float64)
-    flipped = {n: x.flip(1) for n, x in inputs.items()}
-    o, state = P.call(op.token, op, inputs, reverse=True)
-    want_o, want_state = P.call(op.token, op, flipped)
-    assert_same(o, want_o.flip(1), "o")
-    assert_same(state, want_state, "state")
-    packed = P.call(op.token, op, inputs, reverse=True, cu_seqlens=torch.tensor([0, 10, 30]))
-    parts = [
-        P.call(op.token, op, {n: x[:, s] for n, x in inputs.items()}, reverse=True)
-        for s in (slice(0, 10), slice(10, 30))
-    ]
-    assert_same(packed[0], torch.cat([p[0] for p in parts], 1), "packed o")
-    assert_same(packed[1], torch.cat([p[1] for p in parts]), "packed state")
+    flipped = {n: x.flip(1) if "T" in op.axes(n) else x for n, x in inputs.items()}
+    if op.name == "abc" or (op.name == "gsa" and "g" not in inputs):
+        pytest.skip("runs forward only")
+    o, *states = op.call(op.token, inputs, reverse=True)
+    want_o, *want_states = op.call(op.token, flipped)
+    P.results([o, *states], [want_o.flip(1), *want_states], op.title)
+    packed = op.call(op.token, inputs, reverse=True, cu_seqlens=torch.tensor([0, 10, 30]))
+    parts = [op.call(op.token, op.tokens(inputs, *s), reverse=True) for s in ((0, 10), (10, 30))]
+    outs, *finals = zip(*parts, strict=True)
+    P.results(packed, [torch.cat(outs, 1), *(torch.cat(x) for x in finals)], op.title)
 
 
 def _leak(x):
@@ -176,17 +217,16 @@ def _leak(x):
 
 
 def _broken(op):
-    import dataclasses
+    def chunk(k, **kwargs):
+        return op.chunk(k=_leak(k), **kwargs)
 
-    def chunk(q, k, v, g, *args, **kwargs):
-        return op.chunk(q, _leak(k), v, g, *args, **kwargs)
-
-    def naive(q, k, v, g, *args, **kwargs):
-        return op.naive(q, k, v, g * 1.001, *args, **kwargs)
+    def naive(g, **kwargs):
+        return op.naive(g=g * 1.001, **kwargs)
 
     return dataclasses.replace(op, name="broken", chunk=chunk, naive=naive)
 
 
+@pytest.mark.parametrize("op", [SIMPLE_GLA, KDA], ids=lambda op: op.title)
 @pytest.mark.parametrize(
     "check",
     [
@@ -200,7 +240,7 @@ def _broken(op):
     ],
     ids=["page", "forms", "split", "packed", "batch", "budget", "gradients"],
 )
-def test_a_broken_operator_fails(check):
-    op = _broken(OPS[1])
+def test_a_broken_operator_fails(check, op):
+    op = _broken(op)
     with pytest.raises(AssertionError):
         check(op)

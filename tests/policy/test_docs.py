@@ -32,7 +32,7 @@ def test_docstring_examples_run(name):
 
 def test_public_operators_have_an_example_or_name_one():
     for op in OPS:
-        assert ">>>" in op.chunk.__doc__
+        assert ">>>" in op.chunk.__doc__, op.title
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Argument checks whose specification is also the error message."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,18 +73,32 @@ def check_same(op: str, *, dtype: bool = True, **tensors: Tensor | None) -> None
             )
 
 
-def check_groups(op: str, sizes: dict[str, int]) -> None:
-    """Raise `ValueError` unless the value heads HV are a multiple of the query/key heads H."""
+def check_tensors(op: str, **specs: tuple[Tensor | None, str]) -> dict[str, int]:
+    """`check_shapes`, and that all are floating point and on one device: for a page that computes
+    with its arguments before the engine checks what it is given.
+    """
+    sizes = check_shapes(op, **specs)
+    tensors: dict[str, Any] = {name: tensor for name, (tensor, _) in specs.items()}
+    check_same(op, dtype=False, **tensors)
+    return sizes
+
+
+def check_groups(op: str, sizes: dict[str, int], grouped: str = "v") -> None:
+    """Raise `ValueError` unless HV, the heads of v (or of q), is a multiple of H, those of k."""
     heads, value_heads = sizes["H"], sizes["HV"]
     if heads == 0 or value_heads % heads:
         raise ValueError(
-            f"{op}: v has HV={value_heads} heads and k has H={heads}; HV must be a multiple of H "
-            "(grouped value heads)"
+            f"{op}: {grouped} has HV={value_heads} heads and k has H={heads}; HV must be a "
+            f"multiple of H (grouped {'value' if grouped == 'v' else 'query'} heads)"
         )
 
 
 def check_sequences(
-    op: str, batch: int, cu_seqlens: Tensor | None, initial_state: Tensor | None
+    op: str,
+    batch: int,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    name: str = "initial_state",
 ) -> int:
     """The number of sequences N: `len(cu_seqlens) - 1` for packed input (which needs B = 1), else
     B.
@@ -95,7 +111,7 @@ def check_sequences(
         origin = f"cu_seqlens, which bounds {sequences} sequences"
     if initial_state is not None and initial_state.shape[0] != sequences:
         raise ValueError(
-            f"{op}: initial_state holds {initial_state.shape[0]} states but {sequences} were "
+            f"{op}: {name} holds {initial_state.shape[0]} states but {sequences} were "
             "expected from "
             f"{origin}; pass one state per sequence"
         )

@@ -1,41 +1,27 @@
 # SPDX-License-Identifier: MIT
-r"""The chunk form, fast, in plain torch: decay none or scalar, erase none or delta.
-
-Per chunk of C tokens, with S its first state and G the inclusive cumulative log decay:
-`D_ij = exp(G_i - G_j)` for i >= j, `e_i = exp(G_i)`, `d_j = exp(G_C - G_j)`; `tril` and `strict`
-are the lower triangle with and without its diagonal.
-
-    P = tril(q k^T D)        B = strict(k k^T D)        as one product [q; k] k^T
-    x = v - e k S            (I + B diag(beta)) y = x
-    u = beta y               (without erase: u = v)
-    o = scale (e q S + P u)
-    S <- e_C S + (d k)^T u
-
-Backward, by hand, from the last chunk to the first, with `do` times scale and the gradient Z of
-the chunk's final state:
-
-    m = P^T do + (d k) Z
-    dv = dy = (I + B diag(beta))^{-T} (beta m)          dbeta = y . (m - B^T dy)
-    X = [do; -dy]                                       [dP; dB] = X u^T D
-    [dq; dk] += [dP; dB] k + (e X) S^T                  dk += [dP; dB]^T [q; k] + d (u Z^T)
-    Z <- e_C Z + [q; k]^T (e X)                         dg: `_decay_gradient`
+r"""The chunk form, fast, in plain torch: decay none, scalar or vector; erase none, delta, low rank.
 
 Chunks of all heads and sequences march together (`plan.py`) through one workspace of a few
-megabytes that stays in cache; nothing of the size of the sequence is stored but S, y and the
-inverse per chunk. Keys and queries are normalised where they are loaded. The same code serves every
+megabytes that stays in cache; nothing of the size of the sequence is stored but the first state,
+the solution and the inverse of every chunk. `step.py` is the algebra of one chunk, `decay.py` what
+its decay does. Keys and queries are normalised where they are loaded. The same code serves every
 device; dtypes below fp32 are computed in fp32.
 
-Rows: R = sequences still running x HV. Every product below is a batch of R matrices.
+Rows: R = sequences still running x HV. Every product is a batch of R matrices.
 """
 
-from math import prod
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fla.ops.engine.decay import AFTER, BEFORE, DECAYED, ScalarDecay, VectorDecay
 from fla.ops.engine.layout import boundaries_to_list
 from fla.ops.engine.plan import Plan, Step, count_chunks, make_plan
 from fla.ops.engine.recurrence import LOG_ZERO
+from fla.ops.engine.step import DELTA, LOW_RANK, NONE, Rows, backward, forward
+from fla.ops.engine.workspace import Workspace
 
 CHUNK_SIZE = 64
 L2_EPS = 1e-6
@@ -52,156 +38,148 @@ def chunk(
     v: Tensor,
     g: Tensor | None = None,
     beta: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
     *,
     scale: float,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
     l2norm: bool = False,
+    read_before: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Chunk form of the recurrence with scalar decay g (or none) and delta erase beta (or none).
+    """Chunk form of `S <- diag(exp(g)) S + a (b^T S) + k v^T`, `o = scale S^T q`.
 
-    q, k `[B, T, H, K]`, v `[B, T, HV, V]`, g and beta `[B, T, HV]`; returns o `[B, T, HV, V]` in
-    q's dtype and the final state `[N, HV, K, V]` in fp32 (fp64 for fp64 inputs). Differentiable in
-    every tensor. `l2norm` divides q and k by their norms first.
+    q, k `[B, T, H, K]`, v `[B, T, HV, V]`; g `[B, T, HV]` or `[B, T, HV, K]`; returns o
+    `[B, T, HV, V]` in q's dtype and the final state `[N, HV, K, V]` in fp32 (fp64 for fp64 inputs).
+    Differentiable in every tensor.
+
+    With beta `[B, T, HV]` the erase is a delta: `k beta (v - b^T S)^T` is written, where b defaults
+    to `exp(g) k`. With a and b `[B, T, HV, K]` it is the low-rank term as it stands. `l2norm`
+    divides q and k by their norms first; with `read_before`, o reads the state before its token.
     """
-    inputs = (q, k, v, g, beta, initial_state)
+    inputs = (q, k, v, g, beta, a, b, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    o, final, *_ = torch.ops.fla.chunk(*inputs, cu_seqlens, float(scale), chunk_size, l2norm, save)
+    o, final, *_ = torch.ops.fla.chunk(
+        *inputs, cu_seqlens, float(scale), chunk_size, l2norm, read_before, save
+    )
     return o, final
 
 
-class _Workspace:
-    """Named scratch buffers, allocated at the first and largest step and reused by all others."""
+@dataclass(slots=True)
+class _Call:
+    """The inputs of one call, and how a step of its plan loads them.
 
-    def __init__(self, like: Tensor):
-        self._like = like
-        self._buffers: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        size = prod(shape)
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name] = self._like.new_empty(size)
-        return buffer[:size].view(shape)
-
-    def constant(self, name: str, n: int) -> Tensor:
-        """An `[n, n]` matrix, built once: `"eye"`; `"above"`, -inf above the diagonal, else 0;
-        `"up to"`, 1 on and above the diagonal; `"below"`, 1 below it.
-        """
-        key = f"{name} {n}"
-        if key not in self._buffers:
-            ones = self._like.new_ones(n, n)
-            build = {
-                "eye": lambda: torch.eye(n, dtype=ones.dtype, device=ones.device),
-                "above": lambda: (ones * -torch.inf).triu(1),
-                "up to": ones.triu,
-                "below": lambda: ones.tril(-1),
-            }
-            self._buffers[key] = build[name]()
-        return self._buffers[key]
-
-    def load(self, name: str, x: Tensor) -> Tensor:
-        """`[rows, C, HV, D]` copied to `[R, C, D]`."""
-        rows, size, heads, width = x.shape
-        out = self(name, rows, heads, size, width).copy_(x.transpose(1, 2))
-        return out.view(-1, size, width)
-
-
-class _Inputs:
-    """What one step reads: `qk` = [q; k] as `[R, 2C, K]`, times the inverse norms `[rows, H, C, 1]`
-    if any.
+    Fields:
+        norms: inverse norms `[B, T, H, 1]` of q and k, or None.
     """
 
-    def __init__(
-        self,
-        ws: _Workspace,
-        step: Step,
-        q: Tensor,
-        k: Tensor,
-        norms: tuple[Tensor | None, ...],
-        groups: int,
-    ):
-        n, (heads, width) = step.size, q.shape[2:]
-        rows = ws("qk", step.rows, heads, groups, 2 * n, width)
-        self.norms: list[Tensor | None] = []
-        halves = (rows[..., :n, :], rows[..., n:, :])
-        for x, norm, half in zip((q, k), norms, halves, strict=True):
-            x = step.read(x).transpose(1, 2).unsqueeze(2)
-            if norm is None:
-                half.copy_(x)
-            else:
-                norm = step.read(norm).transpose(1, 2)
-                torch.mul(x.to(half.dtype).expand_as(half), norm.unsqueeze(2), out=half)
-            self.norms.append(norm)
-        self.by_head = rows
-        self.qk = rows.view(-1, 2 * n, width)
-        self.keys = self.qk[:, n:]
+    q: Tensor
+    k: Tensor
+    g: Tensor | None
+    beta: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    groups: int
+    reads: list[str]
+    norms: tuple[Tensor | None, Tensor | None]
+    ws: Workspace
+    like: Tensor
 
-    def gradient(self, half: int, grad: Tensor) -> Tensor:
-        """`[R, C, D]` to `[rows, C, H, D]`: summed over groups, and taken back through the norm."""
-        rows, heads, groups, n2, width = self.by_head.shape
-        n = n2 // 2
-        grad = grad.view(rows, heads, groups, n, width)
-        grad = grad.sum(2) if groups > 1 else grad[:, :, 0]
-        norm = self.norms[half]
+    @classmethod
+    def of(
+        cls, ws: Workspace, like: Tensor, tensors: list, groups: int, l2norm: bool, before: bool
+    ) -> "_Call":
+        q, k, g, beta, a, b = tensors
+        reads = [BEFORE if before else AFTER]
+        if beta is not None or a is not None:
+            reads.append(DECAYED if b is None else BEFORE)
+        if g is not None and g.dim() == 3:
+            # in fp64 cumulative decays of -1e4 do not swallow the small ones beside them
+            g = g.to(torch.float64).clamp(min=LOG_ZERO)
+        norms = _inverse_norms(q, k, l2norm)
+        return cls(q, k, g, beta, a, b, groups, reads, norms, ws, like)
+
+    @property
+    def erase(self) -> str:
+        return LOW_RANK if self.a is not None else NONE if self.beta is None else DELTA
+
+    @property
+    def vector(self) -> bool:
+        return self.g is not None and self.g.dim() == 4
+
+    def size(self, step: Step) -> int:
+        """The rows a step's chunk takes: its tokens, or for vector decay the next power of two."""
+        return 1 << (step.size - 1).bit_length() if self.vector else step.size
+
+    def decay(self, step: Step) -> ScalarDecay | VectorDecay:
+        if not self.vector:
+            G = None if self.g is None else step.read(self.g).mT.cumsum(-1).flatten(0, 1)
+            return ScalarDecay(self.ws, G, self.reads, self.like, step.size)
+        factors = self.ws.load("factors", step.read(self.g), self.size(step))
+        return VectorDecay(self.ws, factors.exp_(), self.reads)
+
+    def rows(self, step: Step) -> Rows:
+        """The rows of one step. Where the erase key is the key, `right` is a view of `left`."""
+        n, heads = self.size(step), self.q.shape[2] * self.groups
+        left = self.ws("left", step.rows, heads, len(self.reads) * n, self.q.shape[3])
+        self._load(left[:, :, :n], step, self.q, self.norms[0])
+        shared = len(self.reads) == 2 and self.b is None
+        if shared:
+            self._load(left[:, :, n:], step, self.k, self.norms[1])
+            right = left[:, :, n:]
+        else:
+            r = 1 if self.a is None else 2
+            right = self.ws("right", step.rows, heads, r * n, self.k.shape[3])
+            self._load(right[:, :, :n], step, self.k, self.norms[1])
+            if self.b is not None:
+                self._load(left[:, :, n:], step, self.b, None)
+            if self.a is not None:
+                self._load(right[:, :, n:], step, self.a, None)
+        beta = None
+        if self.beta is not None:
+            beta = self.ws.load("beta", step.read(self.beta).unsqueeze(-1), n)
+        return Rows(self.erase, left.flatten(0, 1), right.flatten(0, 1), beta)
+
+    def _load(self, out: Tensor, step: Step, x: Tensor, norm: Tensor | None) -> None:
+        """A step's rows of x into out `[rows, HV, n, K]`, times the inverse norms if any."""
+        heads = x.shape[2]
+        out = out.unflatten(1, (heads, -1))
+        tokens = step.read(x).transpose(1, 2).unsqueeze(2)
+        real = out[:, :, :, : step.size]
+        if norm is None:
+            real.copy_(tokens)
+        else:
+            norm = step.read(norm).transpose(1, 2).unsqueeze(2)
+            torch.mul(tokens.to(out.dtype).expand_as(real), norm, out=real)
+        out[:, :, :, step.size :].zero_()
+
+    def gradient(self, step: Step, rows: Tensor, grad: Tensor, x: Tensor, norm) -> Tensor:
+        """`[R, n, K]` to `[rows, C, heads of x, K]`: summed over groups, and taken back through the
+        norm; `rows` are what was loaded.
+        """
+        heads = x.shape[2]
+        shape = (step.rows, heads, -1, *grad.shape[1:])
+        grad = grad.view(shape)[:, :, :, : step.size]
+        grad = grad.sum(2) if grad.shape[2] > 1 else grad[:, :, 0]
         if norm is not None:
-            unit = self.by_head[:, :, 0, half * n : (half + 1) * n]
-            grad = (grad - unit * (unit * grad).sum(-1, keepdim=True)) * norm
+            unit = rows.view(shape)[:, :, 0, : step.size]
+            inverse = step.read(norm).transpose(1, 2)
+            grad = (grad - unit * (unit * grad).sum(-1, keepdim=True)) * inverse
         return grad.transpose(1, 2)
 
 
-class _Decay:
-    """The decay factors of one step; everything but `pair` is None without decay.
-
-    Fields:
-        pair: D, and where erase needs it strict D below it, `[R, C or 2C, C]`.
-        enter: e for the rows of q, and of k where erase needs it, `[R, C or 2C, 1]`.
-        leave, last: d `[R, C, 1]` and e_C `[R, 1, 1]`.
-    """
-
-    def __init__(self, ws: _Workspace, step: Step, g: Tensor | None, erase: bool, like: Tensor):
-        n, dtype = step.size, like.dtype
-        self.enter = self.leave = self.last = None
-        if g is None:
-            lower = torch.ones(n, n, dtype=dtype, device=like.device).tril_()
-            self.pair = torch.cat([lower, lower.tril(-1)]) if erase else lower
-            return
-        G = step.read(g).mT.cumsum(-1).flatten(0, 1)  # fp64, kept as high + low
-        high = G.to(dtype)
-        low = (G - high).to(dtype)
-        self.pair = ws("pair", G.shape[0], 2 * n if erase else n, n)
-        lower = self.pair[:, :n]
-        torch.sub(high[:, :, None], high[:, None, :], out=lower)
-        lower.add_(low[:, :, None]).sub_(low[:, None, :])
-        lower.add_(ws.constant("above", n)).exp_()
-        if erase:
-            self.pair[:, n:] = lower
-            self.pair[:, n:].diagonal(dim1=1, dim2=2).zero_()
-        self.enter = G.exp().to(dtype).unsqueeze(-1)
-        self.last = self.enter[:, -1:]
-        self.leave = (G[:, -1:] - G).exp_().to(dtype).unsqueeze(-1)
-        if erase:
-            self.enter = torch.cat([self.enter, self.enter], 1)
-
-
-def _inverse_norms(q: Tensor, k: Tensor, l2norm: bool) -> tuple[Tensor | None, ...]:
+def _inverse_norms(q: Tensor, k: Tensor, l2norm: bool) -> tuple[Tensor | None, Tensor | None]:
     """`1 / sqrt(sum(x^2) + eps)` of q and k, `[B, T, H, 1]`; None without l2norm."""
     if not l2norm:
         return None, None
     dtype = compute_dtype(q.dtype)
-    norms = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype) for x in (q, k))
-    return tuple(x.square_().add_(L2_EPS).rsqrt_() for x in norms)
 
+    def inverse(x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+        return norm.square_().add_(L2_EPS).rsqrt_()
 
-def _clamped(g: Tensor | None) -> Tensor | None:
-    """g in fp64, where cumulative decays of -1e4 do not swallow the small ones beside them."""
-    return None if g is None else g.to(torch.float64).clamp(min=LOG_ZERO)
-
-
-def _scale_(x: Tensor, factor: Tensor | None) -> Tensor:
-    """x times a decay factor, in place."""
-    return x if factor is None else x.mul_(factor)
+    return inverse(q), inverse(k)
 
 
 def _plan(q: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Plan:
@@ -210,9 +188,9 @@ def _plan(q: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Plan:
     return make_plan(batch, length, bounds, chunk_size, q.device)
 
 
-def _rows_first(x: Tensor, step: Step) -> Tensor:
-    """`[R, C, D]` to `[rows, C, HV, D]`."""
-    return x.unflatten(0, (step.rows, -1)).transpose(1, 2)
+def _tokens(x: Tensor, step: Step) -> Tensor:
+    """`[R, n, D]` to `[rows, C, HV, D]`, without the rows behind the C tokens."""
+    return x.unflatten(0, (step.rows, -1))[:, :, : step.size].transpose(1, 2)
 
 
 @torch.library.custom_op("fla::chunk", mutates_args=())
@@ -222,79 +200,65 @@ def _chunk(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     chunk_size: int,
     l2norm: bool,
+    read_before: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, the final state, and where `save`: the first state, y and the inverse of every chunk."""
+    """o, the final state, and where `save`: the first state, solution and inverse of every
+    chunk.
+    """
     o, final, *saved = _empty_outputs(
-        q, k, v, g, beta, initial_state, cu_seqlens, scale, chunk_size, l2norm, save
-    )
-    plan, ws = _plan(q, cu_seqlens, chunk_size), _Workspace(final)
+        q, k, v, g, beta, a, b, initial_state, cu_seqlens,
+        scale, chunk_size, l2norm, read_before, save,
+    )  # fmt: skip
+    plan, ws = _plan(q, cu_seqlens, chunk_size), Workspace(final)
     for x in saved:  # the bound on their rows may exceed the chunks there are
         x[plan.chunks :].zero_()
     final = final.zero_() if initial_state is None else plan.sort(final.copy_(initial_state))
-    heads, groups, erase = v.shape[2], v.shape[2] // q.shape[2], beta is not None
-    norms, decays = _inverse_norms(q, k, l2norm), _clamped(g)
+    groups = v.shape[2] // q.shape[2]
+    call = _Call.of(ws, final, [q, k, g, beta, a, b], groups, l2norm, read_before)
     for step in plan.steps:
         S = final[: step.rows].view(-1, *final.shape[2:])
-        chunks = slice(step.first, step.first + step.rows)
         if save:
-            saved[0][chunks] = final[: step.rows]
-        inputs = _Inputs(ws, step, q, k, norms, groups)
-        out, y, inverse = _step_forward(
-            ws,
-            inputs,
-            _Decay(ws, step, decays, erase, final),
-            ws.load("values", step.read(v)),
-            step.read(beta).mT.flatten(0, 1).unsqueeze(-1).to(final.dtype) if erase else None,
-            S,
-        )
-        if save and erase:
-            if step.size < chunk_size:
-                saved[1][chunks] = saved[2][chunks] = 0
-            saved[1][chunks, :, : step.size] = y.view(step.rows, heads, *y.shape[1:])
-            saved[2][chunks, :, : step.size, : step.size] = inverse.view(
-                step.rows, heads, *inverse.shape[1:]
-            )
-        step.write(o, _rows_first(out.mul_(scale), step))
+            saved[0][step.first : step.first + step.rows] = final[: step.rows]
+        rows = call.rows(step)
+        values = ws.load("values", step.read(v), rows.right.shape[1])
+        out, *solved = forward(ws, call.decay(step), rows, values, S)
+        if save and call.erase != NONE:
+            _store(saved[1:], solved, step)
+        step.write(o, _tokens(out.mul_(scale), step))
     return o, plan.unsort(final), *saved
 
 
-def _step_forward(
-    ws: _Workspace, inputs: _Inputs, decay: _Decay, values: Tensor, b: Tensor | None, S: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One step: (o, y, inverse), with S advanced in place."""
-    R, n, V = values.shape
-    left = inputs.qk[:, :n] if b is None else inputs.qk
-    scores = torch.bmm(left, inputs.keys.mT, out=ws("scores", R, left.shape[1], n)).mul_(decay.pair)
-    inter = _scale_(torch.bmm(left, S, out=ws("inter", R, left.shape[1], V)), decay.enter)
-    u, y, inverse = values, None, None
-    if b is not None:
-        system = torch.mul(scores[:, n:], b.mT, out=ws("system", R, n, n))
-        # substitution, not a Neumann series: equal keys make the powers of B grow, their sum stays
-        # small
-        eye = ws.constant("eye", n).expand(R, n, n)
-        inverse = torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
-        y = torch.bmm(inverse, values.sub_(inter[:, n:]), out=ws("y", R, n, V))
-        u = torch.mul(y, b, out=values)
-    out = torch.bmm(scores[:, :n], u, out=ws("o", R, n, V)).add_(inter[:, :n])
-    _scale_(S, decay.last).baddbmm_(_scale_(inputs.keys, decay.leave).mT, u)
-    return out, y, inverse
+def _store(saved: list[Tensor], solved: list[Tensor], step: Step) -> None:
+    """The solution and the inverse of one step, zeros behind its tokens."""
+    n = step.size
+    for out, x in zip(saved, solved, strict=True):
+        out = out[step.first : step.first + step.rows]
+        x = x.unflatten(0, (step.rows, -1))[:, :, :n]
+        if n < out.shape[2]:
+            out.zero_()
+        width = min(x.shape[3], out.shape[3])  # an inverse may be padded to a power of two
+        out[:, :, :n, :width] = x[..., :width]
 
 
 @_chunk.register_fake
-def _empty_outputs(q, k, v, g, beta, initial_state, cu_seqlens, scale, chunk_size, l2norm, save):
+def _empty_outputs(
+    q, k, v, g, beta, a, b, initial_state, cu_seqlens, scale, chunk_size, l2norm, before, save
+):
     packed = cu_seqlens is not None
     sequences = cu_seqlens.shape[0] - 1 if packed else q.shape[0]
     dtype = compute_dtype(q.dtype)
     o = q.new_empty(v.shape)
     final = q.new_empty(sequences, v.shape[2], q.shape[3], v.shape[3], dtype=dtype)
     chunks = count_chunks(q.shape[0], q.shape[1], sequences, chunk_size, packed)
-    size = chunk_size if beta is not None else 0
+    size = chunk_size if beta is not None or a is not None else 0
     shapes = [final.shape[1:], (v.shape[2], size, v.shape[3]), (v.shape[2], size, size)]
     return o, final, *(final.new_empty((chunks, *s) if save else (0,)) for s in shapes)
 
@@ -308,150 +272,129 @@ def _chunk_backward(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
     cu_seqlens: Tensor | None,
     states: Tensor,
-    ys: Tensor,
+    solutions: Tensor,
     inverses: Tensor,
     scale: float,
     chunk_size: int,
     l2norm: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g, beta (empty where absent) and of the initial state."""
-    dq, dk, dv, dg, dbeta, dstate = _empty_gradients(
-        do, dfinal, q, k, v, g, beta, cu_seqlens, states, ys, inverses, scale, chunk_size, l2norm
-    )
-    plan, ws = _plan(q, cu_seqlens, chunk_size), _Workspace(dstate)
+    read_before: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g, beta, a, b (empty where absent) and of the initial state."""
+    *grads, dstate = _empty_gradients(
+        do, dfinal, q, k, v, g, beta, a, b, cu_seqlens, states, solutions, inverses,
+        scale, chunk_size, l2norm, read_before,
+    )  # fmt: skip
+    plan, ws = _plan(q, cu_seqlens, chunk_size), Workspace(dstate)
     dstate = dstate.zero_() if dfinal is None else plan.sort(dstate.copy_(dfinal))
+    groups = v.shape[2] // q.shape[2]
+    call = _Call.of(ws, dstate, [q, k, g, beta, a, b], groups, l2norm, read_before)
     # the caller's autocast is not for this arithmetic
-    autocast = torch.autocast(q.device.type, enabled=False)
-    groups, erase = v.shape[2] // q.shape[2], beta is not None
-    norms, decays = _inverse_norms(q, k, l2norm), _clamped(g)
-    for step in reversed(plan.steps):
-        n, chunks = step.size, slice(step.first, step.first + step.rows)
-        inputs = _Inputs(ws, step, q, k, norms, groups)
-        if erase:
-            y = ws.load("y", ys[chunks, :, :n].transpose(1, 2))
-            inverse = inverses[chunks, :, :n, :n].flatten(0, 1)
-            b = step.read(beta).mT.flatten(0, 1).unsqueeze(-1).to(dstate.dtype)
-        else:
-            y, inverse, b = ws.load("y", step.read(v)), None, None
-        with autocast:
-            grads = _step_backward(
+    with torch.autocast(q.device.type, enabled=False):
+        for step in reversed(plan.steps):
+            first = slice(step.first, step.first + step.rows)
+            values, inverse = _solved(call, step, v, solutions[first], inverses[first])
+            rows = call.rows(step)
+            results = backward(
                 ws,
-                inputs,
-                _Decay(ws, step, decays, erase, dstate),
-                ws.load("do", step.read(do)).mul_(scale),
-                states[chunks].flatten(0, 1),
+                call.decay(step),
+                rows,
+                ws.load("do", step.read(do), call.size(step)).mul_(scale),
+                states[first].flatten(0, 1),
                 dstate[: step.rows].view(-1, *dstate.shape[2:]),
-                (y, inverse, b),
+                values,
+                inverse,
             )
-        step.write(dq, inputs.gradient(0, grads[0]))
-        step.write(dk, inputs.gradient(1, grads[1]))
-        step.write(dv, _rows_first(grads[2], step))
-        for gate, grad in ((dg, grads[3]), (dbeta, grads[4])):
-            if grad is not None:
-                step.write(gate, grad.view(step.rows, -1, n).mT)
-    if g is not None:
+            _write_gradients(call, step, rows, grads, *results)
+    if call.g is not None and not call.vector:
         # a decay that was clamped is a factor of exactly zero, and so is its gradient
-        dg.masked_fill_(g <= LOG_ZERO, 0)
-    return dq, dk, dv, dg, dbeta, plan.unsort(dstate)
+        grads[3].masked_fill_(g <= LOG_ZERO, 0)
+    return *grads, plan.unsort(dstate)
 
 
-def _step_backward(
-    ws: _Workspace,
-    inputs: _Inputs,
-    decay: _Decay,
-    do: Tensor,
-    S: Tensor,
-    Z: Tensor,
-    solved: tuple[Tensor, Tensor | None, Tensor | None],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(dq, dk, dv, dg, dbeta) of one step; Z becomes the gradient of the step's first state in
-    place.
-    """
-    y, inverse, b = solved
-    R, n, V = do.shape
-    K, keys = S.shape[1], inputs.keys
-    left = inputs.qk[:, :n] if b is None else inputs.qk
-    scores = torch.bmm(left, keys.mT, out=ws("scores", R, left.shape[1], n)).mul_(decay.pair)
-    leaving_keys = (
-        keys if decay.leave is None else torch.mul(keys, decay.leave, out=ws("kd", R, n, K))
-    )
-    m = torch.bmm(scores[:, :n].mT, do, out=ws("m", R, n, V)).baddbmm_(leaving_keys, Z)
-    X = ws("X", R, left.shape[1], V)
-    X[:, :n] = do
-    dv, dbeta, u = m, None, y
-    if b is not None:
-        torch.bmm(inverse.mT, torch.mul(m, b, out=do), out=X[:, n:])
-        dv = do.copy_(X[:, n:])
-        X[:, n:].neg_()
-        dbeta = torch.mul(m.baddbmm_(scores[:, n:].mT, X[:, n:]), y, out=m).sum(-1)
-        u = y.mul_(b)
-    dscores = torch.bmm(X, u.mT, out=ws("dscores", R, left.shape[1], n))
-    pairs = scores.mul_(dscores)
-    dscores.mul_(decay.pair)
-    _scale_(X, decay.enter)
-    dleft = torch.bmm(X, S.mT, out=ws("dleft", R, left.shape[1], K))
-    leaving = _scale_(torch.bmm(u, Z.mT, out=ws("leaving", R, n, K)), decay.leave)
-    dg = None
-    if decay.last is not None:
-        through = decay.last[:, 0] * torch.bmm(S.reshape(R, 1, -1), Z.view(R, -1, 1))[:, 0]
-        entered = torch.mul(left, dleft, out=ws("product", R, left.shape[1], K)).sum(-1)
-        left_over = torch.mul(keys, leaving, out=ws("product", R, n, K)).sum(-1)
-        dg = _decay_gradient(ws, pairs, entered, left_over) + through
-        Z.mul_(decay.last)
-    dkeys = torch.bmm(dscores.mT, left, out=ws("dkeys", R, n, K)).add_(leaving)
-    dleft.baddbmm_(dscores, keys)
-    Z.baddbmm_(left.mT, X)
-    if b is not None:
-        dkeys.add_(dleft[:, n:])
-    return dleft[:, :n], dkeys, dv, dg, dbeta
+def _solved(
+    call: _Call, step: Step, v: Tensor, solutions: Tensor, inverses: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The `values` and the inverse that `backward` takes."""
+    n, size = step.size, call.size(step)
+    if call.erase == NONE:
+        return call.ws.load("values", step.read(v), size), None
+    inverse = call.ws.load("inverse", inverses[:, :, :n, :n].transpose(1, 2), size)
+    if n < size:
+        inverse = torch.nn.functional.pad(inverse, (0, size - n))
+    solution = solutions[:, :, :n].transpose(1, 2)
+    if call.erase == DELTA:
+        return call.ws.load("values", solution, size), inverse
+    values = call.ws.load("values", step.read(v), 2 * size)
+    values.unflatten(0, (step.rows, -1))[:, :, size : size + n].copy_(solution.transpose(1, 2))
+    return values, inverse
 
 
-def _decay_gradient(ws: _Workspace, pairs: Tensor, entered: Tensor, left_over: Tensor) -> Tensor:
-    """dg `[R, C]` of one step, but for the state that passes through it.
-
-    g_t decays whatever goes from before t to t or later, so dg_t sums what those ways carry:
-    `pairs` `[R, C or 2C, C]` from key j < t to row i >= t, `entered` `[R, C or 2C]` from the first
-    state to row i >= t, `left_over` `[R, C]` from key j < t to the last state. No term is added and
-    taken away again, which sums of row . drow - key . dkey would do.
-    """
-    R, _, n = pairs.shape
-    pairs = pairs.view(R, -1, n, n).sum(1)
-    entered = entered.view(R, -1, n).sum(1)
-    up_to = ws.constant("up to", n)
-    before = torch.matmul(pairs, up_to).mul_(ws.constant("below", n)).sum(1) + left_over @ up_to
-    dg = entered.flip(-1).cumsum(-1).flip(-1)
-    dg[:, 1:] += before[:, :-1]
-    return dg
+def _write_gradients(
+    call: _Call,
+    step: Step,
+    rows: Rows,
+    grads: list[Tensor],
+    dleft: Tensor,
+    dright: Tensor,
+    dv: Tensor,
+    dg: Tensor | None,
+    dbeta: Tensor | None,
+) -> None:
+    """Gradients of one step's rows to those of the tensors they were loaded from."""
+    n = call.size(step)
+    dq, dk, dv_out, dg_out, dbeta_out, da, db = grads
+    if call.b is None and len(call.reads) == 2:
+        dright.add_(dleft[:, n:])
+    pairs: list[tuple[Any, ...]] = [
+        (dq, rows.left[:, :n], dleft[:, :n], call.q, call.norms[0]),
+        (dk, rows.right[:, :n], dright[:, :n], call.k, call.norms[1]),
+        (da, None, dright[:, n:], call.a, None),
+        (db, None, dleft[:, n:], call.b, None),
+    ]
+    for out, loaded, grad, x, norm in pairs:
+        if x is not None:
+            step.write(out, call.gradient(step, loaded, grad, x, norm))
+    step.write(dv_out, _tokens(dv, step))
+    for out, grad in ((dg_out, dg), (dbeta_out, dbeta)):
+        if grad is not None:
+            step.write(out, _tokens(grad, step))
 
 
 @_chunk_backward.register_fake
 def _empty_gradients(
-    do, dfinal, q, k, v, g, beta, cu_seqlens, states, ys, inverses, scale, chunk_size, l2norm
-):
+    do, dfinal, q, k, v, g, beta, a, b, cu_seqlens, states, solutions, inverses,
+    scale, chunk_size, l2norm, read_before,
+):  # fmt: skip
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    inputs = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, beta))
+    inputs = (
+        q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, beta, a, b)
+    )
     return *inputs, states.new_empty(sequences, *states.shape[1:])
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, g, beta, initial_state, cu_seqlens, *ctx.options, save = inputs
+    *tensors, initial_state, cu_seqlens, _, _, _, _, save = inputs
+    ctx.options = inputs[9:-1]
     ctx.set_materialize_grads(False)
     ctx.state_dtype = None if initial_state is None else initial_state.dtype
     if save:
-        ctx.save_for_backward(q, k, v, g, beta, cu_seqlens, *output[2:])
+        ctx.save_for_backward(*tensors, cu_seqlens, *output[2:])
 
 
 def _backward(ctx, do, dfinal, *_unused):
-    q, k, v, g, beta, cu_seqlens, *saved = ctx.saved_tensors
+    *tensors, cu_seqlens, states, solutions, inverses = ctx.saved_tensors
+    q, v = tensors[0], tensors[2]
     do = q.new_zeros(v.shape) if do is None else do
-    dq, dk, dv, dg, dbeta, dstate = torch.ops.fla.chunk_backward(
-        do, dfinal, q, k, v, g, beta, cu_seqlens, *saved, *ctx.options
+    *grads, dstate = torch.ops.fla.chunk_backward(
+        do, dfinal, *tensors, cu_seqlens, states, solutions, inverses, *ctx.options
     )
-    dg, dbeta = (None if x is None else d for x, d in ((g, dg), (beta, dbeta)))
+    grads = [None if x is None else grad for x, grad in zip(tensors, grads, strict=True)]
     dstate = None if ctx.state_dtype is None else dstate.to(ctx.state_dtype)
-    return dq, dk, dv, dg, dbeta, dstate, None, None, None, None, None
+    return *grads, dstate, None, None, None, None, None, None
 
 
 _chunk.register_autograd(_backward, setup_context=_setup_context)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fla.ops.engine.checks import check_groups, check_same, check_sequences, check_shapes
 from fla.ops.engine.chunk import CHUNK_SIZE, chunk
+from fla.ops.engine.columns import chunk_columns
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.token import recurrent
 
@@ -25,6 +26,7 @@ class Options:
     l2norm: bool = False
     state_v_first: bool = False
     reverse: bool = False
+    read_before: bool = False
     chunk_size: int = CHUNK_SIZE
     backend: str | None = None
 
@@ -40,57 +42,94 @@ def run(
     beta: Tensor | None = None,
     gk: Tensor | None = None,
     gv: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
+    names: dict[str, str] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Check the arguments of the public function `op` and run its form: token by token for
-    `fused_recurrent_*` (the only form with gk, gv or a beta per value channel), chunk by chunk for
-    the others.
+    `fused_recurrent_*` (the only form with a beta per value channel), chunk by chunk for the
+    others. `names` are the caller's own for arguments that go by another name there.
     """
-    state_axes = "N HV V K" if options.state_v_first else "N HV K V"
-    per_channel = beta is not None and beta.dim() == 4
-    sizes = check_shapes(
-        op,
-        q=(q, "B T H K"),
-        k=(k, "B T H K"),
-        v=(v, "B T HV V"),
-        g=(g, "B T HV"),
-        beta=(beta, "B T HV V" if per_channel else "B T HV"),
-        gk=(gk, "B T HV K"),
-        gv=(gv, "B T HV V"),
-        initial_state=(initial_state, state_axes),
-    )
-    check_groups(op, sizes)
-    check_same(op, q=q, k=k, v=v)
-    check_same(op, dtype=False, q=q, g=g, beta=beta, gk=gk, gv=gv, initial_state=initial_state)
-    check_sequences(op, sizes["B"], cu_seqlens, initial_state)
+    gates = dict(g=g, beta=beta, gk=gk, gv=gv, a=a, b=b)
+    sizes = _check(op, options, q, k, v, gates, initial_state, cu_seqlens, names or {})
     cu_seqlens = host_boundaries(op, cu_seqlens, cu_seqlens_cpu)
     resolve(op, q.device, options.backend)
-    scale = sizes["K"] ** -0.5 if options.scale is None else options.scale
     if options.state_v_first and initial_state is not None:
         initial_state = initial_state.mT
-    inputs: list[Any] = [q, k, v, g, beta]
+    inputs: dict[str, Any] = dict(q=q, k=k, v=v, **gates)
     if options.reverse:
-        inputs = [x if x is None else x.flip(1) for x in inputs]
-        gk, gv = (x if x is None else x.flip(1) for x in (gk, gv))
+        inputs = {n: x if x is None else x.flip(1) for n, x in inputs.items()}
         cu_seqlens = None if cu_seqlens is None else sizes["T"] - cu_seqlens.flip(0)
         initial_state = _flip_packed(initial_state, cu_seqlens)
-    common: dict[str, Any] = dict(
-        scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, l2norm=options.l2norm
+    inputs |= dict(
+        scale=sizes["K"] ** -0.5 if options.scale is None else options.scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
     )
     autocast = torch.is_autocast_enabled(q.device.type)  # which is not for this arithmetic
     with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
         if op.startswith("fused_recurrent_"):
-            o, final = recurrent(*inputs, gk=gk, gv=gv, **common)
+            inputs |= dict(l2norm=options.l2norm, read_before=options.read_before)
+            o, final = recurrent(**inputs)
         else:
-            check_chunk_size(op, options.chunk_size)
-            o, final = chunk(*inputs, chunk_size=options.chunk_size, **common)
+            o, final = _chunk(op, options, **inputs)
     if options.reverse:
         o, final = o.flip(1), _flip_packed(final, cu_seqlens)
     if not options.output_final_state:
         return o, None
     return o, final.mT.contiguous() if options.state_v_first else final
+
+
+def _check(
+    op: str,
+    options: Options,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: dict[str, Tensor | None],
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    names: dict[str, str],
+) -> dict[str, int]:
+    """The sizes of the axes, or `ValueError`."""
+    beta = gates["beta"]
+    axes = dict(
+        g="B T HV",
+        beta="B T HV V" if isinstance(beta, Tensor) and beta.dim() == 4 else "B T HV",
+        gk="B T HV K",
+        gv="B T HV V",
+        a="B T HV K",
+        b="B T HV K",
+    )
+    own = {name: names.get(name, name) for name in ("q", "k", "v", *axes)}
+    sizes = check_shapes(
+        op,
+        **{own["q"]: (q, "B T H K"), own["k"]: (k, "B T H K"), own["v"]: (v, "B T HV V")},
+        **{own[name]: (gates[name], spec) for name, spec in axes.items()},
+        initial_state=(initial_state, "N HV V K" if options.state_v_first else "N HV K V"),
+    )
+    check_groups(op, sizes)
+    rows: Any = {own["q"]: q, own["k"]: k, own["v"]: v}
+    check_same(op, **rows)
+    others: Any = {own["q"]: q} | {own[name]: gates[name] for name in axes}
+    check_same(op, dtype=False, **others, initial_state=initial_state)
+    check_sequences(op, sizes["B"], cu_seqlens, initial_state)
+    return sizes
+
+
+def _chunk(op: str, options: Options, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """The chunk form for the decays that were given."""
+    check_chunk_size(op, options.chunk_size)
+    g, gk, gv = inputs["g"], inputs.pop("gk"), inputs.pop("gv")
+    inputs["chunk_size"] = options.chunk_size
+    if gv is not None:
+        return chunk_columns(**{n: x for n, x in inputs.items() if x is not None} | {"g": gv})
+    if gk is not None:
+        inputs["g"] = gk if g is None else g.unsqueeze(-1) + gk
+    return chunk(**inputs, l2norm=options.l2norm, read_before=options.read_before)
 
 
 def _flip_packed(state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:

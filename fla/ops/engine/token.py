@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The token form, fast: decay none, scalar or vector on either side, erase none or delta.
+"""The token form, fast: decay none, scalar or vector on either side; erase none, delta, low rank.
 
+    r = b^T S                                       (b given: it reads before the decay)
     S <- diag(exp(g + gk)) S diag(exp(gv))
-    u = beta (v - S^T k)                        (without erase: u = v)
-    S <- S + k u^T
-    o = scale S^T q
+    u = beta (v - S^T k), or beta (v - r)           (delta; without erase u = v)
+    S <- S + k u^T, or S + a r^T + k v^T            (low rank)
+    o = scale S^T q                                 (`read_before`: of the state it found)
 
 This is the decode step (T = 1). With gradients it is plain autograd, and longer inputs are cut into
 segments that are recomputed in the backward, so memory grows with T / 64 states.
@@ -32,13 +33,16 @@ def recurrent(
     beta: Tensor | None = None,
     gk: Tensor | None = None,
     gv: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
     *,
     scale: float,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     l2norm: bool = False,
+    read_before: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """q, k `[B, T, H, K]`, v `[B, T, HV, V]`, g `[B, T, HV]`, gk `[B, T, HV, K]`, gv
+    """q, k `[B, T, H, K]`, v `[B, T, HV, V]`, g `[B, T, HV]`, gk, a, b `[B, T, HV, K]`, gv
     `[B, T, HV, V]`, beta `[B, T, HV]` or `[B, T, HV, V]`; returns o `[B, T, HV, V]` in q's dtype
     and the final state `[N, HV, K, V]` in fp32 (fp64 for fp64 inputs).
     """
@@ -47,10 +51,11 @@ def recurrent(
         zip("qk", _queries_keys(q, k, groups, dtype, l2norm), strict=True)
     )
     inputs["v"] = _cast(v, dtype)
-    inputs["beta"] = beta if beta is None else _cast(beta, dtype)
+    for name, x in (("beta", beta), ("a", a), ("b", b)):
+        inputs[name] = x if x is None else _cast(x, dtype)
     inputs["row"], inputs["column"] = _decay(g, gk, gv, dtype)
     state = initial_state if initial_state is None else _cast(initial_state, dtype)
-    run = partial(_run, scale=scale)
+    run = partial(_run, scale=scale, before=read_before)
     if cu_seqlens is None:
         o, final = run(state=state, **inputs)
     else:
@@ -91,22 +96,24 @@ def _decay(
     return None if row is None else row.exp(), None if gv is None else _cast(gv, dtype).exp()
 
 
-def _run(*, state: Tensor | None, scale: float, **inputs: Any) -> tuple[Tensor, Tensor]:
+def _run(
+    *, state: Tensor | None, scale: float, before: bool, **inputs: Any
+) -> tuple[Tensor, Tensor]:
     q, v = inputs["q"], inputs["v"]
     B, T, HV, K = q.shape
     if state is None:
         state = q.new_zeros(B, HV, K, v.shape[-1])
     if T <= SEGMENT or not torch.is_grad_enabled():
-        return _tokens(state, scale, **inputs)
+        return _tokens(state, scale, before, **inputs)
     outs = []
     for first in range(0, T, SEGMENT):
         part = {n: x if x is None else x[:, first : first + SEGMENT] for n, x in inputs.items()}
-        o, state = checkpoint(_tokens, state, scale, use_reentrant=False, **part)
+        o, state = checkpoint(_tokens, state, scale, before, use_reentrant=False, **part)
         outs.append(o)
     return torch.cat(outs, 1), state
 
 
-def _tokens(S: Tensor, scale: float, **inputs: Any) -> tuple[Tensor, Tensor]:
+def _tokens(S: Tensor, scale: float, before: bool, **inputs: Any) -> tuple[Tensor, Tensor]:
     """The loop over tokens, with batch and heads as one axis R of matrices."""
     B, T, HV, _ = inputs["q"].shape
     v, shape, R = inputs["v"], S.shape, B * HV
@@ -114,7 +121,8 @@ def _tokens(S: Tensor, scale: float, **inputs: Any) -> tuple[Tensor, Tensor]:
         return v, S
     S = S.view(R, *shape[2:]) if S.is_contiguous() else S.flatten(0, 1)
     if T == 1:
-        o, S = _step(S, **{n: x if x is None else x.reshape(R, 1, -1) for n, x in inputs.items()})
+        now = {n: x if x is None else x.reshape(R, 1, -1) for n, x in inputs.items()}
+        o, S = _step(S, before, **now)
         return (o * scale).view(v.shape), S.view(shape)
     outs = []
     rows = {
@@ -123,7 +131,7 @@ def _tokens(S: Tensor, scale: float, **inputs: Any) -> tuple[Tensor, Tensor]:
         if x is not None
     }
     for t in range(T):
-        o, S = _step(S, **{n: rows[n][t] if n in rows else None for n in inputs})
+        o, S = _step(S, before, **{n: rows[n][t] if n in rows else None for n in inputs})
         outs.append(o)
     o = (torch.cat(outs, 1) * scale).view(B, HV, T, -1).transpose(1, 2)
     return o, S.view(shape)
@@ -131,24 +139,36 @@ def _tokens(S: Tensor, scale: float, **inputs: Any) -> tuple[Tensor, Tensor]:
 
 def _step(
     S: Tensor,
+    before: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     beta: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
     row: Tensor | None,
     column: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One token of states `[R, K, V]`: q, k `[R, 1, K]`, v `[R, 1, V]`, row `[R, 1, 1 or K]`,
+    """One token of states `[R, K, V]`: q, k, a, b `[R, 1, K]`, v `[R, 1, V]`, row `[R, 1, 1 or K]`,
     column `[R, 1, V]`.
     """
+    o = torch.bmm(q, S) if before else None
     decay = row if row is None or row.shape[2] == 1 else row.mT
     if column is not None:
         decay = column if decay is None else decay * column
+    read = None if b is None else torch.bmm(b, S)
     if beta is not None:
-        # k reads the decayed state; where the decay is one number per head it is applied to the
-        # short vector
-        scalar = decay is not None and decay.shape[1:] == (1, 1)
-        read = torch.bmm(k, S if decay is None or scalar else S * decay)
-        v = (v - (read * decay if scalar else read)) * beta
-    S = torch.baddbmm(S, k.mT, v) if decay is None else (k.mT * v).addcmul_(S, decay)
-    return torch.bmm(q, S), S
+        if read is None:
+            # k reads the decayed state; where the decay is one number per head it is applied to
+            # the short vector
+            scalar = decay is not None and decay.shape[1:] == (1, 1)
+            read = torch.bmm(k, S if decay is None or scalar else S * decay)
+            read = read * decay if scalar else read
+        v = (v - read) * beta
+    if a is not None:
+        erased = torch.bmm(a.mT, read)
+        erased = erased.add_(S) if decay is None else erased.addcmul_(S, decay)
+        S = erased.baddbmm_(k.mT, v)
+    else:
+        S = torch.baddbmm(S, k.mT, v) if decay is None else (k.mT * v).addcmul_(S, decay)
+    return (torch.bmm(q, S) if o is None else o), S

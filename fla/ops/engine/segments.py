@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""Running maxima and log-sums that pages normalise with, restarted at every boundary."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fla.ops.engine.layout import boundaries_to_list
+
+
+def per_segment(form: Callable[[Tensor], Tensor], x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """`form`, a map of `[B, T, ...]` along its tokens, applied to every sequence of x."""
+    if cu_seqlens is None:
+        return form(x) if x.shape[1] else x
+    bounds = boundaries_to_list(cu_seqlens, x.shape[1])
+    parts = [form(x[:, a:b]) for a, b in pairwise(bounds) if a < b]
+    return torch.cat(parts, 1) if parts else x
+
+
+def starts(x: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """x `[B, T, ...]` one token later: `first` `[N, ...]` at every sequence's first token."""
+    if x.shape[1] == 0:
+        return x
+    if cu_seqlens is None:
+        return torch.cat([first.unsqueeze(1), x[:, :-1]], 1)
+    bounds = boundaries_to_list(cu_seqlens, x.shape[1])
+    parts = []
+    for i, (a, b) in enumerate(pairwise(bounds)):
+        if a < b:
+            parts += [first[i : i + 1].unsqueeze(1), x[:, a : b - 1]]
+    return torch.cat(parts, 1)
+
+
+def lasts(x: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The last token of every sequence `[N, ...]`, or `first` of a sequence without any."""
+    if cu_seqlens is None:
+        return x[:, -1] if x.shape[1] else first
+    bounds = boundaries_to_list(cu_seqlens, x.shape[1])
+    rows = [x[0, b - 1] if a < b else first[i] for i, (a, b) in enumerate(pairwise(bounds))]
+    return torch.stack(rows)
+
+
+def log_cumulative_sum(
+    x: Tensor, initial: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`z_t = log(exp(z_{t-1}) + exp(x_t))` per sequence: (z, z one token earlier, the last z).
+
+    Example:
+        >>> z, before, last = log_cumulative_sum(torch.zeros(1, 3, 1))
+        >>> z.exp().flatten().tolist(), before[0, 0].item()
+        ([1.0, 2.0, 3.0], -inf)
+    """
+    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    first = x.new_full((N, *x.shape[2:]), -torch.inf) if initial is None else initial.to(x)
+    z = per_segment(lambda y: y.logcumsumexp(1), x, cu_seqlens)
+    if initial is not None and x.shape[1]:
+        lengths = None
+        if cu_seqlens is not None:
+            lengths = cu_seqlens.diff().to(x.device)
+            carried = first.repeat_interleave(lengths, 0).unsqueeze(0)
+        else:
+            carried = first.unsqueeze(1).expand_as(z)
+        z = torch.logaddexp(z, carried)
+    return z, starts(z, first, cu_seqlens), lasts(z, first, cu_seqlens)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: MIT
+r"""# Gated DeltaNet 2: separate gates for what is erased and what is written
+
+The gated delta rule of Yang et al. (2024), arXiv:2412.06464, with a decay per channel (as KDA,
+arXiv:2510.26692) and a gate per channel on either side of the delta.
+
+    S'_t = diag(exp(g_t)) S_{t-1}
+    S_t = S'_t + k_t (w_t * v_t - S'_t^T (b_t * k_t))^T        o_t = scale * S_t^T q_t
+
+| symbol | argument | shape |
+|---|---|---|
+| q, k | `q`, `k` | `[B, T, H, K]`; `|k| <= 1` is on you, or on `use_qk_l2norm_in_kernel` |
+| v | `v` | `[B, T, HV, V]`, HV a multiple of H |
+| g | `g` | `[B, T, HV, K]`, natural log of the decay, any value <= 0 including -inf |
+| b | `b` | `[B, T, HV, K]` in [0, 1] or [0, 2]: what is erased |
+| w | `w` | `[B, T, HV, V]`: what is written |
+| S_0, S_T | `initial_state`, result | `[N, HV, K, V]` fp32 (`[N, HV, V, K]` with `state_v_first`) |
+
+`b = w = beta` is KDA. In-kernel gates of g as there. Numerics: as `kda`.
+
+On the one equation: vector decay, a = -k, b = exp(g) b k, written k and w v.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fla.ops.engine.checks import check_groups, check_tensors, refuse
+from fla.ops.engine.gates import channel_gate, l2norm, wide
+from fla.ops.engine.recurrence import chunk_form
+from fla.ops.engine.run import CHUNK_SIZE, Options, run
+
+
+def naive_recurrent_gdn2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The equation, token by token."""
+    B, T, H, K = q.shape
+    S = q.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state
+    out = []
+    for t in range(T):
+        S = g[:, t, :, :, None].exp() * S
+        erased = torch.einsum("bhkv,bhk->bhv", S, b[:, t] * k[:, t])
+        S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], w[:, t] * v[:, t] - erased)
+        o = torch.einsum("bhkv,bhk->bhv", S, q[:, t])
+        out.append((K**-0.5 if scale is None else scale) * o)
+    return torch.stack(out, 1), S if output_final_state else None
+
+
+def naive_chunk_gdn2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence's chunk form, differentiable by autograd."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    form = dict(scale=scale, state=initial_state, chunk_size=chunk_size)
+    o, S = chunk_form(q, k, w * v, g, -k, g.exp() * b * k, **form)  # type: ignore[arg-type]
+    return o, S if output_final_state else None
+
+
+def _gdn2(
+    op: str,
+    options: Options,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    normalize: bool,
+    **sequences: Any,
+) -> tuple[Tensor, Tensor | None]:
+    sizes = check_tensors(
+        op,
+        q=(q, "B T H K"),
+        k=(k, "B T H K"),
+        v=(v, "B T HV V"),
+        g=(g, "B T HV K"),
+        b=(b, "B T HV K"),
+        w=(w, "B T HV V"),
+    )
+    check_groups(op, sizes)
+    if normalize:
+        q, k = l2norm(q), l2norm(k)
+    keys = wide(k.repeat_interleave(sizes["HV"] // sizes["H"], 2))
+    erase = wide(g).exp() * wide(b) * keys
+    ones = wide(v).new_ones(v.shape[:3])
+    written = (wide(w) * wide(v)).to(torch.promote_types(v.dtype, w.dtype))
+    q, k = q.to(written.dtype), k.to(written.dtype)
+    o, final = run(
+        op, options, q, k, written, gk=g, beta=ones, b=erase, names={"gk": "g"}, **sequences
+    )
+    return o.to(v.dtype), final
+
+
+def chunk_gdn2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    disable_recompute: bool = False,
+    return_intermediate_states: bool = False,
+    state_v_first: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    chunk_size: int = CHUNK_SIZE,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """GDN-2 chunk by chunk.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 100, 2, 16).unbind()
+        >>> b, w = torch.rand(2, 1, 100, 2, 16).unbind()
+        >>> g = -torch.rand(1, 100, 2, 16)
+        >>> chunk_gdn2(q, k, v, g, b, w, use_qk_l2norm_in_kernel=True)[0].shape
+        torch.Size([1, 100, 2, 16])
+    """
+    op = "chunk_gdn2"
+    refuse(op, "disable_recompute", disable_recompute or None, "drop it")
+    refuse(op, "return_intermediate_states", return_intermediate_states or None, "drop it")
+    options = Options(
+        scale,
+        output_final_state,
+        state_v_first=state_v_first,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+    check_tensors(op, g=(g, "B T HV K"))
+    g = channel_gate(op, g, A_log, dt_bias, use_gate_in_kernel, safe_gate, lower_bound)
+    return _gdn2(
+        op,
+        options,
+        q,
+        k,
+        v,
+        g,
+        b,
+        w,
+        use_qk_l2norm_in_kernel,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+    )
+
+
+def fused_recurrent_gdn2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    lower_bound: float | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """GDN-2 token by token. Differentiable."""
+    op = "fused_recurrent_gdn2"
+    options = Options(scale, output_final_state, state_v_first=state_v_first, backend=backend)
+    check_tensors(op, g=(g, "B T HV K"))
+    g = channel_gate(op, g, A_log, dt_bias, use_gate_in_kernel, False, lower_bound)
+    return _gdn2(
+        op,
+        options,
+        q,
+        k,
+        v,
+        g,
+        b,
+        w,
+        use_qk_l2norm_in_kernel,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+    )

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: MIT
+r"""# The preconditioned gated delta rule
+
+The gated delta rule of Yang et al. (2024), arXiv:2412.06464, writing with a diagonally
+preconditioned key, in the manner of Adam's second moment (Kingma and Ba, 2014, arXiv:1412.6980).
+
+    A_t = exp(h_t) A_{t-1} + beta'_t k_t * k_t
+    r = log(A_t + eps) - c        M_t = x^(-r / (1 + |r|))        k~_t = M_t * k_t
+    S'_t = exp(g_t) S_{t-1}
+    S_t = S'_t + beta_t k~_t (v_t - S'_t^T k_t)^T        o_t = scale * S_t^T q_t
+
+so k reads, k~ writes, and every entry of M lies in (1/x, x).
+
+| symbol | argument | shape |
+|---|---|---|
+| q, k | `q`, `k` | `[B, T, H, K]`; normalised unless `use_qk_l2norm_in_kernel=False` |
+| v | `v` | `[B, T, HV, V]`, HV a multiple of H |
+| g, h | `g`, `g_atk` | `[B, T, HV]`, natural logs of the decays, any value <= 0 including -inf |
+| beta, beta' | `beta`, `beta_atk` | `[B, T, HV]` in [0, 1] |
+| x, eps, c | `x`, `eps`, `log_atk_scale` | floats; c also `[HV]`, 0 where absent |
+| S_0, S_T | `initial_state`, result | `[N, HV, K, V]` fp32 (transposed: `transpose_state_layout`) |
+| A_0, A_T | `initial_A_state`, result | `[N, HV, K]` fp32 |
+
+Returns three: (o, S, A). Numerics: as `gated_delta_rule`; A is a vector scan in fp32.
+
+On the one equation: scalar decay, a = -beta M k, b = exp(g) k, written M k and beta v.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fla.ops.engine.checks import check_groups, check_sequences, check_tensors, refuse
+from fla.ops.engine.gates import l2norm, wide
+from fla.ops.engine.run import CHUNK_SIZE, Options, run
+from fla.ops.engine.scan import scan
+
+Result = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def precondition(A: Tensor, x: float, eps: float, center: float | Tensor | None) -> Tensor:
+    """`M = x^(-r / (1 + |r|))` with `r = log(A + eps) - center`, A `[..., HV, K]`."""
+    if isinstance(center, Tensor):
+        center = wide(center).view(-1, 1)
+    r = (A + eps).log() - (0.0 if center is None else center)
+    return torch.exp(-math.log(x) * r / (1 + r.abs()))
+
+
+def naive_recurrent_precond_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_atk: Tensor,
+    g: Tensor,
+    beta_atk: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    initial_A_state: Tensor | None = None,
+    output_final_state: bool = False,
+    x: float = 1.5,
+    eps: float = 1e-6,
+    log_atk_scale: float | Tensor | None = None,
+) -> Result:
+    """The equation, token by token; g `[B, T, H]` or, for KDA, `[B, T, H, K]`. q and k as given."""
+    B, T, H, K = q.shape
+    S = q.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state
+    A = q.new_zeros(B, H, K) if initial_A_state is None else initial_A_state
+    decay = g.exp() if g.dim() == 4 else g.exp()[..., None]
+    out = []
+    for t in range(T):
+        A = g_atk[:, t, :, None].exp() * A + beta_atk[:, t, :, None] * k[:, t].square()
+        S = decay[:, t, :, :, None] * S
+        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", S, k[:, t])
+        write = precondition(A, x, eps, log_atk_scale) * k[:, t]
+        S = S + torch.einsum("bhk,bhv->bhkv", write, beta[:, t, :, None] * error)
+        o = torch.einsum("bhkv,bhk->bhv", S, q[:, t])
+        out.append((K**-0.5 if scale is None else scale) * o)
+    return torch.stack(out, 1), *((S, A) if output_final_state else (None, None))
+
+
+def _precond(
+    op: str,
+    options: Options,
+    tensors: dict[str, Tensor],
+    initial_state: Tensor | None,
+    initial_A_state: Tensor | None,
+    squash: tuple[float, float, float | Tensor | None],
+    normalize: bool,
+    **sequences: Any,
+) -> Result:
+    """Both preconditioned rules: g `[B, T, HV]` or `[B, T, HV, K]`."""
+    g = tensors["g"]
+    vector = op.endswith("kda") or (isinstance(g, Tensor) and g.dim() == 4)
+    gate = "B T HV K" if vector else "B T HV"
+    specs = dict(q="B T H K", k="B T H K", v="B T HV V", g_atk="B T HV", g=gate)
+    specs |= dict(beta_atk="B T HV", beta="B T HV")
+    checked: dict[str, Any] = {name: (tensors[name], spec) for name, spec in specs.items()}
+    sizes = check_tensors(op, **checked, initial_A_state=(initial_A_state, "N HV K"))
+    check_groups(op, sizes)
+    cu_seqlens = sequences["cu_seqlens"]
+    check_sequences(op, sizes["B"], cu_seqlens, initial_A_state, "initial_A_state")
+    q, k, v = (tensors[name] for name in "qkv")
+    if normalize:
+        q, k = l2norm(q), l2norm(k)
+    groups = sizes["HV"] // sizes["H"]
+    if groups > 1:
+        q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
+    keys, decay = wide(k), tensors["g_atk"].unsqueeze(-1)
+    gain = wide(tensors["beta_atk"]).unsqueeze(-1) * keys.square()
+    A, A_final = scan(gain, decay.expand_as(gain), initial_A_state, cu_seqlens, options.chunk_size)
+    write = (precondition(A, *squash) * keys).to(k.dtype)
+    read = (wide(g) if vector else wide(g).unsqueeze(-1)).exp() * keys
+    o, S = run(
+        op,
+        options,
+        q,
+        write,
+        v,
+        **{"gk" if vector else "g": g},
+        beta=tensors["beta"],
+        b=read,
+        initial_state=initial_state,
+        names={"gk": "g"} if vector else {},
+        **sequences,
+    )
+    return o, S, A_final if options.output_final_state else None
+
+
+def chunk_precond_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_atk: Tensor,
+    g: Tensor,
+    beta_atk: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    initial_A_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = True,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    cp_context: object | None = None,
+    transpose_state_layout: bool = False,
+    x: float = 1.5,
+    eps: float = 1e-6,
+    log_atk_scale: float | Tensor | None = None,
+    chunk_size: int = CHUNK_SIZE,
+    backend: str | None = None,
+) -> Result:
+    """The preconditioned gated delta rule chunk by chunk. Note the order g_atk, g.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 100, 2, 16).unbind()
+        >>> g, h, beta, rate = torch.rand(4, 1, 100, 2).unbind()
+        >>> o, S, A = chunk_precond_gated_delta_rule(q, k, v, -h, -g, rate, beta)
+        >>> o.shape
+        torch.Size([1, 100, 2, 16])
+    """
+    op = "chunk_precond_gated_delta_rule"
+    refuse(op, "cp_context", cp_context, "this version has no sequence parallelism; drop it")
+    options = Options(
+        scale,
+        output_final_state,
+        state_v_first=transpose_state_layout,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+    tensors = dict(q=q, k=k, v=v, g_atk=g_atk, g=g, beta_atk=beta_atk, beta=beta)
+    return _precond(
+        op,
+        options,
+        tensors,
+        initial_state,
+        initial_A_state,
+        (x, eps, log_atk_scale),
+        use_qk_l2norm_in_kernel,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+    )
+
+
+def fused_recurrent_precond_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    beta: Tensor | None = None,
+    g_atk: Tensor | None = None,
+    beta_atk: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    initial_A_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = True,
+    cu_seqlens: Tensor | None = None,
+    transpose_state_layout: bool = False,
+    x: float = 1.5,
+    eps: float = 1e-6,
+    log_atk_scale: float | Tensor | None = None,
+    backend: str | None = None,
+) -> Result:
+    """The preconditioned gated delta rule token by token; gk, a decay per channel, may stand in
+    for g or beside it. Absent g and g_atk are 0, absent beta and beta_atk 1. Differentiable.
+    """
+    op = "fused_recurrent_precond_gated_delta_rule"
+    refuse(op, "gv", gv, "the preconditioned rules decay the state's rows; drop it")
+    check_tensors(op, v=(v, "B T HV V"))
+    zeros, ones = wide(v).new_zeros(v.shape[:3]), wide(v).new_ones(v.shape[:3])
+    g = zeros if g is None else g
+    tensors = dict(
+        q=q,
+        k=k,
+        v=v,
+        g_atk=zeros if g_atk is None else g_atk,
+        g=g if gk is None else g.unsqueeze(-1) + gk,
+        beta_atk=ones if beta_atk is None else beta_atk,
+        beta=ones if beta is None else beta,
+    )
+    options = Options(
+        scale,
+        output_final_state,
+        state_v_first=transpose_state_layout,
+        chunk_size=1,
+        backend=backend,
+    )
+    return _precond(
+        op,
+        options,
+        tensors,
+        initial_state,
+        initial_A_state,
+        (x, eps, log_atk_scale),
+        use_qk_l2norm_in_kernel,
+        cu_seqlens=cu_seqlens,
+    )

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: MIT
+r"""# RWKV-7
+
+Peng et al. (2025), *RWKV-7 "Goose" with Expressive Dynamic State Evolution*, arXiv:2503.14456.
+
+    S_t = diag(exp(w_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T        o_t = scale * S_t^T r_t
+
+with `a = -kk` and `b = kk * a'` for a unit vector kk and an in-context learning rate a' in [0, 1].
+
+| symbol | argument | shape |
+|---|---|---|
+| r, k | `r`, `k` | `[B, T, H, K]` |
+| v | `v` | `[B, T, H, V]` |
+| w | `w` | `[B, T, H, K]`, natural log of the decay, any value <= 0 including -inf |
+| a, b | `a`, `b` | `[B, T, H, K]`; a reads, before the decay, and b writes |
+| S_0, S_T | `initial_state`, result | `[N, H, K, V]` fp32 |
+
+Numerics: as `generalized_delta_rule`.
+
+On the one equation: vector decay, low-rank erase: DPLR under other names. `scale` is 1 in every
+form unless given (`fused_recurrent_rwkv7` of other packages divides by sqrt(K) and always returns
+its state; the family's contract holds here).
+
+The elementwise maps of the RWKV-7 layer stand below the operator.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fla.ops.engine.layout import boundaries_to_list
+from fla.ops.engine.run import CHUNK_SIZE, Options
+from fla.ops.generalized_delta_rule import (
+    Result,
+    _low_rank,
+    check_bounds,
+    naive_recurrent_dplr_delta_rule,
+)
+
+NAMES = {"q": "r", "gk": "w"}
+
+
+def naive_recurrent_rwkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> Result:
+    """The equation, token by token."""
+    return naive_recurrent_dplr_delta_rule(
+        r, k, v, a, b, w, scale, initial_state, output_final_state
+    )
+
+
+def chunk_rwkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    safe_gate: bool = False,
+    chunk_size: int | None = None,
+    disable_recompute: bool = False,
+    cp_context: object | None = None,
+    lower_bound: float | None = None,
+    backend: str | None = None,
+) -> Result:
+    """RWKV-7 chunk by chunk; the switches of the kernels are as in `chunk_dplr_delta_rule`.
+
+    Example:
+        >>> r, k, v, kk = torch.randn(4, 1, 100, 2, 16).unbind()
+        >>> kk = torch.nn.functional.normalize(kk, dim=-1)
+        >>> w, rate = -torch.rand(1, 100, 2, 16), torch.rand(1, 100, 2, 16)
+        >>> chunk_rwkv7(r, w, k, v, -kk, kk * rate)[0].shape
+        torch.Size([1, 100, 2, 16])
+    """
+    op = "chunk_rwkv7"
+    check_bounds(op, safe_gate, lower_bound, disable_recompute, cp_context)
+    options = Options(
+        scale, output_final_state, chunk_size=chunk_size or CHUNK_SIZE, backend=backend
+    )
+    sequences: dict[str, Any] = dict(
+        initial_state=initial_state, cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu
+    )
+    return _low_rank(op, options, r, k, v, a, b, w, NAMES, **sequences)
+
+
+def fused_recurrent_rwkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Result:
+    """RWKV-7 token by token; `reverse` runs from the last token to the first. Differentiable."""
+    options = Options(scale, output_final_state, reverse=reverse, backend=backend)
+    sequences: dict[str, Any] = dict(initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return _low_rank("fused_recurrent_rwkv7", options, r, k, v, a, b, w, NAMES, **sequences)
+
+
+def fused_mul_recurrent_rwkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kk: Tensor,
+    a: Tensor,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Result:
+    """`fused_recurrent_rwkv7` from the unit vector kk and the learning rate a: it reads with -kk
+    and writes with kk a.
+    """
+    return fused_recurrent_rwkv7(
+        r,
+        w,
+        k,
+        v,
+        -kk,
+        kk * a,
+        scale,
+        initial_state,
+        output_final_state,
+        reverse,
+        cu_seqlens,
+        backend,
+    )
+
+
+def fused_addcmul_rwkv7(
+    hidden_states: Tensor,
+    delta: Tensor,
+    xr: Tensor,
+    xw: Tensor,
+    xk: Tensor,
+    xv: Tensor,
+    xa: Tensor,
+    xg: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """`hidden_states + delta * x` for each mix x `[1, 1, D]`: (xr, xw, xk, xv, xa, xg or None)."""
+    mixes = (xr, xw, xk, xv, xa, xg)
+    return tuple(x if x is None else torch.addcmul(hidden_states, delta, x) for x in mixes)
+
+
+torch_addcmul_rwkv7 = fused_addcmul_rwkv7
+
+
+def fused_k_rwkv7(
+    k: Tensor,
+    a: Tensor,
+    ka: Tensor,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> Tensor:
+    """`k (1 + (a - 1) ka)`, token by token, so boundaries are checked and change nothing."""
+    for name, cu in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu)):
+        if cu is not None:
+            boundaries_to_list(cu, k.shape[1], f"fused_k_rwkv7 ({name})")
+    return k.addcmul(k * (a - 1), ka)
+
+
+k_update_ref = fused_k_rwkv7
+
+
+def gate_output_correction(
+    o: Tensor, r: Tensor, k: Tensor, r_k: Tensor, v: Tensor, g: Tensor
+) -> Tensor:
+    """`(o + (sum_k r k r_k) v) g`: o, g `[B, T, H V]`, r, k `[B, T, H, K]`, r_k `[H, K]`, v
+    `[B, T, H, V]`.
+    """
+    bonus = (r * k * r_k).sum(-1, keepdim=True) * v
+    return (o + bonus.flatten(-2)) * g
+
+
+gate_output_correction_ref = gate_output_correction
+
+
+def channel_mixing_rwkv7(
+    x: Tensor, x_prev: Tensor, x_k: Tensor, key_weight: Tensor, value_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`relu(W_k (x_t + (x_{t-1} - x_t) x_k))^2 W_v` and the last token of every sequence.
+
+    x `[B, T, D]`, x_prev `[B, D]` the token before, key_weight `[D, F]`, value_weight `[F, D]`.
+    """
+    if x.shape[1] == 0:
+        return x, x_prev
+    before = torch.cat([x_prev.unsqueeze(1), x[:, :-1]], 1)
+    mixed = torch.addcmul(x, before - x, x_k)
+    return (mixed @ key_weight).relu().square() @ value_weight, x[:, -1]
+
+
+channel_mixing_rwkv7_torch = channel_mixing_rwkv7
