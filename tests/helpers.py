@@ -38,5 +38,5 @@ def gradients(outputs: list[Tensor], inputs: dict[str, Tensor], seed: int = 1) -
         torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs
     ]
     total = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
-    grads = torch.autograd.grad(total, list(inputs.values()))
+    grads = torch.autograd.grad(total, list(inputs.values()), materialize_grads=True)
     return dict(zip(inputs, grads, strict=True))

@@ -98,8 +98,8 @@ def packed_causal_conv1d(
     **_unrelated: Any,
 ) -> Tensor:
     """transformers' `causal_conv1d_fn` on `[B, D, T]` with boundaries: `cu_seq_lens_q` or
-    `cu_seqlens`, or `seq_idx` `[1, T]` that changes where a sequence starts. Other keyword arguments belong to other
-    layers: transformers hands all of them to each.
+    `cu_seqlens`, or `seq_idx` `[1, T]` that changes where a sequence starts. Other keyword
+    arguments belong to other layers: transformers hands all of them to each.
     """
     cu_seq_lens_q = cu_seqlens if cu_seq_lens_q is None else cu_seq_lens_q
     if cu_seq_lens_q is None and seq_idx is not None:

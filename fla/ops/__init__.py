@@ -13,6 +13,21 @@ NAMES = {
         "naive_recurrent_linear_attn",
         "naive_chunk_linear_attn",
     ],
+    "fla.ops.based": [
+        "naive_recurrent_based",
+        "naive_parallel_based",
+        "chunk_based",
+        "fused_chunk_based",
+        "fused_recurrent_based",
+        "parallel_based",
+    ],
+    "fla.ops.rebased": [
+        "naive_recurrent_rebased",
+        "naive_parallel_rebased",
+        "chunk_rebased",
+        "fused_recurrent_rebased",
+        "parallel_rebased",
+    ],
     "fla.ops.simple_gla": [
         "chunk_simple_gla",
         "fused_chunk_simple_gla",
@@ -35,6 +50,21 @@ NAMES = {
         "chunk_lightning_attn",
         "fused_recurrent_lightning_attn",
     ],
+    "fla.ops.mamba2": [
+        "naive_recurrent_mamba2",
+        "chunk_mamba2",
+        "fused_recurrent_mamba2",
+    ],
+    "fla.ops.mamba3": [
+        "naive_recurrent_mamba3",
+        "chunk_mamba3",
+        "fused_recurrent_mamba3",
+    ],
+    "fla.ops.mlstm": [
+        "naive_recurrent_mlstm",
+        "chunk_mlstm",
+        "fused_recurrent_mlstm",
+    ],
     "fla.ops.gla": [
         "naive_recurrent_gla",
         "chunk_gla",
@@ -47,6 +77,11 @@ NAMES = {
         "chunk_hgrn",
         "fused_recurrent_hgrn",
     ],
+    "fla.ops.mamba": [
+        "naive_recurrent_mamba",
+        "chunk_mamba",
+        "fused_recurrent_mamba",
+    ],
     "fla.ops.gsa": [
         "naive_recurrent_gsa",
         "chunk_gsa",
@@ -57,6 +92,11 @@ NAMES = {
         "naive_cumsum_abc",
         "chunk_abc",
         "fused_recurrent_abc",
+    ],
+    "fla.ops.rwkv4": [
+        "naive_recurrent_rwkv4",
+        "chunk_rwkv4",
+        "fused_recurrent_rwkv4",
     ],
     "fla.ops.rwkv6": [
         "naive_recurrent_rwkv6",
@@ -149,6 +189,36 @@ NAMES = {
         "naive_recurrent_precond_kda",
         "chunk_precond_kda",
         "fused_recurrent_precond_kda",
+    ],
+    "fla.ops.mesa_net": [
+        "naive_mesa_net_exact",
+        "chunk_mesa_net",
+        "fused_recurrent_mesa_net",
+        "mesa_net_decoding_one_step",
+        "naive_mesa_net_decoding_one_step",
+    ],
+    "fla.ops.log_linear_attn": [
+        "LogLinearAttentionState",
+        "naive_log_linear_attn",
+        "naive_recurrent_log_linear_attn",
+        "chunk_log_linear_attn",
+        "fused_recurrent_log_linear_attn",
+    ],
+    "fla.ops.ttt": [
+        "naive_recurrent_ttt_linear",
+        "chunk_ttt_linear",
+        "fused_chunk_ttt_linear",
+        "chunk_ttt_linear_ref",
+    ],
+    "fla.ops.titans": [
+        "naive_recurrent_titans_linear",
+        "chunk_titans_linear",
+        "chunk_titans_linear_ref",
+    ],
+    "fla.ops.deltaformer": [
+        "naive_deltaformer_attn",
+        "deltaformer_attn",
+        "fused_recurrent_deltaformer",
     ],
 }
 

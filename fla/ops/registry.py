@@ -14,8 +14,10 @@ from torch import Tensor
 
 from fla.ops import abc as abc_
 from fla.ops import (
+    based,
     comba,
     delta_rule,
+    deltaformer,
     gated_delta_product,
     gated_delta_rule,
     gated_oja_rule,
@@ -27,19 +29,30 @@ from fla.ops import (
     kda,
     lightning_attn,
     linear_attn,
+    log_linear_attn,
+    mamba,
+    mamba2,
+    mamba3,
+    mesa_net,
+    mlstm,
     precond_gated_delta_rule,
     precond_kda,
+    rebased,
     retention,
+    rwkv4,
     rwkv6,
     rwkv7,
     simple_gla,
+    titans,
+    ttt,
 )
 
 Inputs = dict[str, Tensor]
 Equation = Callable[[Inputs], dict[str, Any]]
 
 QKV = dict(q="B T H K", k="B T H K unit", v="B T HV V")
-SIZES = dict(M=9, D=16, n=2)  # axes that not every operator has
+SIZES = dict(M=9, D=16, R=2, L=10, n=2)  # axes that not every operator has
+SIZES |= {"1": 1, "3": 3}
 
 
 def _values(kind: str, x: Tensor) -> Tensor:
@@ -51,6 +64,11 @@ def _values(kind: str, x: Tensor) -> Tensor:
         "beta": lambda: 2 * x.sigmoid(),
         "rate": x.sigmoid,
         "small": lambda: x / 10,
+        "negative": lambda: -x.exp(),
+        "positive": lambda: 0.5 + x.square(),
+        "count": lambda: torch.zeros(x.shape, dtype=torch.long),
+        "average": lambda: torch.stack([x[:, 0], torch.ones_like(x[:, 1]), x[:, 2]], 1),
+        "squares": lambda: x @ x.mT,
     }[kind]()
 
 
@@ -67,6 +85,8 @@ class OpCase:
         state: axes of each state argument; a tuple of them for an argument that is a tuple.
         fixed: keyword arguments that every call passes.
         chunk_fixed: those that calls of chunk and token pass and calls of naive do not.
+        grain: tokens of a mini-batch that is part of the operator: it may be split there only, and
+            its chunk size is no choice.
         equation: inputs to the arguments q, k, v, g, a, b, bonus of `engine/recurrence.py`, and
             `steps` where a token is several; None where the operator is no point of it.
     """
@@ -84,6 +104,7 @@ class OpCase:
     )
     fixed: dict[str, Any] = field(default_factory=dict)
     chunk_fixed: dict[str, Any] = field(default_factory=dict)
+    grain: int = 1
 
     @cached_property
     def grouped(self) -> bool:
@@ -136,13 +157,15 @@ class OpCase:
         """Random initial states, flat."""
         generator = torch.Generator().manual_seed(seed)
         sizes = SIZES | dict(N=N, H=H, HV=HV or H, K=K, V=V) | sizes
+        sizes |= {"V+1": V + 1, "F": 1 + K + K * (K + 1) // 2, "P": K * (K + 1) // 2}
         states = []
         for spec in self.state.values():
             for axes in [spec] if isinstance(spec, str) else spec:
                 kind = axes.split()[-1] if axes.split()[-1].islower() else "normal"
                 shape = [sizes[a] for a in axes.split() if not a.islower()]
                 x = torch.randn(shape, generator=generator, dtype=torch.float64)
-                states.append(_values(kind, x).to(dtype))
+                x = _values(kind, x)
+                states.append(x.to(dtype) if x.is_floating_point() else x)
         return states
 
     def state_arguments(self, states: Sequence[Tensor] | None) -> dict[str, Any]:
@@ -172,13 +195,14 @@ class OpCase:
     ) -> list[Tensor]:
         """`function` on the inputs: the output and the final states, flat."""
         fixed = self.fixed if function is self.naive else self.fixed | self.chunk_fixed
-        results = function(
-            **inputs, **self.state_arguments(states), output_final_state=True, **fixed, **kw
-        )
+        fixed = fixed | {"output_final_state": bool(self.state)}
+        results = function(**inputs, **self.state_arguments(states), **fixed, **kw)
+        if isinstance(results, Tensor):
+            return [results]
         flat: list[Tensor] = []
         for x in results:
             flat += x if isinstance(x, tuple) else [x]
-        return flat
+        return [x for x in flat if x is not None]
 
 
 def _renamed(function: Callable, **names: str) -> Callable:
@@ -223,6 +247,11 @@ def _gdn2(x: Inputs) -> dict[str, Any]:
 
 def _comba(x: Inputs) -> dict[str, Any]:
     return {**_delta(x), "g": x["g"][..., None], "b": x["p"]}
+
+
+def _mamba2(x: Inputs) -> dict[str, Any]:
+    dt = x["dt"][..., None]
+    return dict(q=x["C"], k=x["B"], v=dt * x["x"], g=dt * x["A"][:, None], scale=1.0)
 
 
 def _rwkv6(x: Inputs) -> dict[str, Any]:
@@ -455,6 +484,154 @@ OPS = [
         state=dict(initial_state="N HV K V", initial_A_state="N HV K rate"),
         fixed=dict(log_atk_scale=-0.2),
         chunk_fixed=dict(use_qk_l2norm_in_kernel=False),
+    ),
+    OpCase(
+        "rwkv4",
+        "RWKV-4",
+        "arXiv:2305.13048",
+        rwkv4.chunk_rwkv4,
+        rwkv4.fused_recurrent_rwkv4,
+        rwkv4.naive_recurrent_rwkv4,
+        dict(w="D", u="D", k="B T D", v="B T D"),
+        state=dict(state="N 3 1 D average"),
+    ),
+    OpCase(
+        "mamba",
+        "Mamba",
+        "arXiv:2312.00752",
+        mamba.chunk_mamba,
+        mamba.fused_recurrent_mamba,
+        mamba.naive_recurrent_mamba,
+        dict(x="B T D", dt="B T D rate", A="D K negative", B="B T K", C="B T K"),
+        state=dict(initial_state="N D K"),
+    ),
+    OpCase(
+        "mamba2",
+        "Mamba-2",
+        "arXiv:2405.21060",
+        mamba2.chunk_mamba2,
+        mamba2.fused_recurrent_mamba2,
+        mamba2.naive_recurrent_mamba2,
+        dict(x="B T HV V", dt="B T HV rate", A="HV negative", B="B T H K", C="B T H K"),
+        _mamba2,
+        fixed=dict(),
+    ),
+    OpCase(
+        "mamba3",
+        "Mamba-3",
+        "arXiv:2405.21060",
+        mamba3.chunk_mamba3,
+        mamba3.fused_recurrent_mamba3,
+        mamba3.naive_recurrent_mamba3,
+        dict(
+            x="B T H V",
+            dt="B T H rate",
+            A="B T H negative",
+            B="B T H K",
+            C="B T H K",
+            trap="B T H rate",
+            angles="B T H R",
+        ),
+        state=dict(initial_state=("N H R", "N H K V", "N H K", "N H V")),
+    ),
+    OpCase(
+        "mlstm",
+        "mLSTM",
+        "arXiv:2405.04517",
+        mlstm.chunk_mlstm,
+        mlstm.fused_recurrent_mlstm,
+        mlstm.naive_recurrent_mlstm,
+        QKV | dict(i="B T HV", f="B T HV"),
+        state=dict(initial_state=("N HV K V", "N HV K", "N HV")),
+    ),
+    OpCase(
+        "based",
+        "Based",
+        "arXiv:2402.18668",
+        based.chunk_based,
+        based.fused_recurrent_based,
+        based.naive_recurrent_based,
+        QKV,
+        state=dict(initial_state="N HV F V+1 positive"),
+    ),
+    OpCase(
+        "rebased",
+        "ReBased",
+        "arXiv:2402.10644",
+        rebased.chunk_rebased,
+        rebased.fused_recurrent_rebased,
+        rebased.naive_recurrent_rebased,
+        QKV,
+        state=dict(initial_state="N HV P V+1"),
+        fixed=dict(use_normalize=False),
+    ),
+    OpCase(
+        "mesa_net",
+        "MesaNet",
+        "arXiv:2506.05233",
+        mesa_net.chunk_mesa_net,
+        mesa_net.fused_recurrent_mesa_net,
+        mesa_net.naive_mesa_net_exact,
+        dict(
+            q="B T H K",
+            k="B T H K unit",
+            v="B T H V",
+            g="B T H decay",
+            beta="B T H rate",
+            lamb="H K positive",
+        ),
+        state=dict(h_kk_init="N H K K squares", h_kv_init="N H K V"),
+    ),
+    OpCase(
+        "log_linear_attn",
+        "Log-linear attention",
+        "arXiv:2506.04761",
+        log_linear_attn.chunk_log_linear_attn,
+        log_linear_attn.fused_recurrent_log_linear_attn,
+        log_linear_attn.naive_recurrent_log_linear_attn,
+        QKV | dict(g="B T HV decay", level_scales="B T HV L rate"),
+        state=dict(initial_state=("N HV L K V", "N count")),
+    ),
+    OpCase(
+        "ttt",
+        "TTT-linear",
+        "arXiv:2407.04620",
+        ttt.chunk_ttt_linear,
+        ttt.fused_chunk_ttt_linear,
+        ttt.naive_recurrent_ttt_linear,
+        dict(q="B T H K", k="B T H K", v="B T H K", w="H K", b="H K", eta="B T H 1 small"),
+        state=dict(initial_state="N H K K", initial_state_bias="N H 1 K"),
+        grain=16,
+    ),
+    OpCase(
+        "titans",
+        "Titans-linear",
+        "arXiv:2501.00663",
+        titans.chunk_titans_linear,
+        titans.chunk_titans_linear,
+        titans.naive_recurrent_titans_linear,
+        dict(
+            q="B T H K",
+            k="B T H K unit",
+            v="B T H K",
+            w="H K",
+            b="H K",
+            theta="B T H 1 rate",
+            alpha="B T H 1 rate",
+            eta="B T H 1 rate",
+        ),
+        state=dict(initial_state=("N H K K", "N H K K")),
+        grain=16,
+    ),
+    OpCase(
+        "deltaformer",
+        "DeltaFormer",
+        "arXiv:2505.19488",
+        deltaformer.deltaformer_attn,
+        deltaformer.fused_recurrent_deltaformer,
+        deltaformer.naive_deltaformer_attn,
+        dict(q="B T H K", k="B T H K", v="B T H V", beta="B T H rate"),
+        state={},
     ),
     OpCase(
         "gated_delta_rule",

@@ -25,11 +25,12 @@ def random_state(N: int, H: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def start(op: OpCase, N: int, H: int = 2, dtype: torch.dtype = torch.float64, **sizes) -> list:
     """Initial states as leaves."""
     states = op.states(N, H, K, V, dtype=dtype, **sizes)
-    return [x.requires_grad_() for x in states]
+    return [x.requires_grad_() if x.is_floating_point() else x for x in states]
 
 
 def named(inputs: dict[str, Tensor], states: list[Tensor]) -> dict[str, Tensor]:
-    return inputs | {f"state {i}": x for i, x in enumerate(states)}
+    own = {f"state {i}": x for i, x in enumerate(states) if x.is_floating_point()}
+    return inputs | own
 
 
 def expand_groups(op: OpCase, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,7 +51,7 @@ def reference(op: OpCase, inputs: dict[str, Tensor], states=None, form=token_for
         own_groups = any("M" in op.axes(n) for n in inputs)  # the slots' loops group their queries
         return op.call(op.naive, inputs if own_groups else expand_groups(op, inputs), states)
     point = op.equation(expand_groups(op, inputs))
-    scale = op.fixed.get("scale", point["q"].shape[-1] ** -0.5)
+    scale = point.pop("scale", op.fixed.get("scale", point["q"].shape[-1] ** -0.5))
     steps = point.pop("steps", 1)
     o, final = form(**point, scale=scale, state=None if states is None else states[0])
     return [o[:, steps - 1 :: steps], final]
@@ -96,6 +97,7 @@ def check_split_is_whole(op: OpCase, T: int, cut: int) -> None:
     """The first part, then the rest from its state, equals the whole: values and gradients."""
     inputs = leaves(op.inputs(2, T, 2, K, V, dtype=torch.float64))
     states = start(op, 2)
+    cut -= cut % op.grain
     whole = op.call(op.chunk, inputs, states)
     first, *middle = op.call(op.chunk, op.tokens(inputs, 0, cut), states)
     second, *final = op.call(op.chunk, op.tokens(inputs, cut, T), middle)
@@ -149,8 +151,8 @@ def check_error_budget(op: OpCase, dtype: torch.dtype, T: int = 130) -> None:
     plain = reference(op, inputs)
     for form in (op.chunk, op.token):
         o, *states = op.call(form, inputs)
-        assert o.dtype == dtype and all(x.dtype == torch.float32 for x in states)
-        for i, x in enumerate([o, *states]):
+        assert o.dtype == dtype and all(x.dtype in (torch.float32, torch.long) for x in states)
+        for i, x in enumerate([o, *(x for x in states if x.is_floating_point())]):
             assert_within_budget(x, plain[i], exact[i], f"{op.name} {dtype} result {i}")
 
 
@@ -181,8 +183,8 @@ def check_strides_do_not_matter(op: OpCase) -> None:
     inputs |= {n: x[:, :1].expand_as(x) for n, x in inputs.items() if n in gates}
     odd = {}
     for name, x in inputs.items():
-        wide = torch.cat([x, x], -1)
-        odd[name] = x if name in gates else wide.mT.contiguous().mT[..., : x.shape[-1]]
+        wide = torch.stack([x, x], -1)
+        odd[name] = x if name in gates else wide[..., 0]
         assert not odd[name].is_contiguous()
     plain = {n: x.contiguous() for n, x in inputs.items()}
     for form in (op.chunk, op.token):

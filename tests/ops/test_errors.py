@@ -60,9 +60,10 @@ def test_wrong_states_and_boundaries_are_named(op, form):
                     function(**good, initial_state=state[name][:-1])
             with pytest.raises(ValueError, match=rf"{name}(\[0\])? h(as shape|olds 3 states)"):
                 function(**good, **{name: state[name]})
-    with pytest.raises(ValueError, match=r"bounds 2 sequences|2 were expected|N"):
+    if op.state:
         states = op.state_arguments(op.states(1, 2, 8, 6))
-        function(**good, **states, cu_seqlens=CU([0, 4, 10]))
+        with pytest.raises(ValueError, match=r"bounds 2 sequences|\[2, .* was expected"):
+            function(**good, **states, cu_seqlens=CU([0, 4, 10]))
     for bounds, message in [
         ([0, 6, 4, 10], "cu_seqlens decreases from"),
         ([0, 6, 9], "cu_seqlens ends at"),

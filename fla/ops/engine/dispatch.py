@@ -103,6 +103,24 @@ class Explanation:
 
 
 FORMS = {
+    # whole names first, then what they start with
+    **dict.fromkeys(
+        ("chunk_hgrn", "chunk_rwkv4"), "vector scan, chunks side by side; backward by hand"
+    ),
+    **dict.fromkeys(
+        ("fused_recurrent_hgrn", "fused_recurrent_rwkv4", "fused_recurrent_mamba"),
+        "scan in chunks of one token; backward by hand",
+    ),
+    "chunk_mamba": "selective scan, a chunk's states formed at once; backward by hand",
+    "chunk_log_linear_attn": "chunk form over a hierarchy of states, under plain autograd",
+    "fused_recurrent_log_linear_attn": "chunks of one token, under plain autograd",
+    "chunk_mesa_net": "chunk form, conjugate gradients; backward by a second solve",
+    "fused_recurrent_mesa_net": "token form with an exact solve, under plain autograd",
+    "deltaformer_attn": "exact blocks of rows, formed again in the backward",
+    "fused_recurrent_deltaformer": "exact blocks of one row, formed again in the backward",
+    **dict.fromkeys(
+        ("chunk_ttt_linear", "chunk_titans_linear"), "mini-batches in turn, under plain autograd"
+    ),
     "chunk_": f"chunk form, chunk_size tokens a chunk (default {CHUNK_SIZE}); backward by hand",
     "fused_chunk_": f"chunk form, {CHUNK_SIZE} tokens a chunk; backward by hand",
     "fused_recurrent_": f"token form; under autograd recomputed in segments of {SEGMENT} tokens",
@@ -121,7 +139,10 @@ def explain(op: Callable, *args: object, **kwargs: object) -> Explanation:
         'torch'
     """
     name = op.__name__
-    form = next((text for prefix, text in FORMS.items() if name.startswith(prefix)), None)
+    form = FORMS.get(name) or next(
+        (text for prefix, text in FORMS.items() if prefix[-1] == "_" and name.startswith(prefix)),
+        None,
+    )
     if form is None:
         raise ValueError(
             f"explain: {name} is not an operator of fla.ops; pass a function such as "

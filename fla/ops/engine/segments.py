@@ -42,6 +42,14 @@ def lasts(x: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.stack(rows)
 
 
+def repeat_rows(first: Tensor, length: int, cu_seqlens: Tensor | None) -> Tensor:
+    """`first` `[N, ...]` at every token of its sequence, `[B, T, ...]`."""
+    if cu_seqlens is None:
+        return first.unsqueeze(1).expand(first.shape[0], length, *first.shape[1:])
+    lengths = cu_seqlens.diff().to(first.device)
+    return first.repeat_interleave(lengths, 0, output_size=length).unsqueeze(0)
+
+
 def log_cumulative_sum(
     x: Tensor, initial: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,12 +63,6 @@ def log_cumulative_sum(
     N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     first = x.new_full((N, *x.shape[2:]), -torch.inf) if initial is None else initial.to(x)
     z = per_segment(lambda y: y.logcumsumexp(1), x, cu_seqlens)
-    if initial is not None and x.shape[1]:
-        lengths = None
-        if cu_seqlens is not None:
-            lengths = cu_seqlens.diff().to(x.device)
-            carried = first.repeat_interleave(lengths, 0).unsqueeze(0)
-        else:
-            carried = first.unsqueeze(1).expand_as(z)
-        z = torch.logaddexp(z, carried)
+    if initial is not None:
+        z = torch.logaddexp(z, repeat_rows(first, x.shape[1], cu_seqlens))
     return z, starts(z, first, cu_seqlens), lasts(z, first, cu_seqlens)

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: MIT
+r"""# MesaNet: the least-squares solution at every token
+
+von Oswald et al. (2025), *MesaNet: Sequence Modeling by Locally Optimal Test-Time Training*,
+arXiv:2506.05233.
+
+    A_t = exp(g_t) A_{t-1} + beta_t k_t k_t^T        S_t = exp(g_t) S_{t-1} + beta_t k_t v_t^T
+    o_t = S_t^T (A_t + diag(lambda))^{-1} q_t
+
+| symbol | argument | shape |
+|---|---|---|
+| q, k | `q`, `k` | `[B, T, H, K]` |
+| v | `v` | `[B, T, H, V]` |
+| g | `g` | `[B, T, H]`, natural log of the decay, any value <= 0 including -inf |
+| beta | `beta` | `[B, T, H]` in [0, 1] |
+| lambda | `lamb` | `[H, K]`, above 0 |
+| A_0, A_T | `h_kk_init`, result | `[N, H, K, K]` fp32; its symmetric part counts |
+| S_0, S_T | `h_kv_init`, result | `[N, H, K, V]` fp32 |
+
+Returns three: (o, A, S). The chunk form solves for all tokens at once by conjugate gradients with
+the diagonal as preconditioner, `max_CG_iteration` of them; the token form solves exactly.
+
+Numerics: states and the solve in fp32 or wider. A product with A_t for every t is itself a member
+of the family, so one iteration is one chunk form. The gradient of the solve is a second solve.
+
+On the one equation: two states of scalar decay without erase, and between them a solve.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fla.ops.engine.checks import check_sequences, check_tensors
+from fla.ops.engine.chunk import chunk
+from fla.ops.engine.dispatch import resolve
+from fla.ops.engine.gates import l2norm, wide
+from fla.ops.engine.layout import boundaries_to_list
+from fla.ops.engine.recurrence import per_sequence
+from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
+
+Result = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def naive_mesa_net_exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    lamb: Tensor,
+    beta: Tensor,
+    h_kk_init: Tensor | None = None,
+    h_kv_init: Tensor | None = None,
+    output_final_state: bool = True,
+) -> Result:
+    """The equation, token by token, with an exact solve. Note the order g, lamb, beta."""
+    B, T, H, K = k.shape
+    A = k.new_zeros(B, H, K, K) if h_kk_init is None else (h_kk_init + h_kk_init.mT) / 2
+    S = k.new_zeros(B, H, K, v.shape[-1]) if h_kv_init is None else h_kv_init
+    out = []
+    for t in range(T):
+        decay, write = g[:, t, :, None, None].exp(), beta[:, t, :, None] * k[:, t]
+        A = decay * A + torch.einsum("bhk,bhl->bhkl", write, k[:, t])
+        S = decay * S + torch.einsum("bhk,bhv->bhkv", write, v[:, t])
+        x = torch.linalg.solve(wide(A + torch.diag_embed(lamb)), wide(q[:, t])).to(S.dtype)
+        out.append(torch.einsum("bhkv,bhk->bhv", S, x))
+    o = torch.stack(out, 1) if out else v
+    return (o, A, S) if output_final_state else (o, None, None)
+
+
+def _conjugate_gradients(product: Any, target: Tensor, diagonal: Tensor, iterations: int) -> Tensor:
+    """x with `product(x) = target`, for a symmetric positive definite map of every row."""
+    tiny = torch.finfo(target.dtype).tiny
+    x = target / diagonal
+    r = target - product(x)
+    z = r / diagonal
+    p, rz = z, (r * z).sum(-1, keepdim=True)
+    for _ in range(iterations):
+        Ap = product(p)
+        alpha = rz / (p * Ap).sum(-1, keepdim=True).clamp_min(tiny)
+        x, r = x + alpha * p, r - alpha * Ap
+        z = r / diagonal
+        new = (r * z).sum(-1, keepdim=True)
+        p, rz = z + new / rz.clamp_min(tiny) * p, new
+    return x
+
+
+class _Solve(torch.autograd.Function):
+    """Zero, with the gradient of `(A_t + diag(lambda))^{-1} r_t` in r."""
+
+    @staticmethod
+    def forward(ctx, r, k, write, g, lamb, A, diagonal, cu_seqlens, iterations, chunk_size):
+        ctx.save_for_backward(k, write, g, lamb, A, diagonal, cu_seqlens)
+        ctx.iterations, ctx.chunk_size = iterations, chunk_size
+        return torch.zeros_like(r)
+
+    @staticmethod
+    def backward(ctx, grad):
+        k, write, g, lamb, A, diagonal, cu_seqlens = ctx.saved_tensors
+
+        def product(x: Tensor) -> Tensor:
+            return _product(x, k, write, g, lamb, A, cu_seqlens, ctx.chunk_size)
+
+        solved = _conjugate_gradients(product, grad, diagonal, ctx.iterations)
+        return solved, *[None] * 9
+
+
+def _product(
+    x: Tensor,
+    k: Tensor,
+    write: Tensor,
+    g: Tensor,
+    lamb: Tensor,
+    A: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+) -> Tensor:
+    """`(A_t + diag(lambda)) x_t` for every token."""
+    options: Any = dict(scale=1.0, initial_state=A, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
+    return chunk(x, k, write, g, **options)[0] + lamb * x
+
+
+def _solve(
+    q: Tensor,
+    k: Tensor,
+    write: Tensor,
+    g: Tensor,
+    lamb: Tensor,
+    A: Tensor | None,
+    cu_seqlens: Tensor | None,
+    iterations: int,
+    chunk_size: int,
+) -> Tensor:
+    """x_t = (A_t + diag(lambda))^{-1} q_t, differentiable in every tensor: x is found without
+    gradient, and `x + solve(q - A x)`, whose second term is 0, has the gradient of the solution.
+    """
+    with torch.no_grad():
+        options: Any = dict(scale=1.0, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
+        state = None if A is None else A.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+        ones = torch.ones_like(k[..., :1])
+        diagonal = lamb + chunk(ones, ones, write * k, g, initial_state=state, **options)[0]
+        x = _conjugate_gradients(
+            lambda p: _product(p, k, write, g, lamb, A, cu_seqlens, chunk_size),
+            q,
+            diagonal,
+            iterations,
+        )
+    residual = q - _product(x, k, write, g, lamb, A, cu_seqlens, chunk_size)
+    fixed = (y if y is None else y.detach() for y in (k, write, g, lamb, A))
+    return x + _Solve.apply(residual, *fixed, diagonal, cu_seqlens, iterations, chunk_size)
+
+
+def _check(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    lamb: Tensor,
+    states: tuple[Tensor | None, Tensor | None],
+    cu_seqlens: Tensor | None,
+    backend: str | None,
+) -> None:
+    sizes = check_tensors(
+        op,
+        q=(q, "B T H K"),
+        k=(k, "B T H K"),
+        v=(v, "B T H V"),
+        g=(g, "B T H"),
+        beta=(beta, "B T H"),
+        lamb=(lamb, "H K"),
+    )
+    check_tensors(op, k=(k, "B T H K"), v=(v, "B T H V"), h_kv_init=(states[1], "N H K V"))
+    check_tensors(op, k=(k, "B T H K"), h_kk_init=(states[0], "N H K L"))
+    if states[0] is not None and states[0].shape[2] != states[0].shape[3]:
+        raise ValueError(
+            f"{op}: h_kk_init has shape {list(states[0].shape)}; [N, H, K, K] was expected"
+        )
+    for name, state in zip(("h_kk_init", "h_kv_init"), states, strict=True):
+        check_sequences(op, sizes["B"], cu_seqlens, state, name)
+    resolve(op, q.device, backend)
+
+
+def chunk_mesa_net(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    lamb: Tensor,
+    h_kk_init: Tensor | None = None,
+    h_kv_init: Tensor | None = None,
+    output_final_state: bool = False,
+    max_CG_iteration: int = 30,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = CHUNK_SIZE,
+    backend: str | None = None,
+) -> Result:
+    """MesaNet chunk by chunk. Note the order g, beta, lamb.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 100, 2, 8).unbind()
+        >>> g, beta = -torch.rand(1, 100, 2), torch.rand(1, 100, 2)
+        >>> o, A, S = chunk_mesa_net(q, k, v, g, beta, lamb=torch.ones(2, 8))
+        >>> o.shape
+        torch.Size([1, 100, 2, 8])
+    """
+    op = "chunk_mesa_net"
+    _check(op, q, k, v, g, beta, lamb, (h_kk_init, h_kv_init), cu_seqlens, backend)
+    check_chunk_size(op, chunk_size)
+    if max_CG_iteration < 1:
+        raise ValueError(f"{op}: max_CG_iteration is {max_CG_iteration}; at least 1 was expected")
+    if use_qk_l2norm_in_kernel:
+        q, k = l2norm(q), l2norm(k)
+    dtype = v.dtype
+    q, k, v, g, lamb = (wide(x) for x in (q, k, v, g, lamb))
+    write = wide(beta).unsqueeze(-1) * k
+    A0 = None if h_kk_init is None else (wide(h_kk_init) + wide(h_kk_init).mT) / 2
+    x = _solve(q, k, write, g, lamb, A0, cu_seqlens, max_CG_iteration, chunk_size)
+    options: Any = dict(scale=1.0, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
+    o, S = chunk(x, write, v, g, initial_state=h_kv_init, **options)
+    if not output_final_state:
+        return o.to(dtype), None, None
+    _, A = chunk(k, write, k, g, initial_state=A0, **options)
+    return o.to(dtype), A, S
+
+
+def fused_recurrent_mesa_net(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    lamb: Tensor,
+    h_kk_init: Tensor | None = None,
+    h_kv_init: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Result:
+    """MesaNet token by token, with an exact solve."""
+    op = "fused_recurrent_mesa_net"
+    _check(op, q, k, v, g, beta, lamb, (h_kk_init, h_kv_init), cu_seqlens, backend)
+    if use_qk_l2norm_in_kernel:
+        q, k = l2norm(q), l2norm(k)
+    dtype, K = v.dtype, k.shape[-1]
+    states = [x if x is None else wide(x) for x in (h_kk_init, h_kv_init)]
+    N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shapes = ((N, k.shape[2], K, K), (N, k.shape[2], K, v.shape[-1]))
+    starts = [wide(k).new_zeros(s) if x is None else x for x, s in zip(states, shapes, strict=True)]
+
+    def form(state: Tensor, **rows: Any) -> tuple[Tensor, Tensor]:
+        A, S = state[..., :K], state[..., K:]
+        o, A, S = naive_mesa_net_exact(**rows, lamb=wide(lamb), h_kk_init=A, h_kv_init=S)
+        return o, torch.cat([A, S], -1)
+
+    rows = dict(q=wide(q), k=wide(k), v=wide(v), g=wide(g), beta=wide(beta))
+    bounds = None if cu_seqlens is None else boundaries_to_list(cu_seqlens, k.shape[1], op)
+    o, final = per_sequence(form, bounds, torch.cat(starts, -1), **rows)
+    if not output_final_state:
+        return o.to(dtype), None, None
+    return o.to(dtype), final[..., :K], final[..., K:]
+
+
+def mesa_net_decoding_one_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    lamb: Tensor,
+    beta: Tensor,
+    prev_h_kk: Tensor,
+    prev_h_kv: Tensor,
+    max_CG_iteration: int = 30,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token q, k `[B, H, K]`, v `[B, H, V]`, g, beta `[B, H]` by conjugate gradients: (o, A,
+    S). Note the order g, lamb, beta.
+    """
+    decay, write = g[..., None, None].exp(), beta.unsqueeze(-1) * k
+    A = decay * prev_h_kk + torch.einsum("bhk,bhl->bhkl", write, k)
+    S = decay * prev_h_kv + torch.einsum("bhk,bhv->bhkv", write, v)
+    full = A + torch.diag_embed(lamb)
+    x = _conjugate_gradients(
+        lambda p: torch.einsum("bhkl,bhl->bhk", full, p),
+        q,
+        full.diagonal(dim1=-2, dim2=-1),
+        max_CG_iteration,
+    )
+    return torch.einsum("bhkv,bhk->bhv", S, x), A, S
+
+
+naive_mesa_net_decoding_one_step = mesa_net_decoding_one_step

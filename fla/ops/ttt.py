@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: MIT
+r"""# TTT-linear: a linear model trained at test time
+
+Sun et al. (2024), *Learning to (Learn at Test Time): RNNs with Expressive Hidden States*,
+arXiv:2407.04620.
+
+The state is a linear model with a bias, S and c. It is trained on `k -> v` through a normalisation
+with a residual, `f(z) = z + LN(z)`, by one gradient step a token, all gradients of a mini-batch of
+`chunk_size` tokens taken at its first state (S_0, c_0):
+
+    z_t = S_0^T k_t + c_0            u_t = d/dz |k_t + LN(z_t) - v_t|^2 / 2
+    S_t = S_{t-1} - eta_t k_t u_t^T          c_t = c_{t-1} - eta_t u_t
+    o_t = f(scale * S_t^T q_t + c_t)         LN(z) = w (z - mean) / sqrt(var + eps) + b
+
+| symbol | argument | shape |
+|---|---|---|
+| q, k, v | `q`, `k`, `v` | `[B, T, H, D]` |
+| w, b | `w`, `b` | `[H, D]` |
+| eta | `eta` | `[B, T, H, 1]` |
+| S, c | `initial_state`, `initial_state_bias`, results | `[N, H, D, D]`, `[N, H, 1, D]` fp32 |
+
+Returns three: (o, S, c). A mini-batch starts where a call or a sequence starts, so a sequence may
+be continued exactly where a mini-batch ends.
+
+Numerics: fp32 or wider.
+
+On the one equation: outside, since u depends on S; within a mini-batch it is linear attention.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fla.ops.engine.checks import check_sequences, check_tensors
+from fla.ops.engine.dispatch import resolve
+from fla.ops.engine.gates import wide
+from fla.ops.engine.layout import boundaries_to_list
+from fla.ops.engine.run import check_chunk_size
+
+Result = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def normalisation_gradient(z: Tensor, target: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
+    """`d/dz |LN(z) - target|^2 / 2` over the last axis."""
+    centred = z - z.mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    unit = centred * rstd
+    g = (w * unit + b - target) * w
+    mean, along = g.mean(-1, keepdim=True), (g * unit).mean(-1, keepdim=True)
+    return (g - mean - unit * along) * rstd
+
+
+def residual_norm(z: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
+    """`z + LN(z)` over the last axis."""
+    return z + F.layer_norm(z, z.shape[-1:], eps=eps) * w + b
+
+
+def naive_recurrent_ttt_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    b: Tensor,
+    eta: Tensor,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    chunk_size: int = 16,
+    initial_state: Tensor | None = None,
+    initial_state_bias: Tensor | None = None,
+    output_final_state: bool = False,
+) -> Result:
+    """The equations, token by token, the gradient of the loss by autograd."""
+    B, T, H, D = q.shape
+    S = q.new_zeros(B, H, D, D) if initial_state is None else initial_state
+    c = q.new_zeros(B, H, D) if initial_state_bias is None else initial_state_bias[:, :, 0]
+    out = []
+    for t in range(T):
+        if t % chunk_size == 0:
+            S_0, c_0 = S, c
+        z = torch.einsum("bhkv,bhk->bhv", S_0, k[:, t]) + c_0
+        with torch.enable_grad():
+            leaf = z if z.requires_grad else z.detach().requires_grad_()
+            normed = F.layer_norm(leaf, (D,), eps=eps) * w + b
+            loss = (k[:, t] + normed - v[:, t]).square().sum() / 2
+            (u,) = torch.autograd.grad(loss, leaf, create_graph=z.requires_grad)
+        S = S - torch.einsum("bhk,bhv->bhkv", eta[:, t] * k[:, t], u)
+        c = c - eta[:, t] * u
+        read = torch.einsum("bhkv,bhk->bhv", S, q[:, t]) * (D**-0.5 if scale is None else scale)
+        out.append(residual_norm(read + c, w, b, eps))
+    final = (S, c.unsqueeze(2)) if output_final_state else (None, None)
+    return torch.stack(out, 1), *final
+
+
+def _mini_batch(
+    S: Tensor, c: Tensor, rows: list[Tensor], w: Tensor, b: Tensor, scale: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One mini-batch of `[N, H, C, D]`: (o, S, c)."""
+    q, k, v, eta = rows
+    u = normalisation_gradient(k @ S + c, v - k, w, b, eps)
+    step = eta * u
+    scores = scale * (q @ k.mT).tril()
+    o = scale * (q @ S) - scores @ step + c - step.cumsum(2)
+    return residual_norm(o, w, b, eps), S - k.mT @ step, c - step.sum(2, keepdim=True)
+
+
+def _sequences(
+    S: Tensor, c: Tensor, rows: list[Tensor], chunk_size: int, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = []
+    if rows[0].shape[2]:
+        for parts in zip(*(x.split(chunk_size, 2) for x in rows), strict=True):
+            o, S, c = _mini_batch(S, c, list(parts), *rest)
+            out.append(o)
+    return (torch.cat(out, 2) if out else rows[0]), S, c
+
+
+def chunk_ttt_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    b: Tensor,
+    eta: Tensor,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    chunk_size: int = 16,
+    initial_state: Tensor | None = None,
+    initial_state_bias: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Result:
+    """TTT-linear, a mini-batch of `chunk_size` tokens at a time. The mini-batch is part of the
+    model: another size gives other numbers.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 40, 2, 8).unbind()
+        >>> w, b, eta = torch.ones(2, 8), torch.zeros(2, 8), torch.rand(1, 40, 2, 1)
+        >>> chunk_ttt_linear(q, k, v, w, b, eta)[0].shape
+        torch.Size([1, 40, 2, 8])
+    """
+    op = "chunk_ttt_linear"
+    sizes = check_tensors(
+        op,
+        q=(q, "B T H D"),
+        k=(k, "B T H D"),
+        v=(v, "B T H D"),
+        w=(w, "H D"),
+        b=(b, "H D"),
+        eta=(eta, "B T H one"),
+    )
+    if sizes["one"] != 1:
+        raise ValueError(f"{op}: eta has shape {list(eta.shape)}; [B, T, H, 1] was expected")
+    states = dict(initial_state=initial_state, initial_state_bias=initial_state_bias)
+    D, shapes = sizes["D"], dict(initial_state=(-1,), initial_state_bias=(1,))
+    N = check_sequences(op, sizes["B"], cu_seqlens, None)
+    starts = []
+    for name, x in states.items():
+        rows = D if shapes[name] == (-1,) else 1
+        if x is None:
+            x = wide(v).new_zeros(N, sizes["H"], rows, D)
+        elif x.shape[1:] != (sizes["H"], rows, D):
+            raise ValueError(
+                f"{op}: {name} has shape {list(x.shape)}; {[N, sizes['H'], rows, D]} was expected"
+            )
+        check_sequences(op, sizes["B"], cu_seqlens, x, name)
+        starts.append(wide(x))
+    check_chunk_size(op, chunk_size)
+    resolve(op, q.device, backend)
+    scale = D**-0.5 if scale is None else scale
+    rest = (chunk_size, wide(w)[:, None], wide(b)[:, None], scale, eps)
+    rows_ = [wide(x).transpose(1, 2).contiguous() for x in (q, k, v, eta)]
+    o, S, c = _packed(starts, rows_, cu_seqlens, rest)
+    o = o.transpose(1, 2).to(v.dtype)
+    return (o, S, c) if output_final_state else (o, None, None)
+
+
+def _packed(
+    starts: list[Tensor], rows: list[Tensor], cu_seqlens: Tensor | None, rest: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    if cu_seqlens is None:
+        return _sequences(starts[0], starts[1], rows, *rest)
+    bounds = boundaries_to_list(cu_seqlens, rows[0].shape[2])
+    results = [
+        _sequences(starts[0][i : i + 1], starts[1][i : i + 1], [x[:, :, a:b] for x in rows], *rest)
+        for i, (a, b) in enumerate(pairwise(bounds))
+    ]
+    o, S, c = zip(*results, strict=True)
+    return torch.cat(o, 2), torch.cat(S), torch.cat(c)
+
+
+fused_chunk_ttt_linear = chunk_ttt_linear
+
+
+def chunk_ttt_linear_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    b: Tensor,
+    eta: Tensor,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    mini_batch_size: int = 16,
+    initial_state: Tensor | None = None,
+    initial_state_bias: Tensor | None = None,
+    output_final_state: bool = False,
+) -> Result:
+    """The literal loop under its published name."""
+    return naive_recurrent_ttt_linear(
+        q,
+        k,
+        v,
+        w,
+        b,
+        eta,
+        scale,
+        eps,
+        mini_batch_size,
+        initial_state,
+        initial_state_bias,
+        output_final_state,
+    )
