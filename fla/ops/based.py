@@ -46,7 +46,8 @@ def pairs(x: Tensor) -> Tensor:
     """`x_i x_j` for i <= j, those with i < j times sqrt(2): `pairs(x) . pairs(y) = (x . y)^2`."""
     K = x.shape[-1]
     i, j = torch.triu_indices(K, K, device=x.device)
-    return x[..., i] * x[..., j] * torch.where(i == j, 1.0, math.sqrt(2)).to(x.dtype)
+    weight = x.new_full(i.shape, math.sqrt(2)).masked_fill(i == j, 1.0)
+    return x[..., i] * x[..., j] * weight
 
 
 def taylor_features(x: Tensor) -> Tensor:
