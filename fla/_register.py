@@ -17,7 +17,35 @@ from types import ModuleType
 from typing import Any
 
 AUTO = "transformers.models.auto.configuration_auto"
-MODEL_TYPES = ("delta_net", "gated_deltanet", "transformer")
+MODEL_TYPES = (
+    "abc",
+    "comba",
+    "delta_net",
+    "deltaformer",
+    "gated_deltanet",
+    "gated_deltanet2",
+    "gated_deltaproduct",
+    "gla",
+    "gsa",
+    "hgrn",
+    "hgrn2",
+    "kda",
+    "lightnet",
+    "linear_attn",
+    "log_linear_mamba2",
+    "mamba",
+    "mamba2",
+    "mamba3",
+    "mesa_net",
+    "precond_gated_deltanet",
+    "precond_kda",
+    "raven",
+    "retnet",
+    "rwkv6",
+    "rwkv7",
+    "samba",
+    "transformer",
+)
 
 
 class _Registered(dict):

@@ -71,7 +71,7 @@ class Attention(Mixer):
             None if rope_theta is None else RotaryEmbedding(self.head_dim, base=rope_theta)
         )
 
-    def mix(self, x: Tensor, layout: SequenceLayout, cache) -> Tensor:
+    def mix(self, x: Tensor, layout: SequenceLayout, cache, shared) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj)

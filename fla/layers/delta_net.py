@@ -5,7 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.layers.mixer import RecurrentMixer, State, check_mode, whole
+from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, whole
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
 from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
 
@@ -91,14 +91,12 @@ class DeltaNet(RecurrentMixer):
             self.o_norm = RMSNorm(self.head_v_dim, eps=norm_eps)
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
 
-    def recur(
-        self, x: Tensor, cu_seqlens: Tensor | None, state: State | None, keep: bool
-    ) -> tuple[Tensor, State | None]:
+    def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         qkv = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         conv: tuple[Tensor, ...] = ()
         activated = self.use_short_conv and self.qk_activation == "silu"
         if self.use_short_conv:
-            qkv, conv = self.convolve(qkv, cu_seqlens, state, keep)
+            qkv, conv = self.convolve(qkv, context)
         else:
             qkv[2] = F.silu(qkv[2])
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in qkv)
@@ -112,17 +110,14 @@ class DeltaNet(RecurrentMixer):
             beta = x.new_ones(*x.shape[:-1], self.num_heads)
         if self.allow_neg_eigval:
             beta = 2 * beta
-        token = self.mode == "fused_recurrent" or x.shape[1] == 1
-        rule = fused_recurrent_delta_rule if token else chunk_delta_rule
+        rule = fused_recurrent_delta_rule if self.token_by_token(x) else chunk_delta_rule
         o, recurrent = rule(
             q,
             k,
             v,
             beta,
-            initial_state=None if state is None else state.recurrent,
-            output_final_state=keep,
             use_qk_l2norm_in_kernel=self.qk_norm == "l2",
-            cu_seqlens=cu_seqlens,
+            **context.sequences,
         )
         o = self.o_norm(o, self.g_proj(x).view_as(o)) if self.use_gate else self.o_norm(o)
-        return self.o_proj(o.flatten(-2)), State(recurrent, conv) if keep else None
+        return self.o_proj(o.flatten(-2)), context.after(recurrent, conv)

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Gated DeltaNet: Yang, Kautz, Hatamizadeh (2024), arXiv:2412.06464."""
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.layers.mixer import RecurrentMixer, State, check_mode, whole
+from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, gate_steps, register, whole
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
@@ -66,8 +64,7 @@ class GatedDeltaNet(RecurrentMixer):
         self.v_proj = nn.Linear(hidden_size, value_dim, bias=False)
         self.a_proj = nn.Linear(hidden_size, self.num_v_heads, bias=False)
         self.b_proj = nn.Linear(hidden_size, self.num_v_heads, bias=False)
-        for name, value in self.initial_values().items():
-            self.register_parameter(name, nn.Parameter(value))
+        register(self)
         if use_short_conv:
             self.q_conv1d = ShortConvolution(key_dim, conv_size, bias=conv_bias)
             self.k_conv1d = ShortConvolution(key_dim, conv_size, bias=conv_bias)
@@ -82,21 +79,28 @@ class GatedDeltaNet(RecurrentMixer):
     def initial_values(self) -> dict[str, Tensor]:
         """Decay rates A in (0, 16], time steps log-uniform in [0.001, 0.1]."""
         A = torch.empty(self.num_v_heads).uniform_(1e-3, 16)
-        dt = torch.empty(self.num_v_heads).uniform_(math.log(1e-3), math.log(0.1)).exp()
-        return {"A_log": A.log(), "dt_bias": dt + torch.log(-torch.expm1(-dt))}
+        return {"A_log": A.log(), "dt_bias": gate_steps(self.num_v_heads)}
 
-    def recur(
-        self, x: Tensor, cu_seqlens: Tensor | None, state: State | None, keep: bool
-    ) -> tuple[Tensor, State | None]:
-        qkv = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-        conv: tuple[Tensor, ...] = ()
-        if self.use_short_conv:
-            qkv, conv = self.convolve(qkv, cu_seqlens, state, keep)
-        else:
+    def heads(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor, tuple]:
+        """q, k, v after convolution and activation, and new conv states."""
+        qkv, conv = self.project(x, context)
+        if not self.use_short_conv:
             qkv = [F.silu(y) for y in qkv]
         q, k = (y.unflatten(-1, (self.num_heads, self.head_k_dim)) for y in qkv[:2])
-        v = qkv[2].unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        token = self.mode == "fused_recurrent" or x.shape[1] == 1
+        return q, k, qkv[2].unflatten(-1, (self.num_v_heads, self.head_v_dim)), conv
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """Norm, gate and output projection."""
+        o = self.o_norm(o, self.g_proj(x).view_as(o)) if self.use_gate else self.o_norm(o)
+        return self.o_proj(o.flatten(-2))
+
+    def beta(self, logits: Tensor) -> Tensor:
+        """`sigmoid(logits)`, doubled by `allow_neg_eigval`."""
+        return logits.sigmoid() * (2 if self.allow_neg_eigval else 1)
+
+    def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
+        q, k, v, conv = self.heads(x, context)
+        token = self.token_by_token(x)
         rule = fused_recurrent_gated_delta_rule if token else chunk_gated_delta_rule
         o, recurrent = rule(
             q,
@@ -104,15 +108,12 @@ class GatedDeltaNet(RecurrentMixer):
             v,
             g=self.a_proj(x),
             beta=self.b_proj(x),
-            initial_state=None if state is None else state.recurrent,
-            output_final_state=keep,
             use_qk_l2norm_in_kernel=True,
             use_gate_in_kernel=True,
             A_log=self.A_log,
             dt_bias=self.dt_bias,
             use_beta_sigmoid_in_kernel=True,
             allow_neg_eigval=self.allow_neg_eigval,
-            cu_seqlens=cu_seqlens,
+            **context.sequences,
         )
-        o = self.o_norm(o, self.g_proj(x).view_as(o)) if self.use_gate else self.o_norm(o)
-        return self.o_proj(o.flatten(-2)), State(recurrent, conv) if keep else None
+        return self.finish(o, x), context.after(recurrent, conv)

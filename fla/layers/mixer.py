@@ -6,9 +6,11 @@ cache.
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -21,8 +23,47 @@ class State:
     recurrence.
     """
 
-    recurrent: Tensor
+    recurrent: Tensor | tuple[Tensor, ...]
     conv: tuple[Tensor, ...] = ()
+
+
+@dataclass
+class Context:
+    """What a recurrent mixer needs to know beside its input.
+
+    Fields:
+        layout: padding and boundaries of the tokens.
+        state: where the sequences stand; None at their start.
+        keep: whether the new state is wanted.
+        shared: what the layers of one forward pass hand to each other, by name.
+    """
+
+    layout: SequenceLayout
+    state: State | None
+    keep: bool
+    shared: dict[str, Any]
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        return self.layout.cu_seqlens
+
+    @property
+    def recurrent(self) -> Any:
+        """The state of the recurrence, or None."""
+        return None if self.state is None else self.state.recurrent
+
+    @property
+    def sequences(self) -> dict[str, Any]:
+        """The arguments that every operator takes of it."""
+        return dict(
+            initial_state=self.recurrent,
+            output_final_state=self.keep,
+            cu_seqlens=self.cu_seqlens,
+        )
+
+    def after(self, recurrent: Any, conv: tuple[Tensor, ...] = ()) -> State | None:
+        """The new state, or None where it is not wanted."""
+        return State(recurrent, conv) if self.keep else None
 
 
 class StateCache(Protocol):
@@ -65,10 +106,13 @@ class Mixer(nn.Module):
         output_attentions: bool = False,
         cu_seqlens: Tensor | None = None,
         layout: SequenceLayout | None = None,
+        shared: dict[str, Any] | None = None,
     ) -> tuple[Tensor, None, StateCache | None]:
         """Returns (o, None, past_key_values). attention_mask `[B, T]` (or `[B, past + T]` under a
-        cache), 1 for real tokens on any side; cu_seqlens bounds packed sequences.
+        cache), 1 for real tokens on any side; cu_seqlens bounds packed sequences; `shared` is what
+        the layers of one forward pass hand to each other.
         """
+        shared = {} if shared is None else shared
         name = type(self).__name__
         if output_attentions:
             raise ValueError(
@@ -86,7 +130,8 @@ class Mixer(nn.Module):
                     f"{name}: layout already holds padding and boundaries; drop attention_mask "
                     "and cu_seqlens"
                 )
-            return self.mix(hidden_states, layout, past_key_values), None, past_key_values
+            o = self.mix(hidden_states, layout, past_key_values, shared)
+            return o, None, past_key_values
         past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
         layout = SequenceLayout.resolve(
             *hidden_states.shape[:2],
@@ -94,10 +139,12 @@ class Mixer(nn.Module):
             cu_seqlens=cu_seqlens,
             past_length=past,
         )
-        o = self.mix(layout.pack(hidden_states), layout, past_key_values)
+        o = self.mix(layout.pack(hidden_states), layout, past_key_values, shared)
         return layout.unpack(o), None, past_key_values
 
-    def mix(self, x: Tensor, layout: SequenceLayout, cache: StateCache | None) -> Tensor:
+    def mix(
+        self, x: Tensor, layout: SequenceLayout, cache: StateCache | None, shared: dict[str, Any]
+    ) -> Tensor:
         """x `[B, T, D]`, or `[1, total, D]` where `layout.packed`."""
         raise NotImplementedError
 
@@ -109,30 +156,50 @@ class Mixer(nn.Module):
 class RecurrentMixer(Mixer):
     """A mixer with a `State`. Subclasses define `recur`."""
 
-    def mix(self, x: Tensor, layout: SequenceLayout, cache: StateCache | None) -> Tensor:
+    mode: str
+    use_short_conv: bool
+
+    def mix(
+        self, x: Tensor, layout: SequenceLayout, cache: StateCache | None, shared: dict[str, Any]
+    ) -> Tensor:
         state = None if cache is None else cache.read_state(self.layer_idx)
-        o, state = self.recur(x, layout.cu_seqlens, state, keep=cache is not None)
+        o, state = self.recur(x, Context(layout, state, cache is not None, shared))
         if cache is not None:
             cache.write_state(self.layer_idx, state)
         return o
 
-    def recur(
-        self, x: Tensor, cu_seqlens: Tensor | None, state: State | None, keep: bool
-    ) -> tuple[Tensor, State | None]:
-        """Mix x from `state`; the new state where `keep`."""
+    def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
+        """Mix x from the context's state: (o, `context.after(...)`)."""
         raise NotImplementedError
 
     def convolve(
-        self, inputs: list[Tensor], cu_seqlens: Tensor | None, state: State | None, keep: bool
+        self, inputs: list[Tensor], context: Context, names: str = "qkv", first: int = 0
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """q, k and v through their short convolutions: (outputs, new states)."""
-        convs: list[Any] = [self.q_conv1d, self.k_conv1d, self.v_conv1d]
-        caches = [None] * 3 if state is None else state.conv
+        """Inputs through their short convolutions `{name}_conv1d`: (outputs, new states). Their
+        states lie in the cache from `first` on.
+        """
+        states = [] if context.state is None else context.state.conv[first:]
+        caches = states or [None] * len(inputs)
         results = [
-            conv(x, cache=cache, output_final_state=keep, cu_seqlens=cu_seqlens)
-            for conv, x, cache in zip(convs, inputs, caches, strict=True)
+            getattr(self, f"{name}_conv1d")(
+                x, cache=cache, output_final_state=context.keep, cu_seqlens=context.cu_seqlens
+            )
+            for name, x, cache in zip(names, inputs, caches, strict=False)
         ]
         return [y for y, _ in results], tuple(s for _, s in results)
+
+    def project(
+        self, x: Tensor, context: Context, names: str = "qkv"
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """`{name}_proj(x)` through its convolution where `use_short_conv`, as published layers
+        name them; without convolution as projected.
+        """
+        inputs = [getattr(self, f"{name}_proj")(x) for name in names]
+        return self.convolve(inputs, context, names) if self.use_short_conv else (inputs, ())
+
+    def token_by_token(self, x: Tensor) -> bool:
+        """Whether the token form runs: where the layer asks for it, and for one token."""
+        return self.mode == "fused_recurrent" or x.shape[1] == 1
 
 
 MODES = ("chunk", "fused_recurrent")
@@ -143,6 +210,36 @@ def check_mode(name: str, mode: str) -> str:
     if mode not in MODES:
         raise ValueError(f"{name}: mode is {mode!r}; expected one of {', '.join(MODES)}")
     return mode
+
+
+def gate_steps(heads: int) -> Tensor:
+    """dt_bias `[heads]` whose softplus is log-uniform in [0.001, 0.1]."""
+    dt = torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1)).exp()
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def register(module: Mixer) -> None:
+    """The parameters of `initial_values`."""
+    for name, value in module.initial_values().items():
+        module.register_parameter(name, nn.Parameter(value))
+
+
+def multiple(name: str, what: str, value: int, of: str, divisor: int) -> int:
+    """`value // divisor`, or `ValueError` where that is not whole."""
+    if value % divisor:
+        raise ValueError(f"{name}: {what} is {value}; it must be a multiple of {of}={divisor}")
+    return value // divisor
+
+
+def low_rank(inputs: int, rank: int, outputs: int, bias: bool = False) -> nn.Sequential:
+    """Two linear maps through `rank` channels."""
+    return nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias))
+
+
+def repeat_heads(heads: int, kv_heads: int, *tensors: Tensor) -> list[Tensor]:
+    """`[B, T, kv_heads, .]` to `[B, T, heads, .]`."""
+    groups = heads // kv_heads
+    return [x if groups == 1 else x.repeat_interleave(groups, 2) for x in tensors]
 
 
 def whole(name: str, what: str, value: float) -> int:

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+from fla.layers.attn import Attention
+
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
 ATTENTION_FIELDS = ("num_heads", "num_kv_heads", "qkv_bias", "qk_norm", "window_size", "rope_theta")
 
@@ -17,11 +19,12 @@ class DecoderConfig(PretrainedConfig):
     `layer_types[i]` is "linear_attention" (the architecture's own mixer), "full_attention" or
     "sliding_attention". `attn` describes the attention layers: a dictionary with num_heads,
     num_kv_heads, qkv_bias, qk_norm, window_size, rope_theta; the older form also names its `layers`
-    (and may be a list of such dictionaries), and is translated into `layer_types`. `fuse_norm` and
-    `use_l2warp=False` are accepted so that published configs load.
+    (and may be a list of such dictionaries), and is translated into `layer_types`. `fuse_norm` is
+    accepted so that published configs load.
     """
 
     mixer: ClassVar[Any] = None
+    attention: ClassVar[Any] = Attention
     default_layer_type: ClassVar[str] = "linear_attention"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
@@ -45,10 +48,9 @@ class DecoderConfig(PretrainedConfig):
     fuse_swiglu: bool = True
     fuse_cross_entropy: bool = True
     fuse_linear_cross_entropy: bool = False
+    use_l2warp: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if kwargs.pop("use_l2warp", False):
-            raise ValueError(f"{type(self).__name__}: use_l2warp is not supported by this model")
         self.layer_types = self._resolve_layer_types()
         windows = {
             self.attention_spec(i)["window_size"]

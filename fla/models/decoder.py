@@ -10,6 +10,8 @@ layer receives the same `SequenceLayout`, and the result is unpacked at the end.
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -24,14 +26,28 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from fla.layers import Attention
 from fla.layers.mixer import Mixer
 from fla.models.config import DecoderConfig
 from fla.models.utils import Cache
 from fla.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss, GatedMLP, RMSNorm
+from fla.modules.feature_map import HedgehogFeatureMap
+from fla.modules.l2warp import l2_warp
 from fla.ops.engine.layout import SequenceLayout
 
 IGNORE = -100
+
+
+def build_mixer(config: DecoderConfig, layer_idx: int) -> Mixer:
+    """What `layer_types` names at a layer: the architecture's own mixer, or attention."""
+    if config.layer_types[layer_idx] == "linear_attention":
+        if config.mixer is None:
+            raise ValueError(
+                f"{type(config).__name__} has no linear attention; layer_types[{layer_idx}] "
+                "must be attention"
+            )
+        return config.mixer.from_config(config, layer_idx)
+    spec = config.attention_spec(layer_idx)
+    return config.attention(config.hidden_size, **spec, layer_idx=layer_idx)
 
 
 class Block(GradientCheckpointingLayer):
@@ -40,17 +56,7 @@ class Block(GradientCheckpointingLayer):
     def __init__(self, config: DecoderConfig, layer_idx: int):
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        if config.layer_types[layer_idx] == "linear_attention":
-            if config.mixer is None:
-                raise ValueError(
-                    f"{type(config).__name__} has no linear attention; layer_types[{layer_idx}] "
-                    "must be attention"
-                )
-            self.attn: Mixer = config.mixer.from_config(config, layer_idx)
-        else:
-            self.attn = Attention(
-                config.hidden_size, **config.attention_spec(layer_idx), layer_idx=layer_idx
-            )
+        self.attn = build_mixer(config, layer_idx)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = GatedMLP(
             config.hidden_size,
@@ -61,10 +67,14 @@ class Block(GradientCheckpointingLayer):
         )
 
     def forward(
-        self, hidden: Tensor, layout: SequenceLayout, past_key_values: Cache | None = None
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        past_key_values: Cache | None = None,
+        shared: dict[str, Any] | None = None,
     ) -> Tensor:
         mixed, _, _ = self.attn(
-            self.attn_norm(hidden), layout=layout, past_key_values=past_key_values
+            self.attn_norm(hidden), layout=layout, past_key_values=past_key_values, shared=shared
         )
         hidden, residual = self.mlp_norm(mixed, residual=hidden, prenorm=True)
         return residual + self.mlp(hidden)
@@ -82,9 +92,9 @@ class DecoderPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Mixer):
+        if isinstance(module, Mixer | HedgehogFeatureMap):
             for name, value in module.initial_values().items():
-                init.copy_(getattr(module, name), value)
+                init.copy_(module.get_parameter(name), value)
 
     def resolve_layout(
         self,
@@ -113,15 +123,31 @@ class DecoderPreTrainedModel(PreTrainedModel):
 
 
 class DecoderModel(DecoderPreTrainedModel):
-    """Token ids to hidden states."""
+    """Token ids to hidden states.
+
+    An architecture may bring its own `block`, name its last norm otherwise (`norm_name`, as
+    published checkpoints do), and share values between its layers (`shared`).
+    """
+
+    block: ClassVar[type[nn.Module]] = Block
+    norm_name: ClassVar[str] = "norm"
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.layers = nn.ModuleList(self.block(config, i) for i in range(config.num_hidden_layers))
+        self.add_module(self.norm_name, self.last_norm(config))
         self.gradient_checkpointing = False
         self.post_init()
+
+    @staticmethod
+    def last_norm(config: DecoderConfig) -> nn.Module:
+        """The norm after the last layer."""
+        return RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def shared(self) -> dict[str, Any]:
+        """What the layers of one forward pass share from its start; layers may add to it."""
+        return {}
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings
@@ -174,11 +200,13 @@ class DecoderModel(DecoderPreTrainedModel):
             cache = Cache(config=self.config)
         hidden = layout.pack(hidden)
         collected = [hidden] if output_hidden_states else None
+        shared = self.shared()
         for block in self.layers:
-            hidden = block(hidden, layout, past_key_values=cache)
+            hidden = block(hidden, layout, past_key_values=cache, shared=shared)
             if collected is not None:
                 collected.append(hidden)
-        hidden = layout.unpack(self.norm(hidden))
+        hidden = self.get_submodule(self.norm_name)(hidden)
+        hidden = layout.unpack(hidden.to(self.embeddings.weight.dtype))
         if cache is not None:
             cache.advance(layout.length, layout.padded)
         states = None
@@ -205,15 +233,15 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
-        self.model = self.model_class(config)
+        self.add_module(self.base_model_prefix, self.model_class(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.embeddings
+        return self.get_decoder().embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embeddings = value
+        self.get_decoder().embeddings = value
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
@@ -222,7 +250,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def get_decoder(self) -> DecoderModel:
-        return self.model
+        return self.get_submodule(self.base_model_prefix)  # type: ignore[return-value]
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if generation_config.cache_implementation not in (None, "dynamic"):
@@ -259,13 +287,13 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         `fuse_linear_cross_entropy` and labels, logits is None.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        self.model._check_cache(past_key_values)
+        self.get_decoder()._check_cache(past_key_values)
         if tokens is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         layout = self.resolve_layout(
             tokens, attention_mask, cu_seqlens, position_ids, past_key_values
         )
-        output = self.model(
+        output = self.get_decoder()(
             input_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
@@ -296,13 +324,15 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             )
         targets = next_tokens(labels, layout)
         if self.config.fuse_linear_cross_entropy:
-            loss = FusedLinearCrossEntropyLoss()(hidden, targets, self.lm_head.weight)
-            return loss, None
+            loss = FusedLinearCrossEntropyLoss(use_l2warp=self.config.use_l2warp)
+            return loss(hidden, targets, self.lm_head.weight), None
         logits = self.lm_head(hidden)
         if self.config.fuse_cross_entropy:
-            return FusedCrossEntropyLoss()(logits, targets), logits
-        rows = logits.flatten(0, 1).float()
-        return nn.functional.cross_entropy(rows, targets.flatten(), ignore_index=IGNORE), logits
+            loss = FusedCrossEntropyLoss()(logits, targets)
+        else:
+            rows = logits.flatten(0, 1).float()
+            loss = nn.functional.cross_entropy(rows, targets.flatten(), ignore_index=IGNORE)
+        return l2_warp(loss, logits) if self.config.use_l2warp else loss, logits
 
 
 def next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:

@@ -17,6 +17,7 @@ class RecurrentLayer(LinearAttentionLayer):
     """One recurrent mixer's `State`, where transformers reorders, resets and offloads it."""
 
     is_compileable = False  # the state is replaced, not overwritten in place
+    several = False  # whether the recurrence keeps a tuple of tensors
 
     def read(self) -> State | None:
         if not self.has_previous_state[0]:
@@ -26,18 +27,25 @@ class RecurrentLayer(LinearAttentionLayer):
             for i in range(self.number_of_states)
             if self.is_conv_states_initialized[i]
         )
-        return State(self.recurrent_states[0], conv)
+        several = tuple(
+            self.recurrent_states[i]
+            for i in range(self.number_of_states)
+            if self.is_recurrent_states_initialized[i]
+        )
+        return State(several if self.several else several[0], conv)
 
     def write(self, state: State) -> None:
-        self.number_of_states = max(1, len(state.conv))
+        self.several = isinstance(state.recurrent, tuple)
+        recurrent: Any = state.recurrent if self.several else (state.recurrent,)
+        self.number_of_states = max(len(recurrent), len(state.conv))
         for i in range(self.number_of_states):
-            self.conv_states[i] = state.conv[i] if state.conv else None
-            self.is_conv_states_initialized[i] = bool(state.conv)
-            self.recurrent_states[i] = state.recurrent if i == 0 else None
-            self.is_recurrent_states_initialized[i] = i == 0
+            self.conv_states[i] = state.conv[i] if i < len(state.conv) else None
+            self.is_conv_states_initialized[i] = i < len(state.conv)
+            self.recurrent_states[i] = recurrent[i] if i < len(recurrent) else None
+            self.is_recurrent_states_initialized[i] = i < len(recurrent)
             self.has_previous_state[i] = True
-        self.dtype: Any = state.recurrent.dtype
-        self.device: Any = state.recurrent.device
+        self.dtype: Any = recurrent[0].dtype
+        self.device: Any = recurrent[0].device
 
     def _map(self, function) -> None:
         for states, ready in (
@@ -89,6 +97,7 @@ class Cache(DynamicCache):
         ]
         self.seen_tokens = seen_tokens
         self.padded = False
+        self.extras: dict[tuple[int, str], Tensor] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, padding included."""
@@ -117,6 +126,26 @@ class Cache(DynamicCache):
             layer = self.layers[layer_idx] = RecurrentLayer()
         layer.write(state)
 
+    def read_extra(self, layer_idx: int, name: str) -> Tensor | None:
+        """What a layer keeps beside its mixer's state; None before it was written."""
+        return self.extras.get((layer_idx, name))
+
+    def write_extra(self, layer_idx: int, name: str, value: Tensor) -> None:
+        """Replace what a layer keeps beside its mixer's state, `[N, ...]`."""
+        self.extras[layer_idx, name] = value
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        self.extras = {k: x.index_select(0, beam_idx.to(x.device)) for k, x in self.extras.items()}
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.extras = {k: x.repeat_interleave(repeats, 0) for k, x in self.extras.items()}
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.extras = {k: x[indices.to(x.device)] for k, x in self.extras.items()}
+
     def update_keys(
         self, keys: Tensor, values: Tensor, layer_idx: int, real: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -139,12 +168,16 @@ class Cache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        self.seen_tokens, self.padded = 0, False
+        self.seen_tokens, self.padded, self.extras = 0, False, {}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens (a number <= 0, as in transformers); not with
         recurrent layers.
         """
+        if tokens_to_remove and self.extras:
+            raise ValueError(
+                "Cache.crop: a token shift cannot forget its last tokens; keep a copy of the cache"
+            )
         # recurrent layers first: they refuse before anything is cut
         for layer in sorted(self.layers, key=lambda x: not isinstance(x, RecurrentLayer)):
             layer.crop(tokens_to_remove)
@@ -152,7 +185,7 @@ class Cache(DynamicCache):
 
     def size_in_bytes(self) -> int:
         """Memory held by all states, keys and values."""
-        total = 0
+        total = sum(x.numel() * x.element_size() for x in self.extras.values())
         for layer in self.layers:
             if isinstance(layer, RecurrentLayer):
                 tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]

@@ -8,13 +8,17 @@ from fla._lazy import lazy_names
 __getattr__, __all__ = lazy_names(
     __name__,
     {
+        "fla.modules.feature_map": ["HedgehogFeatureMap", "T2RFeatureMap", "DPFPFeatureMap"],
+        "fla.modules.fused_bitlinear": ["BitLinear", "FusedBitLinear"],
+        "fla.modules.layernorm_gated": ["LayerNormGated", "RMSNormGated"],
         "fla.modules.convolution": ["ShortConvolution"],
         "fla.modules.fused_cross_entropy": ["FusedCrossEntropyLoss"],
         "fla.modules.fused_linear_cross_entropy": ["FusedLinearCrossEntropyLoss"],
         "fla.modules.fused_norm_gate": ["FusedRMSNormGated", "FusedRMSNormSwishGate"],
         "fla.modules.l2norm": ["L2Norm"],
-        "fla.modules.layernorm": ["LayerNorm", "RMSNorm"],
+        "fla.modules.layernorm": ["GroupNorm", "LayerNorm", "RMSNorm"],
         "fla.modules.mlp": ["GatedMLP"],
+        "fla.modules.token_shift": ["token_shift"],
         "fla.modules.rotary": ["RotaryEmbedding"],
     },
 )

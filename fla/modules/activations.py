@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Gated activations whose intermediate product is recomputed rather than stored."""
+"""Activations, and gated ones whose intermediate product is recomputed rather than stored."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -43,3 +45,59 @@ def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = No
     ):  # the cast of the weight belongs to autograd's graph
         return F.linear(swiglu(x, y), weight, bias)
     return _SwiGLULinear.apply(x, y, weight, bias)
+
+
+def sigmoidglu(x: Tensor, y: Tensor) -> Tensor:
+    """`sigmoid(x) * y`."""
+    return x.sigmoid() * y
+
+
+def sigmoidglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear(sigmoid(x) * y)`."""
+    return F.linear(sigmoidglu(x, y), weight, bias)
+
+
+def powglu(x: Tensor, y: Tensor, power: float = 3.0) -> Tensor:
+    """`relu(x)^power * y`: a gate that is a power."""
+    return F.relu(x).pow(power) * y
+
+
+def powglu_linear(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None, power: float = 3.0
+) -> Tensor:
+    """`linear(relu(x)^power * y)`."""
+    return F.linear(powglu(x, y, power), weight, bias)
+
+
+def sqrelu(x: Tensor) -> Tensor:
+    """`relu(x)^2`."""
+    return F.relu(x).square()
+
+
+def logsigmoid(x: Tensor, temperature: float = 1.0) -> Tensor:
+    """`log sigmoid(x) / temperature`."""
+    return F.logsigmoid(x) / temperature
+
+
+def fast_gelu_impl(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+def bias_gelu_impl(x: Tensor, bias: Tensor) -> Tensor:
+    """`fast_gelu_impl(x + bias)`."""
+    return fast_gelu_impl(x + bias)
+
+
+sigmoid, swish = torch.sigmoid, F.silu
+
+ACT2FN: dict[str, Callable[..., Tensor]] = {
+    "relu": F.relu,
+    "sigmoid": sigmoid,
+    "logsigmoid": logsigmoid,
+    "silu": F.silu,
+    "swish": F.silu,
+    "sqrelu": sqrelu,
+    "gelu": fast_gelu_impl,
+    "bias_gelu": bias_gelu_impl,
+}

@@ -119,3 +119,84 @@ class RMSNorm(LayerNorm):
     """
 
     is_rms_norm = True
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+    num_groups: int = 1,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`layer_norm` over each of `num_groups` equal parts of the last axis."""
+    if x.shape[-1] % num_groups:
+        raise ValueError(
+            f"group_norm: num_groups is {num_groups}, which does not divide the {x.shape[-1]} "
+            "channels of x; pass a divisor"
+        )
+    parts, rest = (None if t is None else t.unflatten(-1, (num_groups, -1)) for t in (x, residual))
+    y, total = layer_norm(parts, None, None, rest, eps, True, residual_in_fp32, is_rms_norm)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    y = y.flatten(-2).to(wide)
+    y = y if weight is None else y * weight
+    y = (y if bias is None else y + bias).to(x.dtype)
+    return (y, total.flatten(-2)) if prenorm else y
+
+
+class GroupNorm(nn.Module):
+    """`group_norm` with its parameters, on `[..., hidden_size]`.
+
+    Example:
+        >>> GroupNorm(2, 8)(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        hidden_size: int,
+        elementwise_affine: bool = True,
+        bias: bool = False,
+        eps: float = 1e-5,
+        is_rms_norm: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if hidden_size % num_groups:
+            raise ValueError(
+                f"GroupNorm: num_groups is {num_groups}, which does not divide "
+                f"hidden_size={hidden_size}; pass a divisor"
+            )
+        self.num_groups, self.hidden_size = num_groups, hidden_size
+        self.eps, self.is_rms_norm = eps, is_rms_norm
+        factory: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+        if elementwise_affine:
+            self.weight = nn.Parameter(torch.ones(hidden_size, **factory))
+            if bias:
+                self.bias = nn.Parameter(torch.zeros(hidden_size, **factory))
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return group_norm(
+            x,
+            self.weight,
+            self.bias,
+            residual,
+            self.eps,
+            prenorm,
+            residual_in_fp32,
+            self.is_rms_norm,
+            self.num_groups,
+        )

@@ -3,6 +3,7 @@
 
 import torch
 
+import fla.models
 from fla.models import (
     DeltaNetConfig,
     DeltaNetForCausalLM,
@@ -39,6 +40,40 @@ MODELS = {
         dict(num_heads=4, window_size=4),
     ),
 }
+# each further architecture, its linear layers alone
+HEADS = dict(num_heads=2)
+SSM = dict(head_dim=16, state_size=8)
+FAMILY = {
+    "ABC": HEADS | dict(num_slots=8),
+    "Comba": GDN | dict(num_v_heads=4),
+    "DeltaFormer": HEADS | dict(num_kv_heads=1, qk_norm=True),
+    "GatedDeltaNet2": GDN | dict(num_v_heads=4),
+    "GatedDeltaProduct": GDN | dict(num_householder=2, use_forget_gate=True),
+    "GLA": HEADS | dict(num_kv_heads=1, use_short_conv=True),
+    "GSA": HEADS | dict(num_slots=8, num_kv_heads=1),
+    "HGRN": {},
+    "HGRN2": dict(expand_ratio=16),
+    "KDA": GDN | dict(num_v_heads=4, allow_neg_eigval=True),
+    "LightNet": dict(expand_ratio=16, gate_low_rank_dim=8),
+    "LinearAttention": HEADS,
+    "LogLinearMamba2": SSM,
+    "Mamba": dict(intermediate_size=64, state_size=4),
+    "Mamba2": SSM | dict(n_groups=2),
+    "Mamba3": SSM,
+    "MesaNet": GDN,
+    "PrecondGatedDeltaNet": GDN,
+    "PrecondKDA": GDN,
+    "Raven": HEADS | dict(num_slots=8, topk=2, use_rope=True),
+    "RetNet": HEADS,
+    "RWKV6": HEADS | dict(proj_low_rank_dim=4, gate_low_rank_dim=4),
+    "RWKV7": dict(
+        head_dim=16, decay_low_rank_dim=4, gate_low_rank_dim=4, a_low_rank_dim=4, v_low_rank_dim=4
+    ),
+    "Samba": dict(state_size=4, attn=dict(layers=[1], num_heads=2, num_kv_heads=1, window_size=4)),
+}
+for _name, _arguments in FAMILY.items():
+    _model, _config = (getattr(fla.models, _name + x) for x in ("ForCausalLM", "Config"))
+    MODELS[_config.model_type] = (_model, _config, _arguments)
 
 
 def make(name: str, **changes):

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 import fla.models
-from fla.models import Cache, GatedDeltaNetConfig, TransformerConfig
+from fla.models import Cache, GatedDeltaNetConfig
 from fla.models.decoder import next_tokens
 from fla.ops.engine.layout import SequenceLayout
 from tests.models.common import GDN, MODELS, TINY, ids, make
@@ -36,7 +36,10 @@ def test_state_dict_is_the_published_one(name):
 
 def test_the_table_covers_the_architectures_built():
     built = [n for n, row in TABLE.items() if hasattr(fla.models, row["model"])]
-    assert built == ["delta_net", "gated_deltanet", "transformer"]
+    waiting = (
+        "bitnet forgetting_transformer mla moba mom nsa parallax path_attn wall_transformer yoco"
+    )
+    assert sorted(set(TABLE) - set(built)) == waiting.split()
 
 
 @every_model
@@ -129,7 +132,8 @@ def test_loss_forms_agree(name):
         out = model(x, labels=x)
         out.loss.backward()
         assert (out.logits is None) == bool(changes.get("fuse_linear_cross_entropy"))
-        results.append((out.loss, model.lm_head.weight.grad, model.model.embeddings.weight.grad))
+        embeddings = model.get_input_embeddings().weight.grad
+        results.append((out.loss, model.lm_head.weight.grad, embeddings))
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             close(a, b, "loss or gradient")
@@ -144,8 +148,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
     enable = getattr(again, "activation_checkpointing_enable", again.gradient_checkpointing_enable)
     enable()
     for m in (model, again):
+        torch.manual_seed(0)
         m(x, labels=x).loss.backward()
-    assert again.model.layers[0].gradient_checkpointing
+    assert again.get_decoder().layers[0].gradient_checkpointing
     for (key, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), key
 
@@ -159,7 +164,7 @@ def test_save_and_load_are_bit_equal(name, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(loaded) is type(model) and torch.equal(loaded(x).logits, model(x).logits)
     body = AutoModel.from_pretrained(tmp_path).eval()
-    assert torch.equal(body(x).last_hidden_state, model.model(x).last_hidden_state)
+    assert torch.equal(body(x).last_hidden_state, model.get_decoder()(x).last_hidden_state)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     assert half.dtype == torch.bfloat16
     assert (half(x).logits - model(x).logits).abs().max() < 0.2
@@ -247,7 +252,6 @@ def test_reset_and_crop():
         (lambda: make("gated_deltanet", attn=dict(layers=[0], num_heads=5)), "num_heads=5, which does not divide"),
         (lambda: make("gated_deltanet", layer_types=["sliding_attention"] * 3), "sliding_attention without a window"),
         (lambda: make("transformer", layer_types=["linear_attention"] * 3), "has no linear attention"),
-        (lambda: TransformerConfig(**TINY, use_l2warp=True), "use_l2warp is not supported"),
     ],
 )  # fmt: skip
 def test_wrong_configs(build, message):

@@ -316,7 +316,7 @@ def test_going_on_from_a_saved_model(text, trained, tmp_path):
         (["train", "--data", "EMPTY"], "holds no text"),
         (
             ["train", "--data", "TEXT", "--model", "gated_delta_net"],
-            "did you mean 'gated_deltanet'? Registered: delta_net",
+            "did you mean 'gated_deltanet'? Registered: abc",
         ),
         (
             ["train", "--data", "TEXT", "--model_config", "hiden_size=8"],

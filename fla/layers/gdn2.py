@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""Gated DeltaNet 2: the gated delta rule (arXiv:2412.06464) with a decay per channel
+(arXiv:2510.26692) and separate gates for erase and write.
+"""
+
+import torch.nn as nn
+from torch import Tensor
+
+from fla.layers.kda import ChannelGated
+from fla.layers.mixer import Context, State
+from fla.ops.gdn2 import chunk_gdn2, fused_recurrent_gdn2
+
+
+class GatedDeltaNet2(ChannelGated):
+    """GDN-2 between projections, on `[B, T, hidden_size]`; as `KimiDeltaAttention` with
+
+        b = sigmoid(W_b x)        w = sigmoid(W_w x)        o = gdn2(q/|q|, k/|k|, v, g, b, w)
+
+    `allow_neg_eigval` doubles b.
+
+    Example:
+        >>> import torch
+        >>> layer = GatedDeltaNet2(hidden_size=64, head_dim=16, num_heads=2)
+        >>> layer(torch.randn(2, 10, 64))[0].shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        expand_v: float = 1.0,
+        head_dim: int = 128,
+        num_heads: int = 16,
+        num_v_heads: int | None = None,
+        mode: str = "chunk",
+        use_short_conv: bool = True,
+        allow_neg_eigval: bool = False,
+        conv_size: int = 4,
+        conv_bias: bool = False,
+        layer_idx: int | None = None,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__(
+            hidden_size,
+            expand_v,
+            head_dim,
+            num_heads,
+            num_v_heads,
+            mode,
+            use_short_conv,
+            allow_neg_eigval,
+            conv_size,
+            conv_bias,
+            layer_idx,
+            norm_eps,
+        )
+        self.b_proj = nn.Linear(hidden_size, self.gate_dim, bias=False)
+        self.w_proj = nn.Linear(hidden_size, self.value_dim, bias=False)
+
+    def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
+        q, k, v, g, conv = self.heads(x, context)
+        b = self.b_proj(x).sigmoid().view_as(g)
+        rule = fused_recurrent_gdn2 if self.token_by_token(x) else chunk_gdn2
+        o, state = rule(
+            q,
+            k,
+            v,
+            g,
+            2 * b if self.allow_neg_eigval else b,
+            self.w_proj(x).sigmoid().view_as(v),
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            use_qk_l2norm_in_kernel=True,
+            use_gate_in_kernel=True,
+            **context.sequences,
+        )
+        return self.finish(o, x), context.after(state, conv)

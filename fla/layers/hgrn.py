@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""HGRN: Qin et al. (2023), arXiv:2311.04823; HGRN2: Qin et al. (2024), arXiv:2404.07904."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, multiple
+from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
+from fla.ops.gla import chunk_gla, fused_recurrent_gla
+from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
+
+
+def forget(f: Tensor, shared: dict[str, Any], layer_idx: int | None) -> Tensor:
+    """`log(l + (1 - l) sigmoid(f))` for the layer's lower bound l, which a model shares as
+    `lower_bounds` `[layers, D]`; `log sigmoid(f)` without.
+    """
+    g = F.logsigmoid(f)
+    bounds = shared.get("lower_bounds")
+    if bounds is None or not layer_idx:  # the first layer's bound is 0
+        return g
+    bound = bounds[layer_idx]
+    return torch.logaddexp(bound.log(), torch.log1p(-bound) + g)
+
+
+class HGRNAttention(RecurrentMixer):
+    """A gated recurrence channel by channel, on `[B, T, hidden_size]`.
+
+        g = forget(W_f x)        i = swish(W_i x) (1 - exp(g))
+        o = W_o (rms_norm(hgrn(i, g)) * swish(W_g x))
+
+    Example:
+        >>> HGRNAttention(hidden_size=64)(torch.randn(2, 10, 64))[0].shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(
+        self,
+        mode: str = "chunk",
+        hidden_size: int = 1024,
+        expand_ratio: int = 1,
+        use_short_conv: bool = False,
+        conv_size: int = 4,
+        conv_bias: bool = False,
+        elementwise_affine: bool = True,
+        norm_eps: float = 1e-5,
+        layer_idx: int | None = None,
+    ):
+        super().__init__()
+        self.mode, self.layer_idx = check_mode("HGRNAttention", mode), layer_idx
+        self.use_short_conv, width = use_short_conv, hidden_size * expand_ratio
+        self.i_proj = nn.Linear(hidden_size, width, bias=False)
+        self.f_proj = nn.Linear(hidden_size, width, bias=False)
+        self.g_proj = nn.Linear(hidden_size, width, bias=False)
+        if use_short_conv:
+            self.f_conv1d = ShortConvolution(width, conv_size, conv_bias, activation=None)
+            self.i_conv1d = ShortConvolution(width, conv_size, conv_bias, activation=None)
+        self.g_norm = FusedRMSNormGated(width, elementwise_affine, norm_eps)
+        self.o_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
+        (i, f), conv = self.project(x, context, "if")
+        g = forget(f, context.shared, self.layer_idx)
+        rule = fused_recurrent_hgrn if self.token_by_token(x) else chunk_hgrn
+        o, state = rule(F.silu(i) * (1 - g.exp()), g, **context.sequences)
+        return self.o_proj(self.g_norm(o, self.g_proj(x))), context.after(state, conv)
+
+
+class HGRN2Attention(RecurrentMixer):
+    """GLA whose key is what it forgets, on `[B, T, hidden_size]`.
+
+        q = swish(W_q x)        g = forget(W_f x)        k = 1 - exp(g)        v = W_i x
+        o = W_o rms_norm(gla(q, k, v, g))
+
+    Example:
+        >>> HGRN2Attention(hidden_size=64, expand_ratio=32)(torch.randn(2, 10, 64))[0].shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(
+        self,
+        mode: str = "chunk",
+        hidden_size: int = 1024,
+        num_heads: int | None = None,
+        expand_ratio: int | None = 128,
+        use_short_conv: bool = False,
+        conv_size: int = 4,
+        conv_bias: bool = False,
+        elementwise_affine: bool = True,
+        norm_eps: float = 1e-5,
+        layer_idx: int | None = None,
+    ):
+        super().__init__()
+        name = "HGRN2Attention"
+        self.mode, self.layer_idx = check_mode(name, mode), layer_idx
+        if expand_ratio is None and num_heads is None:
+            raise ValueError(f"{name}: give expand_ratio or num_heads")
+        if num_heads is None:
+            num_heads = multiple(name, "hidden_size", hidden_size, "expand_ratio", expand_ratio)
+        if expand_ratio is None:
+            expand_ratio = multiple(name, "hidden_size", hidden_size, "num_heads", num_heads)
+        multiple(name, "hidden_size", hidden_size, "num_heads", num_heads)
+        self.num_heads, self.use_short_conv = num_heads, use_short_conv
+        width = num_heads * expand_ratio
+        self.q_proj = nn.Linear(hidden_size, width, bias=False)
+        self.f_proj = nn.Linear(hidden_size, width, bias=False)
+        self.i_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        if use_short_conv:
+            self.q_conv1d = ShortConvolution(width, conv_size, conv_bias, activation=None)
+            self.f_conv1d = ShortConvolution(width, conv_size, conv_bias, activation=None)
+            self.i_conv1d = ShortConvolution(hidden_size, conv_size, conv_bias, activation=None)
+        self.g_norm = RMSNorm(hidden_size, elementwise_affine, eps=norm_eps)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
+        (q, f, i), conv = self.project(x, context, "qfi")
+        g = forget(f, context.shared, self.layer_idx)
+        rows = (F.silu(q), (1 - g.exp()).to(q.dtype), i, g)
+        q, k, v, g = (y.unflatten(-1, (self.num_heads, -1)) for y in rows)
+        rule = fused_recurrent_gla if self.token_by_token(x) else chunk_gla
+        o, state = rule(q, k, v, g, **context.sequences)
+        return self.o_proj(self.g_norm(o.flatten(-2))), context.after(state, conv)

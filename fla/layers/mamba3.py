@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""Mamba-3 (SISO): Lahoti et al. (2025), *Mamba-3*, ICLR 2026."""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fla.layers.mixer import Context, RecurrentMixer, State, multiple, register
+from fla.modules import RMSNorm
+from fla.modules.layernorm_gated import RMSNormGated
+from fla.ops.mamba3 import chunk_mamba3, fused_recurrent_mamba3
+
+
+class Mamba3(RecurrentMixer):
+    """Mamba-3 between projections, on `[B, T, hidden_size]`; no convolution.
+
+        z, x, B, C, dt, A, l, w = W_in x        B, C <- rms_norm(B), rms_norm(C), plus a bias
+        A <- -max(softplus(A), A_floor)         w <- pi tanh(w)
+        o = W_out (mamba3(x, softplus(dt + dt_bias), A, B, C, sigmoid(l), w, D) * silu(z))
+
+    `rope_fraction` of the state's components turn. `is_outproj_norm` puts a gated RMSNorm before
+    W_out. MIMO is not built.
+
+    Example:
+        >>> Mamba3(hidden_size=64, head_dim=32, state_size=16)(torch.randn(2, 10, 64))[0].shape
+        torch.Size([2, 10, 64])
+    """
+
+    mode = "chunk"
+    dt_bias: Tensor
+    B_bias: Tensor
+    C_bias: Tensor
+    D: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        state_size: int = 128,
+        expand: int = 2,
+        head_dim: int = 64,
+        n_groups: int = 1,
+        rope_fraction: float = 0.5,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        A_floor: float = 1e-4,
+        is_outproj_norm: bool = False,
+        is_mimo: bool = False,
+        mimo_rank: int = 4,
+        chunk_size: int = 64,
+        use_bias: bool = False,
+        norm_eps: float = 1e-5,
+        layer_idx: int | None = None,
+    ):
+        super().__init__()
+        if is_mimo:
+            raise ValueError("Mamba3: is_mimo is not supported; leave it False (SISO)")
+        if rope_fraction not in (0.5, 1.0):
+            raise ValueError(f"Mamba3: rope_fraction is {rope_fraction}; expected 0.5 or 1.0")
+        width = expand * hidden_size
+        self.num_heads = multiple("Mamba3", "expand * hidden_size", width, "head_dim", head_dim)
+        multiple("Mamba3", "num_heads", self.num_heads, "n_groups", n_groups)
+        self.layer_idx, self.head_dim, self.n_groups = layer_idx, head_dim, n_groups
+        self.state_size, self.A_floor = state_size, A_floor
+        self.steps = (dt_min, dt_max, dt_init_floor)
+        self.num_angles = int(state_size * rope_fraction) // 2
+        states = n_groups * state_size
+        self.sizes = [width, width, states, states, *[self.num_heads] * 3, self.num_angles]
+        self.in_proj = nn.Linear(hidden_size, sum(self.sizes), bias=use_bias)
+        register(self)
+        self.B_norm, self.C_norm = (RMSNorm(state_size, eps=norm_eps) for _ in range(2))
+        self.norm = None
+        if is_outproj_norm:
+            self.norm = RMSNormGated(width, norm_eps, head_dim, norm_before_gate=True)
+        self.out_proj = nn.Linear(width, hidden_size, bias=use_bias)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Steps log-uniform between dt_min and dt_max; biases and D are 1."""
+        low, high, floor = self.steps
+        heads = self.num_heads
+        dt = torch.empty(heads).uniform_(math.log(low), math.log(high)).exp().clamp_min(floor)
+        return {
+            "dt_bias": dt + torch.log(-torch.expm1(-dt)),
+            "B_bias": torch.ones(heads, 1, self.state_size),
+            "C_bias": torch.ones(heads, 1, self.state_size),
+            "D": torch.ones(heads),
+        }
+
+    def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
+        z, u, B, C, dt, A, trap, angles = self.in_proj(x).split(self.sizes, -1)
+        u = u.unflatten(-1, (self.num_heads, self.head_dim))
+        B, C = (
+            norm(y.unflatten(-1, (self.n_groups, -1))).repeat_interleave(
+                self.num_heads // self.n_groups, 2
+            )
+            + bias.squeeze(1)
+            for y, norm, bias in ((B, self.B_norm, self.B_bias), (C, self.C_norm, self.C_bias))
+        )
+        turn = (math.pi * angles.tanh()).unsqueeze(2).expand(-1, -1, self.num_heads, -1)
+        rule = fused_recurrent_mamba3 if x.shape[1] == 1 else chunk_mamba3
+        y, state = rule(
+            u,
+            F.softplus(dt + self.dt_bias),
+            -F.softplus(A).clamp_min(self.A_floor),
+            B,
+            C,
+            trap.sigmoid(),
+            turn,
+            self.D,
+            **context.sequences,
+        )
+        y = y.flatten(-2)
+        y = y * F.silu(z) if self.norm is None else self.norm(y, z)
+        return self.out_proj(y), context.after(state)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""Blocks of architectures that do not follow `decoder.Block`: one mixer alone, other names for the
+same parts, and RWKV's channel mixing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch.nn as nn
+from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fla.layers.rwkv6 import RWKV6FeedForward
+from fla.layers.rwkv7 import RWKV7FeedForward
+from fla.models.config import DecoderConfig
+from fla.models.decoder import DecoderForCausalLM, DecoderModel, build_mixer
+from fla.models.utils import Cache
+from fla.modules import GatedMLP, LayerNorm, RMSNorm
+from fla.ops.engine.layout import SequenceLayout
+
+
+class MixerBlock(GradientCheckpointingLayer):
+    """`h + mixer(norm(h))`: Mamba's block. `residual_in_fp32` adds in fp32."""
+
+    def __init__(self, config: DecoderConfig, layer_idx: int):
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer = build_mixer(config, layer_idx)
+        self.residual_in_fp32 = getattr(config, "residual_in_fp32", False)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        past_key_values: Cache | None = None,
+        shared: dict[str, Any] | None = None,
+    ) -> Tensor:
+        mixed, _, _ = self.mixer(
+            self.norm(hidden).to(self.norm.weight.dtype),
+            layout=layout,
+            past_key_values=past_key_values,
+            shared=shared,
+        )
+        return (hidden.float() if self.residual_in_fp32 else hidden) + mixed
+
+
+class MixerMLPBlock(GradientCheckpointingLayer):
+    """`decoder.Block` under the names mixer_norm, mixer, mlp_norm, mlp."""
+
+    def __init__(self, config: DecoderConfig, layer_idx: int):
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer = build_mixer(config, layer_idx)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = GatedMLP(
+            config.hidden_size, config.hidden_ratio, config.mlp_width, config.hidden_act
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        past_key_values: Cache | None = None,
+        shared: dict[str, Any] | None = None,
+    ) -> Tensor:
+        mixed, _, _ = self.mixer(
+            self.mixer_norm(hidden), layout=layout, past_key_values=past_key_values, shared=shared
+        )
+        hidden, residual = self.mlp_norm(mixed, residual=hidden, prenorm=True)
+        return residual + self.mlp(hidden)
+
+
+class RWKVBlock(GradientCheckpointingLayer):
+    """`h + attn(attn_norm(h))`, then `h + ffn(ffn_norm(h))` with LayerNorms; the first layer norms
+    the embeddings. The channel mixing's last token lies in the cache beside the mixer's state.
+    """
+
+    feed_forward: ClassVar[Any]
+
+    def __init__(self, config: DecoderConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        norm: dict[str, Any] = dict(bias=config.norm_bias, eps=config.norm_eps)
+        if config.norm_first and layer_idx == 0:
+            self.pre_norm = LayerNorm(config.hidden_size, **norm)
+        self.attn_norm = LayerNorm(config.hidden_size, **norm)
+        self.attn = build_mixer(config, layer_idx)
+        self.ffn_norm = LayerNorm(config.hidden_size, **norm)
+        self.ffn = self.feed_forward(
+            config.hidden_size, config.hidden_ratio, config.intermediate_size, config.hidden_act
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        past_key_values: Cache | None = None,
+        shared: dict[str, Any] | None = None,
+    ) -> Tensor:
+        cache, i = past_key_values, self.layer_idx
+        hidden = self.pre_norm(hidden) if hasattr(self, "pre_norm") else hidden
+        mixed, _, _ = self.attn(
+            self.attn_norm(hidden), layout=layout, past_key_values=cache, shared=shared
+        )
+        hidden, residual = self.ffn_norm(mixed, residual=hidden, prenorm=True)
+        before = None if cache is None else cache.read_extra(i, "ffn")
+        y, last = self.ffn(hidden, layout.cu_seqlens, before)
+        if cache is not None:
+            cache.write_extra(i, "ffn", last)
+        return residual + y
+
+
+class RWKV6Block(RWKVBlock):
+    feed_forward = RWKV6FeedForward
+
+
+class RWKV7Block(RWKVBlock):
+    feed_forward = RWKV7FeedForward
+
+
+class BackboneModel(DecoderModel):
+    """A decoder under the names of Mamba's checkpoints."""
+
+    base_model_prefix = "backbone"
+    norm_name = "norm_f"
+
+
+class BackboneForCausalLM(DecoderForCausalLM):
+    """A causal language model whose decoder is called `backbone`, as Mamba's checkpoints have
+    it.
+    """
+
+    base_model_prefix = "backbone"
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
+
+
+def layer_norm_last(config: DecoderConfig) -> nn.Module:
+    """RWKV's last norm."""
+    return LayerNorm(config.hidden_size, bias=config.norm_bias, eps=config.norm_eps)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+"""Mamba, arXiv:2312.00752."""
+
+from typing import Any, ClassVar
+
+from fla.layers import Mamba
+from fla.models.blocks import BackboneForCausalLM, BackboneModel, MixerBlock
+from fla.models.config import DecoderConfig
+from fla.models.decoder import register
+
+
+class MambaConfig(DecoderConfig):
+    """`DecoderConfig` with the arguments of `fla.layers.Mamba`; `intermediate_size` defaults to
+    `expand * hidden_size`. There is no MLP.
+    """
+
+    model_type = "mamba"
+    mixer: ClassVar = Mamba
+
+    state_size: int = 16
+    num_hidden_layers: int = 48
+    norm_eps: float = 1e-5
+    pad_token_id: int | None = 0
+    expand: int = 2
+    conv_kernel: int = 4
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    hidden_act: str = "silu"
+    residual_in_fp32: bool = False
+    dt_rank: int | str = "auto"
+    dt_scale: float = 1.0
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_init_scheme: str = "random"
+    dt_init_floor: float = 1e-4
+
+    @property
+    def dt_init(self) -> str:
+        return self.dt_init_scheme
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.intermediate_size is None:
+            self.intermediate_size = self.expand * self.hidden_size
+        super().__post_init__(**kwargs)
+
+
+class MambaModel(BackboneModel):
+    config_class = MambaConfig
+    block = MixerBlock
+
+
+class MambaForCausalLM(BackboneForCausalLM):
+    config_class = MambaConfig
+    model_class = MambaModel
+
+
+register(MambaConfig, MambaModel, MambaForCausalLM)

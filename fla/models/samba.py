@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""Samba, arXiv:2406.07522: Mamba and sliding-window attention in turn, each with an MLP."""
+
+from typing import Any, ClassVar
+
+from fla.layers import Mamba
+from fla.models.blocks import BackboneForCausalLM, BackboneModel, MixerMLPBlock
+from fla.models.config import DecoderConfig
+from fla.models.decoder import register
+
+
+class SambaConfig(DecoderConfig):
+    """`DecoderConfig` with the arguments of `fla.layers.Mamba` (its dt_* are time_step_* here).
+    Without `attn` every other layer is attention with a window of 2048.
+    """
+
+    model_type = "samba"
+    mixer: ClassVar = Mamba
+
+    hidden_size: int = 2304
+    state_size: int = 16
+    num_hidden_layers: int = 18
+    norm_eps: float = 1e-5
+    pad_token_id: int | None = 0
+    expand: int = 2
+    conv_kernel: int = 4
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    time_step_rank: int | str = "auto"
+    time_step_scale: float = 1.0
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_init_scheme: str = "random"
+    time_step_floor: float = 1e-4
+
+    mlp_width: ClassVar[None] = None
+
+    dt_rank = property(lambda self: self.time_step_rank)
+    dt_scale = property(lambda self: self.time_step_scale)
+    dt_min = property(lambda self: self.time_step_min)
+    dt_max = property(lambda self: self.time_step_max)
+    dt_init = property(lambda self: self.time_step_init_scheme)
+    dt_init_floor = property(lambda self: self.time_step_floor)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.intermediate_size is None:
+            self.intermediate_size = self.expand * self.hidden_size
+        if self.attn is None and self.layer_types is None:
+            layers = list(range(1, self.num_hidden_layers, 2))
+            self.attn = {"layers": layers, "num_heads": 18, "num_kv_heads": 18, "window_size": 2048}
+        super().__post_init__(**kwargs)
+
+
+class SambaModel(BackboneModel):
+    config_class = SambaConfig
+    block = MixerMLPBlock
+
+
+class SambaForCausalLM(BackboneForCausalLM):
+    config_class = SambaConfig
+    model_class = SambaModel
+
+
+register(SambaConfig, SambaModel, SambaForCausalLM)
