@@ -17,35 +17,14 @@ from types import ModuleType
 from typing import Any
 
 AUTO = "transformers.models.auto.configuration_auto"
+# fmt: off
 MODEL_TYPES = (
-    "abc",
-    "comba",
-    "delta_net",
-    "deltaformer",
-    "gated_deltanet",
-    "gated_deltanet2",
-    "gated_deltaproduct",
-    "gla",
-    "gsa",
-    "hgrn",
-    "hgrn2",
-    "kda",
-    "lightnet",
-    "linear_attn",
-    "log_linear_mamba2",
-    "mamba",
-    "mamba2",
-    "mamba3",
-    "mesa_net",
-    "precond_gated_deltanet",
-    "precond_kda",
-    "raven",
-    "retnet",
-    "rwkv6",
-    "rwkv7",
-    "samba",
-    "transformer",
+    "abc", "bitnet", "comba", "delta_net", "deltaformer", "gated_deltanet", "gated_deltanet2",
+    "gated_deltaproduct", "gla", "gsa", "hgrn", "hgrn2", "kda", "lightnet", "linear_attn",
+    "log_linear_mamba2", "mamba", "mamba2", "mamba3", "mesa_net", "mom", "precond_gated_deltanet",
+    "precond_kda", "raven", "retnet", "rwkv6", "rwkv7", "samba", "transformer",
 )
+# fmt: on
 
 
 class _Registered(dict):

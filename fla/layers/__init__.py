@@ -10,6 +10,8 @@ __getattr__, __all__ = lazy_names(
     {
         "fla.layers.abc": ["ABCAttention"],
         "fla.layers.attn": ["Attention"],
+        "fla.layers.based": ["BasedLinearAttention", "ReBasedLinearAttention"],
+        "fla.layers.bitattn": ["BitAttention"],
         "fla.layers.comba": ["Comba"],
         "fla.layers.delta_net": ["DeltaNet"],
         "fla.layers.deltaformer": ["DeltaFormerAttention"],
@@ -27,6 +29,7 @@ __getattr__, __all__ = lazy_names(
         "fla.layers.mamba2": ["Mamba2"],
         "fla.layers.mamba3": ["Mamba3"],
         "fla.layers.mesa_net": ["MesaNet"],
+        "fla.layers.mom": ["MomAttention"],
         "fla.layers.multiscale_retention": ["MultiScaleRetention"],
         "fla.layers.precond_gated_deltanet": ["PrecondGatedDeltaNet"],
         "fla.layers.precond_kda": ["PrecondKDA"],

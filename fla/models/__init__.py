@@ -6,6 +6,7 @@ Importing this package registers every architecture with transformers' Auto clas
 """
 
 from fla.models.abc import ABCConfig, ABCForCausalLM, ABCModel
+from fla.models.bitnet import BitNetConfig, BitNetForCausalLM, BitNetModel
 from fla.models.comba import CombaConfig, CombaForCausalLM, CombaModel
 from fla.models.delta_net import DeltaNetConfig, DeltaNetForCausalLM, DeltaNetModel
 from fla.models.deltaformer import DeltaFormerConfig, DeltaFormerForCausalLM, DeltaFormerModel
@@ -44,6 +45,7 @@ from fla.models.mamba import MambaConfig, MambaForCausalLM, MambaModel
 from fla.models.mamba2 import Mamba2Config, Mamba2ForCausalLM, Mamba2Model
 from fla.models.mamba3 import Mamba3Config, Mamba3ForCausalLM, Mamba3Model
 from fla.models.mesa_net import MesaNetConfig, MesaNetForCausalLM, MesaNetModel
+from fla.models.mom import MomConfig, MomForCausalLM, MomModel
 from fla.models.precond_gated_deltanet import (
     PrecondGatedDeltaNetConfig,
     PrecondGatedDeltaNetForCausalLM,
@@ -62,6 +64,9 @@ __all__ = [
     "ABCConfig",
     "ABCForCausalLM",
     "ABCModel",
+    "BitNetConfig",
+    "BitNetForCausalLM",
+    "BitNetModel",
     "Cache",
     "CombaConfig",
     "CombaForCausalLM",
@@ -117,6 +122,9 @@ __all__ = [
     "MesaNetConfig",
     "MesaNetForCausalLM",
     "MesaNetModel",
+    "MomConfig",
+    "MomForCausalLM",
+    "MomModel",
     "PrecondGatedDeltaNetConfig",
     "PrecondGatedDeltaNetForCausalLM",
     "PrecondGatedDeltaNetModel",

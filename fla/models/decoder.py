@@ -149,6 +149,10 @@ class DecoderModel(DecoderPreTrainedModel):
         """What the layers of one forward pass share from its start; layers may add to it."""
         return {}
 
+    def auxiliary_loss(self, shared: dict[str, Any]) -> Tensor | None:
+        """What joins the loss in training, from what the layers shared."""
+        return None
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings
 
@@ -212,7 +216,8 @@ class DecoderModel(DecoderPreTrainedModel):
         states = None
         if collected is not None:
             states = (*(layout.unpack(x) for x in collected[:-1]), hidden)
-        output = BaseModelOutputWithPast(hidden, cache if use_cache else None, states)
+        output: Any = BaseModelOutputWithPast(hidden, cache if use_cache else None, states)
+        output.auxiliary_loss = self.auxiliary_loss(shared) if self.training else None
         return output if return_dict or return_dict is None else output.to_tuple()
 
     @staticmethod
@@ -305,6 +310,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         hidden, loss, logits = output.last_hidden_state, None, None
         if labels is not None:
             loss, logits = self._loss(hidden, labels, layout)
+            if output.auxiliary_loss is not None:
+                loss = loss + output.auxiliary_loss
         if logits is None and (labels is None or not self.config.fuse_linear_cross_entropy):
             keep = logits_to_keep
             logits = self.lm_head(hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep])

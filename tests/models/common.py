@@ -63,6 +63,8 @@ FAMILY = {
     "MesaNet": GDN,
     "PrecondGatedDeltaNet": GDN,
     "PrecondKDA": GDN,
+    "BitNet": dict(num_heads=4, num_kv_heads=2),
+    "Mom": GDN | dict(num_memories=3, topk=2),
     "Raven": HEADS | dict(num_slots=8, topk=2, use_rope=True),
     "RetNet": HEADS,
     "RWKV6": HEADS | dict(proj_low_rank_dim=4, gate_low_rank_dim=4),
