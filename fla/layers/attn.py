@@ -39,6 +39,7 @@ class Attention(Mixer):
         rope_theta: float | None = 10000.0,
         max_position_embeddings: int | None = None,
         layer_idx: int | None = None,
+        qk_norm_eps: float = 1e-5,
     ):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
@@ -65,7 +66,8 @@ class Attention(Mixer):
         self.v_proj = nn.Linear(hidden_size, kv_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         if qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
+            self.q_norm = RMSNorm(self.head_dim, eps=qk_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, eps=qk_norm_eps)
         self.qk_norm = qk_norm
         self.rotary = (
             None if rope_theta is None else RotaryEmbedding(self.head_dim, base=rope_theta)

@@ -16,6 +16,7 @@ class BitNetConfig(TransformerConfig):
 
     def attention_spec(self, layer_idx: int) -> dict[str, Any]:
         spec = super().attention_spec(layer_idx)
+        del spec["qk_norm_eps"]
         for name in ("qkv_bias", "qk_norm"):
             if spec.pop(name):
                 raise ValueError(f"BitNetConfig: {name} is not part of BitAttention; drop it")

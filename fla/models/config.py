@@ -10,7 +10,15 @@ from transformers import PretrainedConfig
 from fla.layers.attn import Attention
 
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
-ATTENTION_FIELDS = ("num_heads", "num_kv_heads", "qkv_bias", "qk_norm", "window_size", "rope_theta")
+ATTENTION_FIELDS = (
+    "num_heads",
+    "num_kv_heads",
+    "qkv_bias",
+    "qk_norm",
+    "qk_norm_eps",
+    "window_size",
+    "rope_theta",
+)
 
 
 class DecoderConfig(PretrainedConfig):
@@ -18,7 +26,7 @@ class DecoderConfig(PretrainedConfig):
 
     `layer_types[i]` is "linear_attention" (the architecture's own mixer), "full_attention" or
     "sliding_attention". `attn` describes the attention layers: a dictionary with num_heads,
-    num_kv_heads, qkv_bias, qk_norm, window_size, rope_theta; the older form also names its `layers`
+    num_kv_heads, qkv_bias, qk_norm, qk_norm_eps, window_size, rope_theta; the older form also names its `layers`
     (and may be a list of such dictionaries), and is translated into `layer_types`. `fuse_norm` is
     accepted so that published configs load.
     """
@@ -118,6 +126,7 @@ class DecoderConfig(PretrainedConfig):
             "num_kv_heads": None,
             "qkv_bias": False,
             "qk_norm": False,
+            "qk_norm_eps": 1e-5,
             "window_size": None,
             "rope_theta": 10000.0,
         }

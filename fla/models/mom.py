@@ -39,7 +39,8 @@ class MomModel(DecoderModel):
 
     def auxiliary_loss(self, shared: dict[str, Any]) -> Tensor | None:
         """`aux_loss_scale * M sum_m (share of choices that fell on m) (mean probability of m)`,
-        1 where all memories are used alike; mean over layers. Fedus et al. (2021), arXiv:2101.03961.
+        1 where all memories are used alike; mean over layers. Fedus et al. (2021),
+        arXiv:2101.03961.
         """
         layers = []
         for logits in shared.get("router_logits", []):

@@ -19,6 +19,7 @@ class TransformerConfig(DecoderConfig):
     num_kv_heads: int | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
+    qk_norm_eps: float = 1e-5
     window_size: int | None = None
     rope_theta: float | None = 10000.0
     num_hidden_layers: int = 24

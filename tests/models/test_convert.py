@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: MIT
+"""transformers' own checkpoints as ours and back: equal logits, equal weights."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+from fla.layers import GatedDeltaNet, KimiDeltaAttention
+from fla.models import Cache
+from fla.models.convert import (
+    convert_config,
+    convert_model,
+    convert_state_dict,
+    linear_attention_of_kimi,
+    linear_attention_of_qwen,
+    linear_attention_to_kimi,
+    linear_attention_to_qwen,
+)
+from tests.models.common import ids
+
+LLAMA = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+SSM = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8)
+MODELS = {
+    "llama": ("Llama", LLAMA),
+    "mistral": ("Mistral", LLAMA | dict(sliding_window=4)),
+    "qwen2": ("Qwen2", LLAMA),
+    "qwen3": ("Qwen3", LLAMA | dict(head_dim=8)),
+    "mamba": ("Mamba", SSM | dict(time_step_rank=3, layer_norm_epsilon=1e-4)),
+    "mamba2": ("Mamba2", SSM | dict(num_heads=4, head_dim=16, n_groups=1, time_step_limit=(0.0, 0.05))),
+}  # fmt: skip
+
+
+def build(name):
+    prefix, arguments = MODELS[name]
+    # `import fla` puts our classes in the Auto mappings; these are transformers' own
+    config = getattr(transformers, prefix + "Config")(**arguments, pad_token_id=0)
+    torch.manual_seed(0)
+    return getattr(transformers, prefix + "ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_equal_and_the_way_back_is_exact(name):
+    theirs = build(name)
+    ours = convert_model(theirs)
+    assert type(ours).__module__.startswith("fla.models") and not ours.training
+    x = ids(2, 11)
+    with torch.no_grad():
+        want = theirs(x).logits
+        assert (ours(x).logits - want).abs().max() < 2e-5
+        cache = Cache(config=ours.config)
+        steps = [
+            ours(x[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(11)
+        ]
+        assert (torch.cat(steps, 1) - want).abs().max() < 2e-5
+    back = convert_state_dict(ours.state_dict(), name, back=True)
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(back[key], value), key
+    assert set(back) == set(theirs.state_dict())
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5"])
+def test_linear_attention_of_qwen(name):
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    prefix = {"qwen3_next": "Qwen3Next", "qwen3_5": "Qwen3_5"}[name]
+    config = getattr(transformers, {"qwen3_next": "Qwen3NextConfig", "qwen3_5": "Qwen3_5TextConfig"}[name])(
+        **LLAMA, head_dim=8, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_num_value_heads=4, linear_value_head_dim=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = getattr(module, f"{prefix}GatedDeltaNet")(config, 0).eval()
+    ours = GatedDeltaNet(32, 2, 8, 2, num_v_heads=4, norm_eps=config.rms_norm_eps).eval()
+    ours.load_state_dict(linear_attention_of_qwen(theirs.state_dict(), config))
+    x = torch.randn(2, 70, 32)
+    with torch.no_grad():
+        assert (ours(x)[0] - theirs(x)).abs().max() < 1e-5
+    for key, value in linear_attention_to_qwen(ours.state_dict(), config).items():
+        assert torch.equal(theirs.state_dict()[key], value), key
+
+
+def test_linear_attention_of_kimi():
+    module = importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
+    config = transformers.KimiLinearConfig(
+        **LLAMA, linear_num_heads=2, linear_head_dim=8, layer_types=["linear_attention"] * 2
+    )
+    torch.manual_seed(0)
+    theirs = module.KimiLinearDeltaAttention(config, 0).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    ours = KimiDeltaAttention(32, 1, 8, 2, norm_eps=config.rms_norm_eps).eval()
+    ours.load_state_dict(linear_attention_of_kimi(theirs.state_dict()))
+    x = torch.randn(2, 70, 32)
+    with torch.no_grad():
+        assert (ours(x)[0] - theirs(x)).abs().max() < 1e-5
+    for key, value in linear_attention_to_kimi(ours.state_dict()).items():
+        assert torch.equal(theirs.state_dict()[key], value), key
+    ours.g_proj[1].bias.data.fill_(1)
+    with pytest.raises(ValueError, match=r"g_proj\.1\.bias is not 0"):
+        linear_attention_to_kimi(ours.state_dict())
+
+
+def test_what_has_no_counterpart_is_refused():
+    for config, message in [
+        (transformers.GPT2Config(), "model_type 'gpt2' is not known"),
+        (transformers.LlamaConfig(**LLAMA, attention_bias=True), "attention_bias"),
+        (transformers.Qwen3Config(**LLAMA, head_dim=16), "head_dim is 16"),
+        (transformers.Mamba2Config(**SSM, num_heads=4, head_dim=16, n_groups=2), "n_groups is 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            convert_config(config)
+
+
+def test_the_command_there_and_back(tmp_path):
+    theirs = build("llama")
+    theirs.save_pretrained(tmp_path / "llama")
+    run = [sys.executable, "-m", "scripts.convert"]
+    subprocess.run([*run, tmp_path / "llama", tmp_path / "ours"], check=True)
+    back = [tmp_path / "ours", tmp_path / "back", "--like", tmp_path / "llama"]
+    subprocess.run([*run, *back], check=True)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back")
+    assert torch.equal(again(ids(1, 5)).logits, theirs(ids(1, 5)).logits)
+    done = subprocess.run([*run, tmp_path / "ours", tmp_path / "x"], capture_output=True, text=True)
+    assert done.returncode == 2 and "expected a causal language model of llama" in done.stderr
