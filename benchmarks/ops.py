@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The gated delta rule beside transformers' own torch code and torch's softmax attention.
 
-    python -m benchmarks.ops                      all lengths, table, plot and JSON under
-    benchmarks/results python -m benchmarks.ops --lengths 1024 4096 --repeats 3 --out ""
+    python -m benchmarks.ops           all lengths; table, plot and JSON under benchmarks/results
+    python -m benchmarks.ops --lengths 1024 4096 --repeats 3 --out ""
+    python -m benchmarks.ops --all     every operator of the family in one table (`family.py`)
 
 H = 8 heads, K = V = 128, fp32, batch 1, q and k normalised inside the operators. Implementations
 take turns in one process and the median counts; peak memory is measured in a process of its own.
@@ -200,8 +201,15 @@ def main() -> None:
     parser.add_argument(
         "--out", default="benchmarks/results", help="folder for the results; '' writes none"
     )
+    parser.add_argument("--all", action="store_true", help="every operator in one table")
     args = parser.parse_args()
     console = Console()
+    if args.all:
+        from benchmarks import family
+
+        out = Path(args.out) if args.out else None
+        family.report(family.measure(args.repeats, console), out, console, "family-cpu")
+        return
     result = measure(args.lengths, args.repeats, console)
     table = Table(*COLUMNS, title=f"H={HEADS}, K=V={WIDTH}, fp32: {result['machine']['cpu']}")
     for cells in rows(result):

@@ -26,9 +26,9 @@ class DecoderConfig(PretrainedConfig):
 
     `layer_types[i]` is "linear_attention" (the architecture's own mixer), "full_attention" or
     "sliding_attention". `attn` describes the attention layers: a dictionary with num_heads,
-    num_kv_heads, qkv_bias, qk_norm, qk_norm_eps, window_size, rope_theta; the older form also names its `layers`
-    (and may be a list of such dictionaries), and is translated into `layer_types`. `fuse_norm` is
-    accepted so that published configs load.
+    num_kv_heads, qkv_bias, qk_norm, qk_norm_eps, window_size, rope_theta; the older form also names
+    its `layers` (and may be a list of such dictionaries), and is translated into `layer_types`.
+    `fuse_norm` is accepted so that published configs load.
     """
 
     mixer: ClassVar[Any] = None
@@ -59,6 +59,9 @@ class DecoderConfig(PretrainedConfig):
     use_l2warp: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for theirs, ours in self.attribute_map.items():
+            if theirs in kwargs:
+                setattr(self, ours, kwargs.pop(theirs))
         self.layer_types = self._resolve_layer_types()
         windows = {
             self.attention_spec(i)["window_size"]

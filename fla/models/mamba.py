@@ -16,6 +16,16 @@ class MambaConfig(DecoderConfig):
 
     model_type = "mamba"
     mixer: ClassVar = Mamba
+    # transformers' names, so that its checkpoints load here as they are
+    attribute_map: ClassVar[dict[str, str]] = {
+        "layer_norm_epsilon": "norm_eps",
+        "time_step_min": "dt_min",
+        "time_step_max": "dt_max",
+        "time_step_floor": "dt_init_floor",
+        "time_step_rank": "dt_rank",
+        "time_step_scale": "dt_scale",
+        "time_step_init_scheme": "dt_init_scheme",
+    }
 
     state_size: int = 16
     num_hidden_layers: int = 48
@@ -39,9 +49,9 @@ class MambaConfig(DecoderConfig):
         return self.dt_init_scheme
 
     def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
         if self.intermediate_size is None:
             self.intermediate_size = self.expand * self.hidden_size
-        super().__post_init__(**kwargs)
 
 
 class MambaModel(BackboneModel):

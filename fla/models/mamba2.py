@@ -14,6 +14,14 @@ class Mamba2Config(DecoderConfig):
 
     model_type = "mamba2"
     mixer: ClassVar = Mamba2
+    # transformers' names, so that its checkpoints load here as they are
+    attribute_map: ClassVar[dict[str, str]] = {
+        "layer_norm_epsilon": "norm_eps",
+        "time_step_min": "dt_min",
+        "time_step_max": "dt_max",
+        "time_step_floor": "dt_init_floor",
+        "time_step_limit": "dt_limit",
+    }
 
     head_dim: int = 64
     state_size: int = 128

@@ -93,6 +93,7 @@ def _oja(
         gk=gv,
         beta=beta,
         initial_state=state,
+        names={"gk": "gv"},
         **sequences,
     )
     u = (wide(beta).unsqueeze(-1) * (wide(k) - wide(read))).to(k.dtype)

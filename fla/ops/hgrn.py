@@ -20,7 +20,7 @@ On the one equation: K = V = 1 with q = k = 1 and a head per channel, so a vecto
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_sequences, check_tensors
+from fla.ops.engine.checks import check_log_decay, check_sequences, check_tensors
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
 from fla.ops.engine.scan import scan
@@ -71,6 +71,7 @@ def _hgrn(
 ) -> tuple[Tensor, Tensor | None]:
     sizes = check_tensors(op, x=(x, "B T D"), g=(g, "B T D"), initial_state=(initial_state, "N D"))
     check_sequences(op, sizes["B"], cu_seqlens, initial_state)
+    check_log_decay(op, g=g)
     check_chunk_size(op, chunk_size)
     resolve(op, x.device, backend)
     h, final = scan(x, g, initial_state, cu_seqlens, chunk_size)

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_groups, check_sequences, check_tensors
+from fla.ops.engine.checks import check_groups, check_log_decay, check_sequences, check_tensors
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.gates import wide
 from fla.ops.engine.layout import boundaries_to_list
@@ -201,6 +201,7 @@ def _log_linear(
 ) -> tuple[Tensor, LogLinearAttentionState]:
     tensors = dict(q=q, k=k, v=v, g=g, level_scales=level_scales)
     N = _check(op, tensors, initial_state, cu_seqlens)
+    check_log_decay(op, g=g)
     check_chunk_size(op, chunk_size)
     resolve(op, q.device, backend)
     H, L = v.shape[2], level_scales.shape[-1]

@@ -26,7 +26,7 @@ written D x; no erase.
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_sequences, check_tensors
+from fla.ops.engine.checks import check_log_decay, check_sequences, check_tensors
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.gates import wide
 from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
@@ -91,6 +91,7 @@ def chunk_mamba(
     check_sequences(op, sizes["B"], cu_seqlens, initial_state)
     check_chunk_size(op, chunk_size)
     resolve(op, x.device, backend)
+    check_log_decay(op, A=A)
     dt = step_sizes(dt, dt_bias, dt_softplus, (0.0, float("inf")))
     y, final = selective_scan(x, dt, wide(A), B, C, initial_state, cu_seqlens, chunk_size)
     if D is not None:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_sequences, check_tensors
+from fla.ops.engine.checks import check_log_decay, check_sequences, check_tensors
 from fla.ops.engine.chunk import chunk
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.gates import l2norm, wide
@@ -179,6 +179,7 @@ def _check(
         )
     for name, state in zip(("h_kk_init", "h_kv_init"), states, strict=True):
         check_sequences(op, sizes["B"], cu_seqlens, state, name)
+    check_log_decay(op, g=g)
     resolve(op, q.device, backend)
 
 

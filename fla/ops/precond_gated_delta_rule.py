@@ -32,7 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_groups, check_sequences, check_tensors, refuse
+from fla.ops.engine.checks import (
+    check_groups,
+    check_log_decay,
+    check_sequences,
+    check_tensors,
+    refuse,
+)
 from fla.ops.engine.gates import l2norm, wide
 from fla.ops.engine.run import CHUNK_SIZE, Options, run
 from fla.ops.engine.scan import scan
@@ -102,6 +108,7 @@ def _precond(
     check_groups(op, sizes)
     cu_seqlens = sequences["cu_seqlens"]
     check_sequences(op, sizes["B"], cu_seqlens, initial_A_state, "initial_A_state")
+    check_log_decay(op, g_atk=tensors["g_atk"])
     q, k, v = (tensors[name] for name in "qkv")
     if normalize:
         q, k = l2norm(q), l2norm(k)

@@ -220,3 +220,29 @@ def test_wrong_constructors():
         layer(
             tokens(1, 5), past_key_values=cache, use_cache=True, cu_seqlens=torch.tensor([0, 2, 5])
         )
+
+
+def test_memories_that_all_tokens_choose_are_gated_delta_rules():
+    """With topk = all of them, memory m is a Gated DeltaNet's operator on the whole sequence."""
+    layer = make("MomAttention-0")
+    whole = L.MomAttention(
+        32, 8, 2, num_memories=3, topk=3, use_output_gate=True, layer_idx=0
+    ).double()
+    whole.load_state_dict(layer.state_dict())
+    x, shared = tokens(2, 9), {}
+    got, _, _ = whole(x, shared=shared)
+    assert shared["router_logits"][0].shape == (2, 9, 3)
+    p = shared["router_logits"][0].softmax(-1)
+    total = 0
+    for m in range(3):
+        one = L.GatedDeltaNet(32, 2, 8, 2).double()
+        state = {k: v for k, v in whole.state_dict().items() if k in one.state_dict()}
+        for letter in "kvba":
+            state[f"{letter}_proj.weight"] = whole.state_dict()[f"{letter}_proj.{m}.weight"]
+        one.load_state_dict(state)
+        seen = []
+        one.finish = lambda o, _x, seen=seen: seen.append(o) or o.flatten(-2)[..., :32]
+        one(x)
+        total = total + p[..., m, None, None] * seen[0]
+    want = whole.o_proj(whole.o_norm(total, whole.g_proj(x).view_as(total)).flatten(-2))
+    assert_same(got, want, "o", rtol=1e-6)

@@ -69,6 +69,16 @@ def test_logits_are_equal_and_the_way_back_is_exact(name):
     assert set(back) == set(theirs.state_dict())
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_checkpoints_of_the_same_model_type_load_as_they_are(name, tmp_path):
+    """Where `import fla` has put our class behind a model type of transformers."""
+    theirs = build(name)
+    theirs.save_pretrained(tmp_path)
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(ours).__module__ == f"fla.models.{name}"
+    assert (ours(ids(2, 9)).logits - theirs(ids(2, 9)).logits).abs().max() < 2e-5
+
+
 @pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5"])
 def test_linear_attention_of_qwen(name):
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")

@@ -7,6 +7,7 @@ import torch
 from fla.ops import gated_delta_rule as gdr
 from fla.ops import linear_attn
 from fla.ops.engine import dispatch
+from fla.ops.engine.checks import checked_inputs
 from fla.ops.registry import OPS
 
 every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -91,6 +92,27 @@ def test_wrong_choices(op, form):
     if op.grouped:
         with pytest.raises(ValueError, match=r"HV=3 heads and k has H=2; HV must be a multiple"):
             function(**arguments(op, function, HV=3))
+
+
+@every_op
+@every_form
+def test_decays_above_zero(op, form):
+    """Refused by range where inputs are checked; by default computed, and finite."""
+    function = getattr(op, form)
+    decays = [n for n, spec in op.tensors.items() if spec.endswith("decay")]
+    for name in decays:
+        good = arguments(op, function)
+        bad = {**good, name: good[name].abs()}
+        called = f"({name}|gk)" if op.name == "gla" else name
+        with (
+            checked_inputs(),
+            pytest.raises(ValueError, match=rf"{called} holds .* in \(-inf, 0\]"),
+        ):
+            function(**bad)
+        with checked_inputs():
+            function(**good)
+        o = function(**bad)
+        assert (o if isinstance(o, torch.Tensor) else o[0]).isfinite().all()
 
 
 def test_one_dtype_for_queries_keys_and_values():

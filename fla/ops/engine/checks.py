@@ -1,10 +1,45 @@
 # SPDX-License-Identifier: MIT
 """Argument checks whose specification is also the error message."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_checked = os.environ.get("FLA_CHECK_INPUTS") == "1"
+
+
+@contextmanager
+def checked_inputs(on: bool = True) -> Iterator[None]:
+    """Inside the block operators look at the values of their decays and refuse those above 0. It
+    costs a pass over them and on a device a synchronisation, so it is off unless asked for here or
+    by FLA_CHECK_INPUTS=1.
+
+    Example:
+        >>> with checked_inputs():
+        ...     check_log_decay("demo", g=torch.tensor([-0.5]))
+    """
+    global _checked
+    previous, _checked = _checked, on
+    try:
+        yield
+    finally:
+        _checked = previous
+
+
+def check_log_decay(op: str, **decays: Tensor | None) -> None:
+    """Raise `ValueError` for a log decay above 0, where inputs are checked."""
+    if not _checked:
+        return
+    for name, x in decays.items():
+        if x is not None and x.numel() and bool(x.max() > 0):
+            raise ValueError(
+                f"{op}: {name} holds {x.max().item():.4g}; a natural log of a decay in (-inf, 0] "
+                "was expected; pass for example -softplus(x) or logsigmoid(x)"
+            )
 
 
 def check_shapes(op: str, **specs: tuple[Tensor | None, str]) -> dict[str, int]:

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_groups, check_same, check_sequences, check_shapes
+from fla.ops.engine.checks import (
+    check_groups,
+    check_log_decay,
+    check_same,
+    check_sequences,
+    check_shapes,
+)
 from fla.ops.engine.chunk import CHUNK_SIZE, chunk
 from fla.ops.engine.columns import chunk_columns
 from fla.ops.engine.dispatch import resolve
@@ -117,6 +123,8 @@ def _check(
     others: Any = {own["q"]: q} | {own[name]: gates[name] for name in axes}
     check_same(op, dtype=False, **others, initial_state=initial_state)
     check_sequences(op, sizes["B"], cu_seqlens, initial_state)
+    decays: Any = {own[name]: gates[name] for name in ("g", "gk", "gv")}
+    check_log_decay(op, **decays)
     return sizes
 
 
