@@ -38,6 +38,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Raven": HEADS | dict(num_slots=64, topk=16),
     "RWKV6": HEADS,
     "RWKV7": dict(head_dim=64),
+    "Rodimus": dict(ska_attn=dict(num_heads=4, window_size=256)),
     "Mamba": {},
     "Mamba2": SSM,
     "Mamba3": SSM,

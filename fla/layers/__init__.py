@@ -34,6 +34,7 @@ __getattr__, __all__ = lazy_names(
         "fla.layers.precond_gated_deltanet": ["PrecondGatedDeltaNet"],
         "fla.layers.precond_kda": ["PrecondKDA"],
         "fla.layers.raven": ["Raven"],
+        "fla.layers.rodimus": ["RodimusAttention", "SlidingWindowSharedKeyAttention"],
         "fla.layers.rwkv6": [
             "LoRA",
             "LerpLinear",

@@ -73,11 +73,13 @@ class Attention(Mixer):
             None if rope_theta is None else RotaryEmbedding(self.head_dim, base=rope_theta)
         )
 
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q `[B, T, num_heads, head_dim]`, and k, v `[B, T, num_kv_heads, head_dim]`."""
+        maps = (self.q_proj, self.k_proj, self.v_proj)
+        return tuple(proj(x).unflatten(-1, (-1, self.head_dim)) for proj in maps)
+
     def mix(self, x: Tensor, layout: SequenceLayout, cache, shared) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.project(x)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
@@ -132,7 +134,9 @@ class Attention(Mixer):
             )
         q, k, v = (layout.unpack(y) for y in (q, k, v))
         real = layout.real()
-        keys, values = cache.update_keys(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, real)
+        keys, values = cache.update_keys(
+            k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, real, self.window_size
+        )
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         T, S = q.shape[1], keys.shape[1]
         if real is None and isinstance(layout.starts, int):

@@ -73,7 +73,12 @@ class StateCache(Protocol):
     def read_state(self, layer_idx: int) -> State | None: ...
     def write_state(self, layer_idx: int, state: State) -> None: ...
     def update_keys(
-        self, keys: Tensor, values: Tensor, layer_idx: int, real: Tensor | None
+        self,
+        keys: Tensor,
+        values: Tensor,
+        layer_idx: int,
+        real: Tensor | None,
+        window: int | None,
     ) -> tuple[Tensor, Tensor]: ...
 
 

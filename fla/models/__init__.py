@@ -54,6 +54,7 @@ from fla.models.precond_gated_deltanet import (
 from fla.models.precond_kda import PrecondKDAConfig, PrecondKDAForCausalLM, PrecondKDAModel
 from fla.models.raven import RavenConfig, RavenForCausalLM, RavenModel
 from fla.models.retnet import RetNetConfig, RetNetForCausalLM, RetNetModel
+from fla.models.rodimus import RodimusConfig, RodimusForCausalLM, RodimusModel
 from fla.models.rwkv6 import RWKV6Config, RWKV6ForCausalLM, RWKV6Model
 from fla.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM, RWKV7Model
 from fla.models.samba import SambaConfig, SambaForCausalLM, SambaModel
@@ -143,6 +144,9 @@ __all__ = [
     "RetNetConfig",
     "RetNetForCausalLM",
     "RetNetModel",
+    "RodimusConfig",
+    "RodimusForCausalLM",
+    "RodimusModel",
     "SambaConfig",
     "SambaForCausalLM",
     "SambaModel",

@@ -19,7 +19,7 @@ class HGRNConfig(DecoderConfig):
     model_type = "hgrn"
     mixer: ClassVar = HGRNAttention
 
-    attn_mode: str = "fused_recurrent"
+    attn_mode: str = "chunk"
     expand_ratio: int = 1
     use_short_conv: bool = False
     conv_size: int = 4

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from fla.layers.mixer import State
 
@@ -147,12 +151,20 @@ class Cache(DynamicCache):
         self.extras = {k: x[indices.to(x.device)] for k, x in self.extras.items()}
 
     def update_keys(
-        self, keys: Tensor, values: Tensor, layer_idx: int, real: Tensor | None = None
+        self,
+        keys: Tensor,
+        values: Tensor,
+        layer_idx: int,
+        real: Tensor | None = None,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Add keys and values `[B, H, T, D]` of an attention layer, of which `real` `[B, T]` are
         not padding; returns all that a query may look at. Padding is moved to the front of its row,
-        so that the real keys of a row are its last ones and a window holds real keys only.
+        so that the real keys of a row are its last ones and a window holds real keys only. A layer
+        the config does not list (a second attention in a block) is made with its `window`.
         """
+        while len(self.layers) <= layer_idx:
+            self.layers.append(DynamicSlidingWindowLayer(window) if window else DynamicLayer())
         keys, values = self.update(keys, values, layer_idx)
         if real is None:
             return keys, values

@@ -145,6 +145,8 @@ def _solve(
             diagonal,
             iterations,
         )
+    if not torch.is_grad_enabled():
+        return x
     residual = q - _product(x, k, write, g, lamb, A, cu_seqlens, chunk_size)
     fixed = (y if y is None else y.detach() for y in (k, write, g, lamb, A))
     return x + _Solve.apply(residual, *fixed, diagonal, cu_seqlens, iterations, chunk_size)

@@ -80,6 +80,9 @@ FAMILY = {
     "ReBasedLinearAttention": [HEADS | dict(feature_dim=4, num_key_value_heads=2)],
     "Raven": [HEADS | dict(num_slots=8, topk=3, num_kv_heads=1, use_rope=True), HEADS | dict(
         decay_type="GLA", router_score="softmax", bias_rmm=True, topk=2, use_output_gate=True)],
+    "RodimusAttention": [dict(hidden_size=32, expand_ratio=8), dict(hidden_size=32, expand_ratio=8,
+        use_short_conv=False, input_gate_low_rank=4)],
+    "SlidingWindowSharedKeyAttention": [dict(hidden_size=32, num_heads=4, window_size=3, qk_norm=True)],
     "RWKV6Attention": [HEADS | dict(proj_low_rank_dim=4, gate_low_rank_dim=4)],
     "RWKV7Attention": [dict(hidden_size=32, head_dim=16)],
     "SimpleGatedLinearAttention": [HEADS],

@@ -67,6 +67,9 @@ FAMILY = {
     "Mom": GDN | dict(num_memories=3, topk=2),
     "Raven": HEADS | dict(num_slots=8, topk=2, use_rope=True),
     "RetNet": HEADS,
+    "Rodimus": dict(
+        expand_ratio=8, tie_word_embeddings=False, ska_attn=dict(num_heads=4, window_size=4)
+    ),
     "RWKV6": HEADS | dict(proj_low_rank_dim=4, gate_low_rank_dim=4),
     "RWKV7": dict(
         head_dim=16, decay_low_rank_dim=4, gate_low_rank_dim=4, a_low_rank_dim=4, v_low_rank_dim=4

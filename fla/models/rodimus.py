@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""Rodimus and Rodimus+, arXiv:2410.06577."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fla.layers import RodimusAttention, SlidingWindowSharedKeyAttention
+from fla.models.config import DecoderConfig
+from fla.models.decoder import DecoderForCausalLM, DecoderModel, build_mixer, register
+from fla.models.utils import Cache
+from fla.modules import GatedMLP, RMSNorm
+from fla.ops.engine.layout import SequenceLayout
+
+
+class RodimusConfig(DecoderConfig):
+    """`DecoderConfig` with the arguments of `fla.layers.RodimusAttention`. `block_type` "rodimus"
+    is that mixer alone in every block; "rodimus_plus" adds sliding-window attention with a shared
+    key, described by `ska_attn` (num_heads, qkv_bias, qk_norm, window_size, rope_theta), and an
+    MLP.
+    """
+
+    model_type = "rodimus"
+    mixer: ClassVar = RodimusAttention
+
+    block_type: str = "rodimus_plus"
+    attn_mode: str = "chunk"
+    residual_in_fp32: bool = True
+    expand_ratio: int = 64
+    input_gate_low_rank: int | str = "auto"
+    use_short_conv: bool = True
+    conv_size: int = 4
+    hidden_ratio: int | float | None = 4 / 3
+    norm_eps: float = 1e-5
+    k_norm_eps: float | None = None
+    ska_attn: dict | None = None
+    bos_token_id: int | None = 126080
+    eos_token_id: int | list[int] | None = 126081
+    tie_word_embeddings: bool = True
+    vocab_size: int = 126464
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = {"num_heads", "qkv_bias", "qk_norm", "window_size", "rope_theta"}
+        unknown = set(self.ska_attn or {}) - known
+        if unknown:
+            raise ValueError(
+                f"RodimusConfig: ska_attn has unknown fields {sorted(unknown)}; expected "
+                f"{', '.join(sorted(known))}"
+            )
+        super().__post_init__(**kwargs)
+
+
+class RodimusBlock(GradientCheckpointingLayer):
+    """`h + mixer(norm(h))`; in Rodimus+ then `h + ska_attn(norm(h))` and `h + mlp(norm(h))`."""
+
+    def __init__(self, config: RodimusConfig, layer_idx: int):
+        super().__init__()
+        size, eps = config.hidden_size, config.norm_eps
+        self.mixer_norm = RMSNorm(size, eps=eps)
+        self.mixer = build_mixer(config, layer_idx)
+        self.plus = config.block_type == "rodimus_plus"
+        if self.plus:
+            self.ska_attn_norm = RMSNorm(size, eps=eps)
+            # its keys lie in the cache behind those of all blocks' mixers
+            index = config.num_hidden_layers + layer_idx
+            spec = config.ska_attn or {}
+            self.ska_attn = SlidingWindowSharedKeyAttention(size, **spec, layer_idx=index)
+            self.mlp_norm = RMSNorm(size, eps=eps)
+            self.mlp = GatedMLP(
+                size, config.hidden_ratio, config.intermediate_size, config.hidden_act
+            )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        past_key_values: Cache | None = None,
+        shared: dict[str, Any] | None = None,
+    ) -> Tensor:
+        call: dict[str, Any] = dict(layout=layout, past_key_values=past_key_values, shared=shared)
+        hidden = hidden + self.mixer(self.mixer_norm(hidden), **call)[0]
+        if not self.plus:
+            return hidden
+        hidden = hidden + self.ska_attn(self.ska_attn_norm(hidden), **call)[0]
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+
+class RodimusModel(DecoderModel):
+    config_class = RodimusConfig
+    block = RodimusBlock
+
+
+class RodimusForCausalLM(DecoderForCausalLM):
+    config_class = RodimusConfig
+    model_class = RodimusModel
+
+
+register(RodimusConfig, RodimusModel, RodimusForCausalLM)
