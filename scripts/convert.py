@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Convert a checkpoint folder of transformers' Llama, Mistral, Qwen2, Qwen3, Mamba or Mamba-2:
+"""Convert a checkpoint folder of transformers' Llama, Mistral, Qwen2, Qwen3, Qwen3.5 (text, dense),
+Mamba or Mamba-2:
 
 python -m scripts.convert SOURCE TARGET          # to ours
 python -m scripts.convert OURS TARGET --like SOURCE    # back, with the config of SOURCE
@@ -51,7 +52,7 @@ def convert(source: Path, target: Path, like: Path | None) -> None:
     ours_name = json.loads((source / "config.json").read_text())["architectures"][0]
     ours = getattr(fla.models, ours_name).from_pretrained(source)
     model = theirs(theirs.config_class.from_pretrained(like))
-    model.load_state_dict(convert_state_dict(ours.state_dict(), kind, back=True))
+    model.load_state_dict(convert_state_dict(ours.state_dict(), model.config, back=True))
     model.save_pretrained(target)
 
 

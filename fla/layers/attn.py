@@ -20,7 +20,9 @@ class Attention(Mixer):
     """Causal softmax attention on `[B, T, hidden_size]`; Vaswani et al. (2017), arXiv:1706.03762,
     with rotary positions.
 
-    `rope_theta=None` leaves positions out. `max_position_embeddings` is kept for configs; no length
+    Positions turn the first `partial_rotary_factor` of a head's channels; `rope_theta=None` leaves
+    them out. `output_gate` multiplies o by a sigmoid gate that W_q holds beside each head's query.
+    `max_position_embeddings` is kept for configs; no length
     is refused.
 
     Example:
@@ -40,10 +42,13 @@ class Attention(Mixer):
         max_position_embeddings: int | None = None,
         layer_idx: int | None = None,
         qk_norm_eps: float = 1e-5,
+        head_dim: int | None = None,
+        partial_rotary_factor: float = 1.0,
+        output_gate: bool = False,
     ):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
-        if hidden_size % num_heads or num_heads % num_kv_heads:
+        if (head_dim is None and hidden_size % num_heads) or num_heads % num_kv_heads:
             raise ValueError(
                 f"Attention: hidden_size={hidden_size} must be a multiple of "
                 f"num_heads={num_heads}, and that of "
@@ -55,23 +60,23 @@ class Attention(Mixer):
             )
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.window_size, self.layer_idx = (
-            hidden_size // num_heads,
+            head_dim or hidden_size // num_heads,
             window_size,
             layer_idx,
         )
         self.max_position_embeddings = max_position_embeddings
-        kv_dim = num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        kv_dim, width = num_kv_heads * self.head_dim, num_heads * self.head_dim
+        self.output_gate = output_gate
+        self.q_proj = nn.Linear(hidden_size, width * (1 + output_gate), bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, kv_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden_size, kv_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.o_proj = nn.Linear(width, hidden_size, bias=False)
         if qk_norm:
             self.q_norm = RMSNorm(self.head_dim, eps=qk_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, eps=qk_norm_eps)
         self.qk_norm = qk_norm
-        self.rotary = (
-            None if rope_theta is None else RotaryEmbedding(self.head_dim, base=rope_theta)
-        )
+        turned = int(self.head_dim * partial_rotary_factor)
+        self.rotary = None if rope_theta is None else RotaryEmbedding(turned, base=rope_theta)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """q `[B, T, num_heads, head_dim]`, and k, v `[B, T, num_kv_heads, head_dim]`."""
@@ -80,6 +85,9 @@ class Attention(Mixer):
 
     def mix(self, x: Tensor, layout: SequenceLayout, cache, shared) -> Tensor:
         q, k, v = self.project(x)
+        gate = None
+        if self.output_gate:
+            q, gate = q.unflatten(-2, (self.num_heads, 2)).unbind(-2)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
@@ -92,6 +100,7 @@ class Attention(Mixer):
             o = torch.cat([self._causal(*part) for part in parts], 1)
         else:
             o = self._causal(q, k, v)
+        o = o if gate is None else o * gate.sigmoid()
         return self.o_proj(o.flatten(-2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:

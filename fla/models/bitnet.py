@@ -9,7 +9,7 @@ from fla.models.transformer import TransformerConfig
 
 
 class BitNetConfig(TransformerConfig):
-    """`TransformerConfig` with `fla.layers.BitAttention`, which has no qkv_bias and no qk_norm."""
+    """`TransformerConfig` with `fla.layers.BitAttention`, which has no biases and norms."""
 
     model_type = "bitnet"
     attention: ClassVar = BitAttention
@@ -17,8 +17,9 @@ class BitNetConfig(TransformerConfig):
     def attention_spec(self, layer_idx: int) -> dict[str, Any]:
         spec = super().attention_spec(layer_idx)
         del spec["qk_norm_eps"]
-        for name in ("qkv_bias", "qk_norm"):
-            if spec.pop(name):
+        absent = dict(qkv_bias=False, qk_norm=False, head_dim=None, output_gate=False)
+        for name, default in (absent | {"partial_rotary_factor": 1.0}).items():
+            if spec.pop(name) != default:
                 raise ValueError(f"BitNetConfig: {name} is not part of BitAttention; drop it")
         return spec | {"norm_eps": self.norm_eps}
 

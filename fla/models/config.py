@@ -18,6 +18,9 @@ ATTENTION_FIELDS = (
     "qk_norm_eps",
     "window_size",
     "rope_theta",
+    "head_dim",
+    "partial_rotary_factor",
+    "output_gate",
 )
 
 
@@ -25,10 +28,10 @@ class DecoderConfig(PretrainedConfig):
     """Config of a decoder-only language model.
 
     `layer_types[i]` is "linear_attention" (the architecture's own mixer), "full_attention" or
-    "sliding_attention". `attn` describes the attention layers: a dictionary with num_heads,
-    num_kv_heads, qkv_bias, qk_norm, qk_norm_eps, window_size, rope_theta; the older form also names
-    its `layers` (and may be a list of such dictionaries), and is translated into `layer_types`.
-    `fuse_norm` is accepted so that published configs load.
+    "sliding_attention". `attn` describes the attention layers: a dictionary with the arguments of
+    `fla.layers.Attention`, num_heads first; the older form also names its `layers` (and may be a
+    list of such dictionaries), and is translated into `layer_types`. `fuse_norm` is accepted so
+    that published configs load.
     """
 
     mixer: ClassVar[Any] = None
@@ -132,11 +135,15 @@ class DecoderConfig(PretrainedConfig):
             "qk_norm_eps": 1e-5,
             "window_size": None,
             "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+            "output_gate": False,
         }
+        if self.default_layer_type != "linear_attention" or any("head_dim" in s for s in specs):
+            defaults["head_dim"] = None  # elsewhere a head_dim is the mixer's
         if not specs and self.default_layer_type != "linear_attention":
             defaults |= {key: getattr(self, key) for key in defaults}
         spec = defaults | {key: value for key, value in spec.items() if key != "layers"}
-        if self.hidden_size % spec["num_heads"]:
+        if spec.get("head_dim") is None and self.hidden_size % spec["num_heads"]:
             raise ValueError(
                 f"{type(self).__name__}: attention layer {layer_idx} has "
                 f"num_heads={spec['num_heads']}, which does not "

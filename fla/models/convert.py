@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Checkpoints of transformers' own architectures as ours, and back.
 
-Whole models, with equal logits: Llama, Mistral, Qwen2 and Qwen3 as `transformer`; Mamba and
-Mamba-2. Single layers, with equal outputs: the linear attention of Qwen3-Next and Qwen3.5 as
-`GatedDeltaNet` and that of Kimi-Linear as `KimiDeltaAttention`; the rest of those models (gated
-softmax attention, experts) has no counterpart here.
+Whole models, with equal logits: Llama, Mistral, Qwen2 and Qwen3 as `transformer`; Qwen3.5 (its
+text model, dense) as a hybrid `gated_deltanet`; Mamba and Mamba-2. Single layers, with equal
+outputs: the linear attention of Qwen3-Next as `GatedDeltaNet` and that of Kimi-Linear as
+`KimiDeltaAttention`; the experts of those models have no counterpart here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Layout:
         names: parts of parameter names, (theirs, ours).
         fields: config fields, theirs to ours, where the names differ.
         same: config fields with one name.
-        check: raises `ValueError` for a config that has no counterpart.
+        check: further config fields; raises `ValueError` for a config that has no counterpart.
+        state: further changes to the parameters, before the names change (with back, too).
     """
 
     model_type: str
@@ -36,6 +37,7 @@ class Layout:
     fields: dict[str, str] = field(default_factory=dict)
     same: tuple[str, ...] = ()
     check: Callable[[Any], dict[str, Any]] = lambda config: {}
+    state: Callable[[StateDict, Any, bool], StateDict] = lambda state, config, back: state
 
 
 COMMON = (
@@ -63,12 +65,6 @@ LLAMA_FIELDS = {
 
 def _llama(config: Any) -> dict[str, Any]:
     """rope_theta, biases and window of a Llama-style config."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head_dim * config.num_attention_heads != config.hidden_size:
-        raise ValueError(
-            f"convert: head_dim is {head_dim} with {config.num_attention_heads} heads and "
-            f"hidden_size={config.hidden_size}; our attention has head_dim = hidden_size / heads"
-        )
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"convert: rope_type is {rope['rope_type']!r}; only 'default' is here")
@@ -82,7 +78,50 @@ def _llama(config: Any) -> dict[str, Any]:
         "qkv_bias": kind == "qwen2",
         "qk_norm": kind == "qwen3",
         "qk_norm_eps": config.rms_norm_eps,
+        "head_dim": getattr(config, "head_dim", None),
         "window_size": config.sliding_window if windowed else None,
+    }
+
+
+def _qwen3_5(config: Any) -> dict[str, Any]:
+    """The linear layers' sizes, and the attention of the others."""
+    if config.attention_bias:
+        raise ValueError("convert: attention_bias has no counterpart in a hybrid; drop it")
+    rope = config.rope_parameters or {}
+    return {
+        "head_dim": config.linear_key_head_dim,
+        "num_heads": config.linear_num_key_heads,
+        "num_v_heads": config.linear_num_value_heads,
+        "expand_v": config.linear_value_head_dim / config.linear_key_head_dim,
+        "attn": {
+            "num_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_key_value_heads,
+            "qk_norm": True,
+            "qk_norm_eps": config.rms_norm_eps,
+            "rope_theta": rope.get("rope_theta", 10000.0),
+            "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
+            "head_dim": config.head_dim,
+            "output_gate": True,
+        },
+    }
+
+
+def _qwen3_5_state(state: StateDict, config: Any, back: bool) -> StateDict:
+    """Qwen3.5's norms hold their weight less one, and its linear layers are fused."""
+    inner = f".{'attn' if back else 'linear_attn'}."
+    linear = [i for i, kind in enumerate(config.layer_types) if kind == "linear_attention"]
+    convert = linear_attention_to_qwen if back else linear_attention_of_qwen
+    out = dict(state)
+    for i in linear:
+        prefix = f"model.layers.{i}{inner}"
+        own = {n.removeprefix(prefix): out.pop(n) for n in list(out) if n.startswith(prefix)}
+        target = prefix.replace(inner, ".linear_attn." if back else ".attn.")
+        out |= {target + name: x for name, x in convert(own, config).items()}
+    ends = ("_norm.weight", "layernorm.weight", "model.norm.weight")
+    shift = -1 if back else 1
+    return {
+        n: x + shift if n.endswith(ends) and not n.endswith("attn.o_norm.weight") else x
+        for n, x in out.items()
     }
 
 
@@ -116,6 +155,14 @@ LLAMA = Layout(
 )
 LAYOUTS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
+    "qwen3_5_text": Layout(
+        "gated_deltanet",
+        LLAMA_NAMES,
+        {"rms_norm_eps": "norm_eps", "linear_conv_kernel_dim": "conv_size"},
+        (*COMMON, "intermediate_size", "layer_types"),
+        _qwen3_5,
+        _qwen3_5_state,
+    ),
     "mamba": Layout(
         "mamba",
         fields=SSM | {"time_step_rank": "dt_rank", "time_step_scale": "dt_scale"},
@@ -153,11 +200,13 @@ def convert_config(config: Any) -> Any:
     return classes[layout.model_type](**values | layout.check(config))
 
 
-def convert_state_dict(state: StateDict, model_type: str, back: bool = False) -> StateDict:
-    """Parameters of transformers' `model_type` under our names; with `back` the other way."""
-    layout = LAYOUTS[model_type]
+def convert_state_dict(state: StateDict, config: Any, back: bool = False) -> StateDict:
+    """Parameters of a model with transformers' `config` under our names; with `back` the other way
+    round, from ours to theirs.
+    """
+    layout = LAYOUTS[config.model_type]
     out = {}
-    for name, value in state.items():
+    for name, value in layout.state(state, config, back).items():
         parts = name.split(".")
         for theirs, ours in layout.names:
             old, new = (ours, theirs) if back else (theirs, ours)
@@ -180,7 +229,7 @@ def convert_model(model: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     ours = AutoModelForCausalLM.from_config(convert_config(model.config)).to(model.dtype)
-    ours.load_state_dict(convert_state_dict(model.state_dict(), model.config.model_type))
+    ours.load_state_dict(convert_state_dict(model.state_dict(), model.config))
     return ours.train(model.training)
 
 

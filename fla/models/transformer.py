@@ -22,6 +22,9 @@ class TransformerConfig(DecoderConfig):
     qk_norm_eps: float = 1e-5
     window_size: int | None = None
     rope_theta: float | None = 10000.0
+    head_dim: int | None = None
+    partial_rotary_factor: float = 1.0
+    output_gate: bool = False
     num_hidden_layers: int = 24
 
     def __post_init__(self, **kwargs):
