@@ -24,10 +24,10 @@ On the one equation: scalar decay, a = -beta k, b = exp(g) k, written k and beta
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fla.ops.engine.checks import check_shapes, refuse
+from fla.ops.engine.gates import softplus_gate, wide
 from fla.ops.engine.recurrence import chunk_form
 from fla.ops.engine.run import CHUNK_SIZE, Options, run
 
@@ -86,12 +86,7 @@ def naive_chunk_gated_delta_rule(
 
 def naive_gdn_gate(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
     """`-exp(A_log) softplus(g + dt_bias)` in fp32 or wider: the log decay from its logits."""
-    g = _wide(g) if dt_bias is None else _wide(g) + _wide(dt_bias)
-    return -_wide(A_log).exp() * F.softplus(g)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return softplus_gate(g, A_log, dt_bias)
 
 
 def _gates(
@@ -129,7 +124,7 @@ def _gates(
     if beta is None:
         beta = v.new_ones(v.shape[:3])
     elif use_sigmoid:
-        beta = _wide(beta).sigmoid() * (2 if allow_neg_eigval else 1)
+        beta = wide(beta).sigmoid() * (2 if allow_neg_eigval else 1)
     return g, beta
 
 
