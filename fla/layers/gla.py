@@ -17,6 +17,7 @@ from fla.layers.mixer import (
 )
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
 from fla.modules.activations import ACT2FN
+from fla.ops.engine.gates import wide
 from fla.ops.gla import chunk_gla, fused_recurrent_gla
 
 
@@ -164,7 +165,7 @@ class GatedLinearAttention(GatedProjections):
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         q, k, v, conv = self.heads(x, context)
         g = self.gk_proj(x).unflatten(-1, (-1, self.head_k_dim))
-        g = F.logsigmoid(g) / self.gate_logit_normalizer
+        g = F.logsigmoid(wide(g)) / self.gate_logit_normalizer
         (g,) = repeat_heads(self.num_heads, self.num_kv_heads, g)
         if self.clamp_min is not None:
             g = g.clamp_min(self.clamp_min)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, multiple, whole
 from fla.modules import RMSNorm, ShortConvolution
 from fla.modules.activations import ACT2FN
+from fla.ops.engine.gates import wide
 from fla.ops.gsa import chunk_gsa, fused_recurrent_gsa
 
 
@@ -80,10 +81,10 @@ class GatedSlotAttention(RecurrentMixer):
         q, k = (y.unflatten(-1, (-1, self.head_k_dim)) for y in (q, k))
         q, k = ACT2FN[self.feature_map](q), ACT2FN[self.feature_map](k)
         v = F.silu(v).unflatten(-1, (-1, self.head_v_dim))
-        g = F.logsigmoid(self.f_proj(x).unflatten(-1, (-1, self.num_slots)))
+        g = F.logsigmoid(wide(self.f_proj(x)).unflatten(-1, (-1, self.num_slots)))
         g = g / self.gate_logit_normalizer
         rule = fused_recurrent_gsa if self.token_by_token(x) else chunk_gsa
-        s = (1 - g.exp()).to(g.dtype)
+        s = (1 - g.exp()).to(v.dtype)
         o, state = rule(q, k, v, s, g, scale=self.scale, **context.sequences)
         o = F.silu(o.flatten(-2))
         o = self.g_norm(o) if self.use_norm else o

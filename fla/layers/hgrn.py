@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, multiple
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
+from fla.ops.engine.gates import wide
 from fla.ops.gla import chunk_gla, fused_recurrent_gla
 from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
 
@@ -18,11 +19,11 @@ def forget(f: Tensor, shared: dict[str, Any], layer_idx: int | None) -> Tensor:
     """`log(l + (1 - l) sigmoid(f))` for the layer's lower bound l, which a model shares as
     `lower_bounds` `[layers, D]`; `log sigmoid(f)` without.
     """
-    g = F.logsigmoid(f)
+    g = F.logsigmoid(wide(f))
     bounds = shared.get("lower_bounds")
     if bounds is None or not layer_idx:  # the first layer's bound is 0
         return g
-    bound = bounds[layer_idx]
+    bound = wide(bounds[layer_idx])
     return torch.logaddexp(bound.log(), torch.log1p(-bound) + g)
 
 
@@ -65,7 +66,7 @@ class HGRNAttention(RecurrentMixer):
         (i, f), conv = self.project(x, context, "if")
         g = forget(f, context.shared, self.layer_idx)
         rule = fused_recurrent_hgrn if self.token_by_token(x) else chunk_hgrn
-        o, state = rule(F.silu(i) * (1 - g.exp()), g, **context.sequences)
+        o, state = rule((F.silu(i) * (1 - g.exp())).to(x.dtype), g, **context.sequences)
         return self.o_proj(self.g_norm(o, self.g_proj(x))), context.after(state, conv)
 
 

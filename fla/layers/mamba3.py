@@ -11,6 +11,7 @@ from torch import Tensor
 from fla.layers.mixer import Context, RecurrentMixer, State, multiple, register
 from fla.modules import RMSNorm
 from fla.modules.layernorm_gated import RMSNormGated
+from fla.ops.engine.gates import wide
 from fla.ops.mamba3 import chunk_mamba3, fused_recurrent_mamba3
 
 
@@ -99,12 +100,12 @@ class Mamba3(RecurrentMixer):
             + bias.squeeze(1)
             for y, norm, bias in ((B, self.B_norm, self.B_bias), (C, self.C_norm, self.C_bias))
         )
-        turn = (math.pi * angles.tanh()).unsqueeze(2).expand(-1, -1, self.num_heads, -1)
+        turn = (math.pi * wide(angles).tanh()).unsqueeze(2).expand(-1, -1, self.num_heads, -1)
         rule = fused_recurrent_mamba3 if x.shape[1] == 1 else chunk_mamba3
         y, state = rule(
             u,
-            F.softplus(dt + self.dt_bias),
-            -F.softplus(A).clamp_min(self.A_floor),
+            F.softplus(wide(dt) + wide(self.dt_bias)),
+            -F.softplus(wide(A)).clamp_min(self.A_floor),
             B,
             C,
             trap.sigmoid(),

@@ -91,7 +91,7 @@ class MesaNet(RecurrentMixer):
             q,
             k,
             v,
-            F.logsigmoid(self.a_proj(x)),
+            F.logsigmoid(wide(self.a_proj(x))),
             self.b_proj(x).sigmoid(),
             lamb.view(self.num_heads, -1),
             A,

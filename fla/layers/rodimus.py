@@ -14,6 +14,7 @@ from fla.layers.attn import Attention
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode
 from fla.modules import RMSNorm, ShortConvolution
 from fla.modules.l2norm import l2norm
+from fla.ops.engine.gates import wide
 from fla.ops.gla import chunk_gla, fused_recurrent_gla
 
 
@@ -84,10 +85,10 @@ class RodimusAttention(RecurrentMixer):
                 u, cache=cache, output_final_state=context.keep, cu_seqlens=context.cu_seqlens
             )
             conv = (last,) if context.keep else ()
-        rate = F.softplus(self.g_gate_proj(shifted))
-        tau = self.tau_gate_proj(shifted).sigmoid()
-        k = l2norm(self.k_proj(shifted), self.k_norm_eps) * rate.pow(tau)
-        rows = (self.q_proj(shifted), k, self.i_gate_proj(u) * u, -rate * tau)
+        rate = F.softplus(wide(self.g_gate_proj(shifted)))
+        tau = wide(self.tau_gate_proj(shifted)).sigmoid()
+        k = l2norm(wide(self.k_proj(shifted)), self.k_norm_eps) * rate.pow(tau)
+        rows = (self.q_proj(shifted), k.to(x.dtype), self.i_gate_proj(u) * u, -rate * tau)
         q, k, v, g = (y.unsqueeze(2) for y in rows)
         rule = fused_recurrent_gla if self.token_by_token(x) else chunk_gla
         o, state = rule(q, k, v, g, **context.sequences)

@@ -13,6 +13,7 @@ import fla.models
 from fla.models import Cache, GatedDeltaNetConfig
 from fla.models.decoder import next_tokens
 from fla.ops.engine.layout import SequenceLayout
+from tests.helpers import assert_within_budget
 from tests.models.common import GDN, MODELS, TINY, ids, make
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -166,6 +167,32 @@ def test_save_and_load_are_bit_equal(name, tmp_path):
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     assert half.dtype == torch.bfloat16
     assert (half(x).logits - model(x).logits).abs().max() < 0.2
+
+
+@every_model
+def test_half_precision_is_within_its_budget(name):
+    """At most twice the error of the exact model whose every module rounds its output to bf16."""
+    if name == "bitnet":
+        pytest.skip("it rounds to 8 bits itself: a rounding error may take it to the next step")
+
+    def rounds(_module, _inputs, output):
+        parts = output if isinstance(output, tuple) else (output,)
+        parts = tuple(
+            x.bfloat16().to(x.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for x in parts
+        )
+        return parts if isinstance(output, tuple) else parts[0]
+
+    half = make(name).to(torch.bfloat16)
+    exact = copy.deepcopy(half).double()
+    plain = copy.deepcopy(exact)
+    for module in plain.modules():
+        if not list(module.children()):
+            module.register_forward_hook(rounds)
+    x = ids(2, 40)
+    with torch.no_grad():
+        logits = [m(x, use_cache=False).logits for m in (half, plain, exact)]
+    assert_within_budget(*logits, name)
 
 
 @every_model
