@@ -22,7 +22,8 @@ class Mamba2(RecurrentMixer):
         o = W_out rms_norm(mamba2(x, softplus(dt + dt_bias), -exp(A_log), B, C, D), z)
 
     The norm gates with silu(z), after or (`norm_before_gate`) before it; `rmsnorm=False` only
-    gates. num_heads defaults to expand * hidden_size / head_dim.
+    gates. num_heads defaults to expand * hidden_size / head_dim. `chunk_size` is kept for published
+    configs: the operator's own chunks are faster here, and the numbers are the same.
 
     Example:
         >>> Mamba2(hidden_size=64, head_dim=32, state_size=16)(torch.randn(2, 10, 64))[0].shape
@@ -71,7 +72,7 @@ class Mamba2(RecurrentMixer):
             )
         multiple(name, "num_heads", heads, "n_groups", n_groups)
         self.layer_idx, self.num_heads, self.head_dim = layer_idx, heads, head_dim
-        self.state_size, self.n_groups, self.chunk_size = state_size, n_groups, chunk_size
+        self.state_size, self.n_groups = state_size, n_groups
         self.dt_limit, self.D_has_hdim = (float(dt_limit[0]), float(dt_limit[1])), D_has_hdim
         self.ranges = (A_init_range, (dt_min, dt_max, dt_init_floor), conv_init)
         self.sizes = [width, width + 2 * n_groups * state_size, heads, *self.extra_sizes()]
@@ -90,15 +91,21 @@ class Mamba2(RecurrentMixer):
         return []
 
     def initial_values(self) -> dict[str, Tensor]:
-        """A uniform in A_init_range, steps log-uniform between dt_min and dt_max."""
-        A, (low, high, floor), _ = self.ranges
+        """A uniform in A_init_range, steps log-uniform between dt_min and dt_max, and with
+        `conv_init` the convolution's taps uniform between its negative and it.
+        """
+        A, (low, high, floor), spread = self.ranges
         heads = self.num_heads
         dt = torch.empty(heads).uniform_(math.log(low), math.log(high)).exp().clamp_min(floor)
-        return {
+        values = {
             "A_log": torch.empty(heads).uniform_(*A).log(),
             "dt_bias": dt + torch.log(-torch.expm1(-dt)),
             "D": torch.ones(heads, self.head_dim) if self.D_has_hdim else torch.ones(heads),
         }
+        if spread is not None:
+            taps = torch.empty(self.conv1d.weight.shape)
+            values["conv1d.weight"] = taps.uniform_(-spread, spread)
+        return values
 
     def split(self, x: Tensor, context: Context) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """([z, x, B, C, dt, ...], new conv states): x `[B, T, H, V]`, B, C `[B, T, G, K]`."""

@@ -23,7 +23,7 @@ class Mamba3(RecurrentMixer):
         o = W_out (mamba3(x, softplus(dt + dt_bias), A, B, C, sigmoid(l), w, D) * silu(z))
 
     `rope_fraction` of the state's components turn. `is_outproj_norm` puts a gated RMSNorm before
-    W_out. MIMO is not built.
+    W_out. MIMO is not built, and `chunk_size` is kept for published configs, as in `Mamba2`.
 
     Example:
         >>> Mamba3(hidden_size=64, head_dim=32, state_size=16)(torch.randn(2, 10, 64))[0].shape

@@ -224,9 +224,12 @@ def gate_steps(heads: int) -> Tensor:
 
 
 def register(module: Mixer) -> None:
-    """The parameters of `initial_values`."""
+    """The parameters of `initial_values`; those of submodules are there already and are set."""
     for name, value in module.initial_values().items():
-        module.register_parameter(name, nn.Parameter(value))
+        if "." in name:
+            module.get_parameter(name).data.copy_(value)
+        else:
+            module.register_parameter(name, nn.Parameter(value))
 
 
 def multiple(name: str, what: str, value: int, of: str, divisor: int) -> int:

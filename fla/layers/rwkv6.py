@@ -85,6 +85,8 @@ class RWKV6Attention(RecurrentMixer):
         r, k, v, g = W (x + d m)        w = -exp(lora_w(x + d m))
         o = W_o (group_norm(rwkv6(r, k, v, w, bonus)) * gate_fn(g))
 
+    `fuse_norm` is kept for published configs.
+
     Example:
         >>> RWKV6Attention(hidden_size=64, num_heads=2)(torch.randn(2, 10, 64))[0].shape
         torch.Size([2, 10, 64])

@@ -40,7 +40,8 @@ class RWKV7Attention(RecurrentMixer):
         o = group_norm(rwkv7(r, w, k, v, -kk, kk a)) + (sum r k r_k) v
         y = W_o (o * lora_g m)
 
-    v_first goes from layer to layer in the forward's `shared`.
+    v_first goes from layer to layer in the forward's `shared`. `fuse_norm` and `num_hidden_layers`
+    are kept for published code and configs.
 
     Example:
         >>> layer = RWKV7Attention(hidden_size=64, head_dim=32, layer_idx=0)

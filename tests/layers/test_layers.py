@@ -225,6 +225,12 @@ def test_wrong_constructors():
         )
 
 
+def test_the_convolution_of_mamba2_starts_within_its_range():
+    for spread in (1e-3, 1e-5):
+        layer = L.Mamba2(hidden_size=32, head_dim=16, state_size=8, conv_init=spread)
+        assert 0.5 * spread < layer.conv1d.weight.abs().max() <= spread
+
+
 def test_memories_that_all_tokens_choose_are_gated_delta_rules():
     """With topk = all of them, memory m is a Gated DeltaNet's operator on the whole sequence."""
     layer = make("MomAttention-0")
