@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, multiple
+from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, heads_and_ratio
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
 from fla.ops.engine.gates import wide
 from fla.ops.gla import chunk_gla, fused_recurrent_gla
@@ -97,13 +97,7 @@ class HGRN2Attention(RecurrentMixer):
         super().__init__()
         name = "HGRN2Attention"
         self.mode, self.layer_idx = check_mode(name, mode), layer_idx
-        if expand_ratio is None and num_heads is None:
-            raise ValueError(f"{name}: give expand_ratio or num_heads")
-        if num_heads is None:
-            num_heads = multiple(name, "hidden_size", hidden_size, "expand_ratio", expand_ratio)
-        if expand_ratio is None:
-            expand_ratio = multiple(name, "hidden_size", hidden_size, "num_heads", num_heads)
-        multiple(name, "hidden_size", hidden_size, "num_heads", num_heads)
+        num_heads, expand_ratio = heads_and_ratio(name, hidden_size, num_heads, expand_ratio)
         self.num_heads, self.use_short_conv = num_heads, use_short_conv
         width = num_heads * expand_ratio
         self.q_proj = nn.Linear(hidden_size, width, bias=False)

@@ -5,7 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, low_rank, multiple
+from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, heads_and_ratio, low_rank
 from fla.modules import FusedRMSNormGated, ShortConvolution
 from fla.ops.engine.segments import log_cumulative_sum
 from fla.ops.gla import chunk_gla, fused_recurrent_gla
@@ -43,13 +43,7 @@ class LightNetAttention(RecurrentMixer):
         super().__init__()
         name = "LightNetAttention"
         self.mode, self.layer_idx = check_mode(name, mode), layer_idx
-        if expand_ratio is None and num_heads is None:
-            raise ValueError(f"{name}: give expand_ratio or num_heads")
-        if num_heads is None:
-            num_heads = multiple(name, "hidden_size", hidden_size, "expand_ratio", expand_ratio)
-        if expand_ratio is None:
-            expand_ratio = multiple(name, "hidden_size", hidden_size, "num_heads", num_heads)
-        multiple(name, "hidden_size", hidden_size, "num_heads", num_heads)
+        num_heads, expand_ratio = heads_and_ratio(name, hidden_size, num_heads, expand_ratio)
         self.num_heads, self.use_short_conv = num_heads, use_short_conv
         width = num_heads * expand_ratio
         self.q_proj = nn.Linear(hidden_size, width, bias=False)

@@ -85,7 +85,7 @@ class Mamba(RecurrentMixer):
 
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         u, z = self.in_proj(x).chunk(2, -1)
-        (u,), conv = self.convolve_one(u, context)
+        u, conv = context.convolve(self.conv1d, u)
         dt, B, C = self.x_proj(u).split([self.rank, self.state_size, self.state_size], -1)
         rule = fused_recurrent_mamba if x.shape[1] == 1 else chunk_mamba
         y, state = rule(
@@ -99,12 +99,4 @@ class Mamba(RecurrentMixer):
             dt_softplus=True,
             **context.sequences,
         )
-        return self.out_proj(y * F.silu(z)), context.after(state, conv)
-
-    def convolve_one(self, u: Tensor, context: Context) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """u through `conv1d`: ([output], new states)."""
-        cache = None if context.state is None else context.state.conv[0]
-        y, conv = self.conv1d(
-            u, cache=cache, output_final_state=context.keep, cu_seqlens=context.cu_seqlens
-        )
-        return [y], (conv,) if context.keep else ()
+        return self.out_proj(y * F.silu(z)), context.after(state, (conv,))

@@ -110,15 +110,12 @@ class Mamba2(RecurrentMixer):
     def split(self, x: Tensor, context: Context) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """([z, x, B, C, dt, ...], new conv states): x `[B, T, H, V]`, B, C `[B, T, G, K]`."""
         z, xBC, *rest = self.in_proj(x).split(self.sizes, -1)
-        cache = None if context.state is None else context.state.conv[0]
-        xBC, conv = self.conv1d(
-            xBC, cache=cache, output_final_state=context.keep, cu_seqlens=context.cu_seqlens
-        )
+        xBC, conv = context.convolve(self.conv1d, xBC)
         states = self.n_groups * self.state_size
         u, B, C = xBC.split([self.sizes[0], states, states], -1)
         u = u.unflatten(-1, (self.num_heads, self.head_dim))
         B, C = (y.unflatten(-1, (self.n_groups, self.state_size)) for y in (B, C))
-        return [z, u, B, C, *rest], (conv,) if context.keep else ()
+        return [z, u, B, C, *rest], (conv,)
 
     def finish(self, y: Tensor, z: Tensor) -> Tensor:
         """Gated norm and output projection."""

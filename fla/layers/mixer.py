@@ -61,6 +61,11 @@ class Context:
             cu_seqlens=self.cu_seqlens,
         )
 
+    def convolve(self, conv: Any, x: Tensor, index: int = 0) -> tuple[Tensor, Tensor]:
+        """x through a `ShortConvolution` whose state is the index-th kept: (y, new state)."""
+        cache = None if self.state is None else self.state.conv[index]
+        return conv(x, cache=cache, output_final_state=self.keep, cu_seqlens=self.cu_seqlens)
+
     def after(self, recurrent: Any, conv: tuple[Tensor, ...] = ()) -> State | None:
         """The new state, or None where it is not wanted."""
         return State(recurrent, conv) if self.keep else None
@@ -178,18 +183,12 @@ class RecurrentMixer(Mixer):
         raise NotImplementedError
 
     def convolve(
-        self, inputs: list[Tensor], context: Context, names: str = "qkv", first: int = 0
+        self, inputs: list[Tensor], context: Context, names: str = "qkv"
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """Inputs through their short convolutions `{name}_conv1d`: (outputs, new states). Their
-        states lie in the cache from `first` on.
-        """
-        states = [] if context.state is None else context.state.conv[first:]
-        caches = states or [None] * len(inputs)
+        """Inputs through their short convolutions `{name}_conv1d`: (outputs, new states)."""
         results = [
-            getattr(self, f"{name}_conv1d")(
-                x, cache=cache, output_final_state=context.keep, cu_seqlens=context.cu_seqlens
-            )
-            for name, x, cache in zip(names, inputs, caches, strict=False)
+            context.convolve(getattr(self, f"{name}_conv1d"), x, i)
+            for i, (name, x) in enumerate(zip(names, inputs, strict=True))
         ]
         return [y for y, _ in results], tuple(s for _, s in results)
 
@@ -242,6 +241,18 @@ def multiple(name: str, what: str, value: int, of: str, divisor: int) -> int:
 def low_rank(inputs: int, rank: int, outputs: int, bias: bool = False) -> nn.Sequential:
     """Two linear maps through `rank` channels."""
     return nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias))
+
+
+def heads_and_ratio(
+    name: str, hidden_size: int, num_heads: int | None, expand_ratio: int | None
+) -> tuple[int, int]:
+    """(heads, key channels of a head): the one not given makes the key as wide as the input."""
+    if expand_ratio is None and num_heads is None:
+        raise ValueError(f"{name}: give expand_ratio or num_heads")
+    if num_heads is None:
+        num_heads = multiple(name, "hidden_size", hidden_size, "expand_ratio", expand_ratio)
+    width = multiple(name, "hidden_size", hidden_size, "num_heads", num_heads)
+    return num_heads, width if expand_ratio is None else expand_ratio
 
 
 def repeat_heads(heads: int, kv_heads: int, *tensors: Tensor) -> list[Tensor]:

@@ -80,11 +80,8 @@ class RodimusAttention(RecurrentMixer):
         conv: tuple[Tensor, ...] = ()
         shifted: Any = F.silu(u)
         if self.use_short_conv:
-            cache = None if context.state is None else context.state.conv[0]
-            shifted, last = self.short_conv(
-                u, cache=cache, output_final_state=context.keep, cu_seqlens=context.cu_seqlens
-            )
-            conv = (last,) if context.keep else ()
+            shifted, last = context.convolve(self.short_conv, u)
+            conv = (last,)
         rate = F.softplus(wide(self.g_gate_proj(shifted)))
         tau = wide(self.tau_gate_proj(shifted)).sigmoid()
         k = l2norm(wide(self.k_proj(shifted)), self.k_norm_eps) * rate.pow(tau)

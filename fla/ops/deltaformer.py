@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fla.ops.engine.checks import check_sequences, check_tensors
+from fla.ops.engine.checks import check_parts, check_sequences, check_tensors
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.gates import wide
 from fla.ops.engine.layout import SequenceLayout, boundaries_to_list
@@ -157,10 +157,7 @@ def deltaformer_attn(
 
 
 def _head_first(op: str, sizes: dict[str, int], state: State, cu_seqlens: Tensor | None) -> State:
-    if not isinstance(state, tuple | list) or len(state) != 2:
-        raise ValueError(
-            f"{op}: initial_state is a {type(state).__name__} of {len(state)}; (k, u) was expected"
-        )
+    check_parts(op, state, "k, u")
     for i, (x, axis) in enumerate(zip(state, "KV", strict=True)):
         if x.dim() != 4 or x.shape[::2] != (sizes["B"], sizes["H"]) or x.shape[3] != sizes[axis]:
             raise ValueError(

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_groups, check_sequences, check_tensors
+from fla.ops.engine.checks import check_groups, check_parts, check_sequences, check_tensors
 from fla.ops.engine.gates import wide
 from fla.ops.engine.run import CHUNK_SIZE, Options, run
 from fla.ops.engine.segments import log_cumulative_sum
@@ -100,12 +100,7 @@ def _check_state(
     if state is None:
         return
     shapes = ["H K M", "H M V", *(["H M"] if normalised else [])]
-    if not isinstance(state, tuple | list) or len(state) != len(shapes):
-        expected = "without g (S, R, z)" if normalised else "(S, R)"
-        raise ValueError(
-            f"{op}: initial_state is a {type(state).__name__} of {len(state)}; {expected} was "
-            "expected"
-        )
+    check_parts(op, state, *(("S, R, z", "without g ") if normalised else ("S, R",)))
     for i, (x, axes) in enumerate(zip(state, shapes, strict=True)):
         name = f"initial_state[{i}]"
         spec: Any = {name: (x, f"N {axes}")}

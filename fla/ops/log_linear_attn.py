@@ -34,7 +34,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_groups, check_log_decay, check_sequences, check_tensors
+from fla.ops.engine.checks import (
+    check_groups,
+    check_log_decay,
+    check_parts,
+    check_sequences,
+    check_tensors,
+)
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.gates import wide
 from fla.ops.engine.layout import boundaries_to_list
@@ -162,11 +168,7 @@ def _check(
     N = check_sequences(op, sizes["B"], cu_seqlens, None)
     top, L = 0, sizes["L"]
     if state is not None:
-        if not isinstance(state, tuple) or len(state) != 2:
-            raise ValueError(
-                f"{op}: initial_state is a {type(state).__name__} of {len(state)}; "
-                "LogLinearAttentionState(levels, offsets) was expected"
-            )
+        check_parts(op, state, "levels, offsets")
         shape = [N, *(sizes[a] for a in ("HV", "L", "K", "V"))]
         if list(state[0].shape) != shape:
             raise ValueError(

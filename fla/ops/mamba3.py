@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_sequences, check_tensors
+from fla.ops.engine.checks import check_parts, check_sequences, check_tensors
 from fla.ops.engine.gates import wide
 from fla.ops.engine.run import CHUNK_SIZE, Options, run
 from fla.ops.engine.segments import lasts, per_segment, repeat_rows, starts
@@ -134,8 +134,6 @@ def _mamba3(
     o = o.to(tensors["x"].dtype)
     if S is None:
         return o, None
-    if x.shape[1] == 0:
-        S = state[1]
     return o, (theta, S, lasts(keys, state[2], cu_seqlens), lasts(x, state[3], cu_seqlens))
 
 
@@ -152,11 +150,7 @@ def _state(
     if state is None:
         like = wide(tensors["x"])
         return tuple(like.new_zeros(shape) for shape in shapes)  # type: ignore[return-value]
-    if not isinstance(state, tuple | list) or len(state) != 4:
-        raise ValueError(
-            f"{op}: initial_state is a {type(state).__name__} of {len(state)}; (theta, S, B, x) "
-            "was expected"
-        )
+    check_parts(op, state, "theta, S, B, x")
     for i, (y, shape) in enumerate(zip(state, shapes, strict=True)):
         if y.shape != shape:
             raise ValueError(

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.ops.engine.checks import check_groups, check_sequences, check_tensors
+from fla.ops.engine.checks import check_groups, check_parts, check_sequences, check_tensors
 from fla.ops.engine.gates import wide
 from fla.ops.engine.run import CHUNK_SIZE, Options, run
 from fla.ops.engine.segments import lasts, per_segment, repeat_rows, starts
@@ -114,11 +114,7 @@ def _joined(
     """[S, n] as one state, and m; or `ValueError`."""
     if state is None:
         return None, None
-    if not isinstance(state, tuple | list) or len(state) != 3:
-        raise ValueError(
-            f"{op}: initial_state is a {type(state).__name__} of {len(state)}; (S, n, m) was "
-            "expected"
-        )
+    check_parts(op, state, "S, n, m")
     axes = ("N HV K V", "N HV K", "N HV")
     spec: Any = {f"initial_state[{j}]": (x, a) for j, (x, a) in enumerate(zip(state, axes))}  # noqa: B905
     found = check_tensors(op, **spec)

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_sequences, check_tensors
+from fla.ops.engine.checks import check_parts, check_sequences, check_tensors
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.gates import wide
 from fla.ops.engine.layout import boundaries_to_list
@@ -129,10 +129,7 @@ def _check(
     if state is None:
         zeros = wide(tensors["v"]).new_zeros(shape)
         return zeros, zeros
-    if not isinstance(state, tuple | list) or len(state) != 2:
-        raise ValueError(
-            f"{op}: initial_state is a {type(state).__name__} of {len(state)}; (S, M) was expected"
-        )
+    check_parts(op, state, "S, M")
     for i, x in enumerate(state):
         if x.shape != shape:
             raise ValueError(

@@ -84,6 +84,17 @@ def _named(axes: list[str], sizes: dict[str, int]) -> str:
     return " ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
 
 
+def check_parts(op: str, state: Any, parts: str, when: str = "") -> None:
+    """Raise `ValueError` unless the initial state is a tuple of as many tensors as `parts`, such as
+    "S, n, m", names; `when` says in the message what asks for them.
+    """
+    if not isinstance(state, tuple | list) or len(state) != len(parts.split(",")):
+        size = f" of {len(state)}" if isinstance(state, tuple | list) else ""
+        raise ValueError(
+            f"{op}: initial_state is a {type(state).__name__}{size}; {when}({parts}) was expected"
+        )
+
+
 def check_same(op: str, *, dtype: bool = True, **tensors: Tensor | None) -> None:
     """Raise `ValueError` unless the tensors are floating point, on one device and, with `dtype`, of
     one dtype.
