@@ -16,100 +16,28 @@ from fla.modules import RMSNorm, RotaryEmbedding
 from fla.ops.engine.layout import SequenceLayout
 
 
-class Attention(Mixer):
-    """Causal softmax attention on `[B, T, hidden_size]`; Vaswani et al. (2017), arXiv:1706.03762,
-    with rotary positions.
-
-    Positions turn the first `partial_rotary_factor` of a head's channels; `rope_theta=None` leaves
-    them out. `output_gate` multiplies o by a sigmoid gate that W_q holds beside each head's query.
-    `max_position_embeddings` is kept for configs; no length
-    is refused.
-
-    Example:
-        >>> Attention(hidden_size=64, num_heads=4, num_kv_heads=2)(torch.randn(2, 10, 64))[0].shape
-        torch.Size([2, 10, 64])
+class SoftmaxMixer(Mixer):
+    """Causal softmax attention over whole sequences, packed ones, and a cache; `window_size` bounds
+    how far it looks. `scale` multiplies the logits, 1/sqrt(d) where None.
     """
 
-    def __init__(
-        self,
-        hidden_size: int = 2048,
-        num_heads: int = 32,
-        num_kv_heads: int | None = None,
-        qkv_bias: bool = False,
-        qk_norm: bool = False,
-        window_size: int | None = None,
-        rope_theta: float | None = 10000.0,
-        max_position_embeddings: int | None = None,
-        layer_idx: int | None = None,
-        qk_norm_eps: float = 1e-5,
-        head_dim: int | None = None,
-        partial_rotary_factor: float = 1.0,
-        output_gate: bool = False,
-    ):
-        super().__init__()
-        num_kv_heads = num_kv_heads or num_heads
-        if (head_dim is None and hidden_size % num_heads) or num_heads % num_kv_heads:
-            raise ValueError(
-                f"Attention: hidden_size={hidden_size} must be a multiple of "
-                f"num_heads={num_heads}, and that of "
-                f"num_kv_heads={num_kv_heads}"
-            )
-        if window_size is not None and window_size < 1:
-            raise ValueError(
-                f"Attention: window_size is {window_size}; expected at least 1 or None"
-            )
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.head_dim, self.window_size, self.layer_idx = (
-            head_dim or hidden_size // num_heads,
-            window_size,
-            layer_idx,
-        )
-        self.max_position_embeddings = max_position_embeddings
-        kv_dim, width = num_kv_heads * self.head_dim, num_heads * self.head_dim
-        self.output_gate = output_gate
-        self.q_proj = nn.Linear(hidden_size, width * (1 + output_gate), bias=qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, kv_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, kv_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(width, hidden_size, bias=False)
-        if qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, eps=qk_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, eps=qk_norm_eps)
-        self.qk_norm = qk_norm
-        turned = int(self.head_dim * partial_rotary_factor)
-        self.rotary = None if rope_theta is None else RotaryEmbedding(turned, base=rope_theta)
-
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """q `[B, T, num_heads, head_dim]`, and k, v `[B, T, num_kv_heads, head_dim]`."""
-        maps = (self.q_proj, self.k_proj, self.v_proj)
-        return tuple(proj(x).unflatten(-1, (-1, self.head_dim)) for proj in maps)
-
-    def mix(self, x: Tensor, layout: SequenceLayout, cache, shared) -> Tensor:
-        q, k, v = self.project(x)
-        gate = None
-        if self.output_gate:
-            q, gate = q.unflatten(-2, (self.num_heads, 2)).unbind(-2)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary is not None:
-            q, k = self.rotary(q, k, positions=layout.positions(x.device))
-        if cache is not None:
-            o = self._with_cache(q, k, v, layout, cache)
-        elif layout.packed:
-            lengths = layout.lengths()
-            parts = zip(*(y.split(lengths, 1) for y in (q, k, v)), strict=True)
-            o = torch.cat([self._causal(*part) for part in parts], 1)
-        else:
-            o = self._causal(q, k, v)
-        o = o if gate is None else o * gate.sigmoid()
-        return self.o_proj(o.flatten(-2))
+    window_size: int | None
+    scale: float | None = None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
         """SDPA on `[B, T, H, D]`."""
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        grouped = self.num_heads != self.num_kv_heads
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **options).transpose(
-            1, 2
+        o = F.scaled_dot_product_attention(
+            q, k, v, enable_gqa=q.shape[1] != k.shape[1], scale=self.scale, **options
         )
+        return o.transpose(1, 2)
+
+    def _sequences(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+        """Every sequence from its start."""
+        if not layout.packed:
+            return self._causal(q, k, v)
+        parts = zip(*(y.split(layout.lengths(), 1) for y in (q, k, v)), strict=True)
+        return torch.cat([self._causal(*part) for part in parts], 1)
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Tokens of whole sequences; with a window in blocks of its size, so cost stays linear in
@@ -135,26 +63,30 @@ class Attention(Mixer):
         visible = distance >= 0
         return visible if self.window_size is None else visible & (distance < self.window_size)
 
-    def _with_cache(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache) -> Tensor:
+    def _remember(
+        self, k: Tensor, v: Tensor, layout: SequenceLayout, cache
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values `[B, S, H, D]` that the new tokens may look at, and which of them each
+        sees: `[T, S]` or `[B, 1, T, S]`, None where the tokens are whole sequences.
+        """
         if layout.packed and not layout.padded:
             raise ValueError(
-                "Attention: packed sequences cannot fill a cache of keys and values; pass a "
-                "padded batch instead"
+                f"{type(self).__name__}: packed sequences cannot fill a cache of keys and values; "
+                "pass a padded batch instead"
             )
-        q, k, v = (layout.unpack(y) for y in (q, k, v))
         real = layout.real()
-        keys, values = cache.update_keys(
-            k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, real, self.window_size
-        )
+        keys, values = (layout.unpack(y).transpose(1, 2) for y in (k, v))
+        T = keys.shape[2]
+        keys, values = cache.update_keys(keys, values, self.layer_idx, real, self.window_size)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        T, S = q.shape[1], keys.shape[1]
+        S = keys.shape[1]
         if real is None and isinstance(layout.starts, int):
-            if T == S:
-                return self._causal(q, keys, values)
-            mask = self._visible(T, S, q.device)
-        else:
-            mask = self._visible_by_position(layout, real, S)
-        return layout.pack(self._attend(q, keys, values, attn_mask=mask))
+            return keys, values, None if T == S else self._visible(T, S, keys.device)
+        return keys, values, self._visible_by_position(layout, real, S)
+
+    def _look(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention under a mask of `_remember`."""
+        return self._causal(q, k, v) if mask is None else self._attend(q, k, v, attn_mask=mask)
 
     def _visible_by_position(
         self, layout: SequenceLayout, real: Tensor | None, keys: int
@@ -175,3 +107,94 @@ class Attention(Mixer):
         ):  # a padded query, whose result is dropped, must not face an empty softmax
             visible |= ~real[:, :, None]
         return visible.unsqueeze(1)
+
+
+class Attention(SoftmaxMixer):
+    """Causal softmax attention on `[B, T, hidden_size]`; Vaswani et al. (2017), arXiv:1706.03762,
+    with rotary positions.
+
+    Positions turn the first `partial_rotary_factor` of a head's channels; `rope_theta=None` leaves
+    them out. `qk_norm` norms q and k per head, "all_heads" over all heads at once. `output_gate`
+    multiplies o by a sigmoid gate that W_q holds beside each head's query.
+    `max_position_embeddings` is kept for configs; no length is refused.
+
+    Example:
+        >>> Attention(hidden_size=64, num_heads=4, num_kv_heads=2)(torch.randn(2, 10, 64))[0].shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        num_heads: int = 32,
+        num_kv_heads: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool | str = False,
+        window_size: int | None = None,
+        rope_theta: float | None = 10000.0,
+        max_position_embeddings: int | None = None,
+        layer_idx: int | None = None,
+        qk_norm_eps: float = 1e-5,
+        head_dim: int | None = None,
+        partial_rotary_factor: float = 1.0,
+        output_gate: bool = False,
+    ):
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        if (head_dim is None and hidden_size % num_heads) or num_heads % num_kv_heads:
+            raise ValueError(
+                f"Attention: hidden_size={hidden_size} must be a multiple of "
+                f"num_heads={num_heads}, and that of "
+                f"num_kv_heads={num_kv_heads}"
+            )
+        if qk_norm not in (False, True, "all_heads"):
+            raise ValueError(
+                f"Attention: qk_norm is {qk_norm!r}; expected False, True or 'all_heads'"
+            )
+        if window_size is not None and window_size < 1:
+            raise ValueError(
+                f"Attention: window_size is {window_size}; expected at least 1 or None"
+            )
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim, self.window_size, self.layer_idx = (
+            head_dim or hidden_size // num_heads,
+            window_size,
+            layer_idx,
+        )
+        self.max_position_embeddings = max_position_embeddings
+        kv_dim, width = num_kv_heads * self.head_dim, num_heads * self.head_dim
+        self.output_gate = output_gate
+        self.q_proj = nn.Linear(hidden_size, width * (1 + output_gate), bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, kv_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, kv_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(width, hidden_size, bias=False)
+        if qk_norm:
+            widths = (width, kv_dim) if qk_norm == "all_heads" else (self.head_dim,) * 2
+            self.q_norm, self.k_norm = (RMSNorm(n, eps=qk_norm_eps) for n in widths)
+        self.qk_norm = qk_norm
+        turned = int(self.head_dim * partial_rotary_factor)
+        self.rotary = None if rope_theta is None else RotaryEmbedding(turned, base=rope_theta)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q `[B, T, num_heads, head_dim]`, and k, v `[B, T, num_kv_heads, head_dim]`."""
+        maps = (self.q_proj, self.k_proj, self.v_proj)
+        return tuple(proj(x).unflatten(-1, (-1, self.head_dim)) for proj in maps)
+
+    def mix(self, x: Tensor, layout: SequenceLayout, cache, shared) -> Tensor:
+        q, k, v = self.project(x)
+        gate = None
+        if self.output_gate:
+            q, gate = q.unflatten(-2, (self.num_heads, 2)).unbind(-2)
+        if self.qk_norm == "all_heads":
+            q = self.q_norm(q.flatten(-2)).view_as(q)
+            k = self.k_norm(k.flatten(-2)).view_as(k)
+        elif self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            q, k = self.rotary(q, k, positions=layout.positions(x.device))
+        if cache is not None:
+            o = layout.pack(self._look(layout.unpack(q), *self._remember(k, v, layout, cache)))
+        else:
+            o = self._sequences(q, k, v, layout)
+        o = o if gate is None else o * gate.sigmoid()
+        return self.o_proj(o.flatten(-2))

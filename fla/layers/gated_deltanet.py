@@ -19,7 +19,7 @@ class GatedDeltaNet(RecurrentMixer):
         o = W_o (rms_norm(gated_delta_rule(q/|q|, k/|k|, v, g, beta)) * silu(W_g x))
 
     q and k have num_heads heads of head_dim, v has num_v_heads of head_dim * expand_v.
-    `allow_neg_eigval` doubles beta.
+    `allow_neg_eigval` doubles beta. `o_norm_eps` is the output norm's where it is not `norm_eps`.
 
     Example:
         >>> layer = GatedDeltaNet(hidden_size=64, head_dim=16, num_heads=2)
@@ -45,6 +45,7 @@ class GatedDeltaNet(RecurrentMixer):
         conv_bias: bool = False,
         layer_idx: int | None = None,
         norm_eps: float = 1e-5,
+        o_norm_eps: float | None = None,
     ):
         super().__init__()
         self.mode, self.layer_idx = check_mode("GatedDeltaNet", mode), layer_idx
@@ -69,11 +70,12 @@ class GatedDeltaNet(RecurrentMixer):
             self.q_conv1d = ShortConvolution(key_dim, conv_size, bias=conv_bias)
             self.k_conv1d = ShortConvolution(key_dim, conv_size, bias=conv_bias)
             self.v_conv1d = ShortConvolution(value_dim, conv_size, bias=conv_bias)
+        eps = norm_eps if o_norm_eps is None else o_norm_eps
         if use_gate:
             self.g_proj = nn.Linear(hidden_size, value_dim, bias=False)
-            self.o_norm = FusedRMSNormGated(self.head_v_dim, eps=norm_eps)
+            self.o_norm = FusedRMSNormGated(self.head_v_dim, eps=eps)
         else:
-            self.o_norm = RMSNorm(self.head_v_dim, eps=norm_eps)
+            self.o_norm = RMSNorm(self.head_v_dim, eps=eps)
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
 
     def initial_values(self) -> dict[str, Tensor]:

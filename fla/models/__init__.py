@@ -45,6 +45,7 @@ from fla.models.mamba import MambaConfig, MambaForCausalLM, MambaModel
 from fla.models.mamba2 import Mamba2Config, Mamba2ForCausalLM, Mamba2Model
 from fla.models.mamba3 import Mamba3Config, Mamba3ForCausalLM, Mamba3Model
 from fla.models.mesa_net import MesaNetConfig, MesaNetForCausalLM, MesaNetModel
+from fla.models.mla import MLAConfig, MLAForCausalLM, MLAModel
 from fla.models.mom import MomConfig, MomForCausalLM, MomModel
 from fla.models.precond_gated_deltanet import (
     PrecondGatedDeltaNetConfig,
@@ -55,6 +56,7 @@ from fla.models.precond_kda import PrecondKDAConfig, PrecondKDAForCausalLM, Prec
 from fla.models.raven import RavenConfig, RavenForCausalLM, RavenModel
 from fla.models.retnet import RetNetConfig, RetNetForCausalLM, RetNetModel
 from fla.models.rodimus import RodimusConfig, RodimusForCausalLM, RodimusModel
+from fla.models.rwkv4 import RWKV4Config, RWKV4ForCausalLM, RWKV4Model
 from fla.models.rwkv6 import RWKV6Config, RWKV6ForCausalLM, RWKV6Model
 from fla.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM, RWKV7Model
 from fla.models.samba import SambaConfig, SambaForCausalLM, SambaModel
@@ -111,6 +113,9 @@ __all__ = [
     "LogLinearMamba2Config",
     "LogLinearMamba2ForCausalLM",
     "LogLinearMamba2Model",
+    "MLAConfig",
+    "MLAForCausalLM",
+    "MLAModel",
     "Mamba2Config",
     "Mamba2ForCausalLM",
     "Mamba2Model",
@@ -132,6 +137,9 @@ __all__ = [
     "PrecondKDAConfig",
     "PrecondKDAForCausalLM",
     "PrecondKDAModel",
+    "RWKV4Config",
+    "RWKV4ForCausalLM",
+    "RWKV4Model",
     "RWKV6Config",
     "RWKV6ForCausalLM",
     "RWKV6Model",

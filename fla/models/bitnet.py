@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """BitNet b1.58, arXiv:2402.17764: a transformer whose attention projects with ternary weights."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fla.layers import BitAttention
 from fla.models.decoder import DecoderForCausalLM, DecoderModel, register
@@ -14,14 +14,11 @@ class BitNetConfig(TransformerConfig):
     model_type = "bitnet"
     attention: ClassVar = BitAttention
 
-    def attention_spec(self, layer_idx: int) -> dict[str, Any]:
-        spec = super().attention_spec(layer_idx)
-        del spec["qk_norm_eps"]
-        absent = dict(qkv_bias=False, qk_norm=False, head_dim=None, output_gate=False)
-        for name, default in (absent | {"partial_rotary_factor": 1.0}).items():
-            if spec.pop(name) != default:
+    def __post_init__(self, **kwargs):
+        for name in ("qkv_bias", "qk_norm", "head_dim", "output_gate", "partial_rotary_factor"):
+            if getattr(self, name) != getattr(TransformerConfig, name):
                 raise ValueError(f"BitNetConfig: {name} is not part of BitAttention; drop it")
-        return spec | {"norm_eps": self.norm_eps}
+        super().__post_init__(**kwargs)
 
 
 class BitNetModel(DecoderModel):

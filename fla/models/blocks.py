@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fla.layers.rwkv4 import RWKV4FeedForward
 from fla.layers.rwkv6 import RWKV6FeedForward
 from fla.layers.rwkv7 import RWKV7FeedForward
 from fla.models.config import DecoderConfig
@@ -109,6 +110,10 @@ class RWKVBlock(GradientCheckpointingLayer):
         if cache is not None:
             cache.write_extra(i, "ffn", last)
         return residual + y
+
+
+class RWKV4Block(RWKVBlock):
+    feed_forward = RWKV4FeedForward
 
 
 class RWKV6Block(RWKVBlock):

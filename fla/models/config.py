@@ -3,25 +3,24 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
 from fla.layers.attn import Attention
+from fla.layers.mla import MultiheadLatentAttention
+from fla.modules.moe import Experts
 
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
-ATTENTION_FIELDS = (
-    "num_heads",
-    "num_kv_heads",
-    "qkv_bias",
-    "qk_norm",
-    "qk_norm_eps",
-    "window_size",
-    "rope_theta",
-    "head_dim",
-    "partial_rotary_factor",
-    "output_gate",
-)
+ATTENTIONS: dict[str, Any] = {"softmax": Attention, "mla": MultiheadLatentAttention}
+OF_THE_MODEL = {"hidden_size", "max_position_embeddings", "layer_idx"}
+
+
+def attention_fields(attention: Any) -> dict[str, Any]:
+    """The constructor arguments of an attention layer that describe it, with their defaults."""
+    arguments = inspect.signature(attention).parameters.values()
+    return {a.name: a.default for a in arguments if a.name not in OF_THE_MODEL}
 
 
 class DecoderConfig(PretrainedConfig):
@@ -29,9 +28,12 @@ class DecoderConfig(PretrainedConfig):
 
     `layer_types[i]` is "linear_attention" (the architecture's own mixer), "full_attention" or
     "sliding_attention". `attn` describes the attention layers: a dictionary with the arguments of
-    `fla.layers.Attention`, num_heads first; the older form also names its `layers` (and may be a
-    list of such dictionaries), and is translated into `layer_types`. `fuse_norm` is accepted so
-    that published configs load.
+    `fla.layers.Attention`, num_heads first, or with `kind="mla"` those of
+    `MultiheadLatentAttention`; the older form also names its `layers` (and may be a list of such
+    dictionaries), and is translated into `layer_types`. `moe` describes mixtures of experts in the
+    place of MLPs: a dictionary with the fields of `fla.modules.moe.Experts`, and `layers` where not
+    all have one. Layers of the types in `norm_after` norm what their mixer and MLP return, not what
+    they read. `fuse_norm` is accepted so that published configs load.
     """
 
     mixer: ClassVar[Any] = None
@@ -49,6 +51,8 @@ class DecoderConfig(PretrainedConfig):
     norm_eps: float = 1e-6
     layer_types: list[str] | None = None
     attn: dict | list | None = None
+    moe: dict | None = None
+    norm_after: list[str] | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
@@ -66,8 +70,15 @@ class DecoderConfig(PretrainedConfig):
             if theirs in kwargs:
                 setattr(self, ours, kwargs.pop(theirs))
         self.layer_types = self._resolve_layer_types()
+        self.experts(0)
+        wrong = set(self.norm_after or ()) - set(LAYER_TYPES)
+        if wrong:
+            raise ValueError(
+                f"{type(self).__name__}: norm_after holds {sorted(wrong)}; expected some of "
+                f"{', '.join(LAYER_TYPES)}"
+            )
         windows = {
-            self.attention_spec(i)["window_size"]
+            self.attention_at(i)[1]["window_size"]
             for i, kind in enumerate(self.layer_types)
             if kind == "sliding_attention"
         }
@@ -83,11 +94,17 @@ class DecoderConfig(PretrainedConfig):
         name, specs = type(self).__name__, self.attn if isinstance(self.attn, list) else [self.attn]
         specs = [spec for spec in specs if spec is not None]
         for spec in specs:
-            unknown = set(spec) - {"layers", *ATTENTION_FIELDS}
+            kind = spec.get("kind", "softmax")
+            if kind not in ATTENTIONS:
+                raise ValueError(
+                    f"{name}: attn['kind'] is {kind!r}; expected one of {', '.join(ATTENTIONS)}"
+                )
+            known = ["layers", "kind", *attention_fields(ATTENTIONS[kind])]
+            unknown = set(spec) - set(known)
             if unknown:
                 raise ValueError(
-                    f"{name}: attn has unknown fields {sorted(unknown)}; expected layers, "
-                    f"{', '.join(ATTENTION_FIELDS)}"
+                    f"{name}: attn has unknown fields {sorted(unknown)}; expected "
+                    f"{', '.join(known)}"
                 )
         return specs
 
@@ -120,40 +137,49 @@ class DecoderConfig(PretrainedConfig):
                 kinds[i] = "sliding_attention" if spec.get("window_size") else "full_attention"
         return kinds
 
-    def attention_spec(self, layer_idx: int) -> dict[str, Any]:
-        """The arguments of the `Attention` at a layer: from the `attn` entry that names it, else
+    def experts(self, layer_idx: int) -> Experts | None:
+        """The mixture of experts at a layer; None where it has a plain MLP."""
+        spec = dict(self.moe or {})
+        layers = spec.pop("layers", range(self.num_hidden_layers))
+        if not set(layers) <= set(range(self.num_hidden_layers)):
+            raise ValueError(
+                f"{type(self).__name__}: moe['layers'] is {list(layers)}; expected numbers from 0 "
+                f"to {self.num_hidden_layers - 1}"
+            )
+        options = Experts.of(spec) if spec else None
+        return options if layer_idx in layers else None
+
+    def attention_at(self, layer_idx: int) -> tuple[Any, dict[str, Any]]:
+        """The attention of a layer and its arguments: from the `attn` entry that names it, else
         the only entry, else the config's own fields.
         """
         specs = self._specs()
         named = [spec for spec in specs if layer_idx in spec.get("layers", ())]
-        spec = (named or [spec for spec in specs if "layers" not in spec] or [{}])[0]
-        defaults = {
-            "num_heads": getattr(self, "num_heads", None),
-            "num_kv_heads": None,
-            "qkv_bias": False,
-            "qk_norm": False,
-            "qk_norm_eps": 1e-5,
-            "window_size": None,
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 1.0,
-            "output_gate": False,
-        }
-        if self.default_layer_type != "linear_attention" or any("head_dim" in s for s in specs):
-            defaults["head_dim"] = None  # elsewhere a head_dim is the mixer's
-        if not specs and self.default_layer_type != "linear_attention":
-            defaults |= {key: getattr(self, key) for key in defaults}
-        spec = defaults | {key: value for key, value in spec.items() if key != "layers"}
-        if spec.get("head_dim") is None and self.hidden_size % spec["num_heads"]:
+        spec = dict((named or [spec for spec in specs if "layers" not in spec] or [{}])[0])
+        attention = ATTENTIONS[spec.pop("kind")] if "kind" in spec else self.attention
+        spec.pop("layers", None)
+        own = self.default_layer_type != "linear_attention"
+        values = attention_fields(attention)
+        if own and not specs:
+            values = {name: getattr(self, name, default) for name, default in values.items()}
+        elif "num_heads" not in spec:
+            values["num_heads"] = getattr(self, "num_heads", None)
+        values |= spec
+        self._check_attention(layer_idx, values)
+        if self.layer_types[layer_idx] == "full_attention":
+            values["window_size"] = None
+        return attention, values
+
+    def _check_attention(self, layer_idx: int, values: dict[str, Any]) -> None:
+        name, heads = type(self).__name__, values["num_heads"]
+        split = "kv_lora_rank" not in values and values.get("head_dim") is None
+        if heads is None or (split and self.hidden_size % heads):
             raise ValueError(
-                f"{type(self).__name__}: attention layer {layer_idx} has "
-                f"num_heads={spec['num_heads']}, which does not "
+                f"{name}: attention layer {layer_idx} has num_heads={heads}, which does not "
                 f"divide hidden_size={self.hidden_size}; give attn={{'num_heads': ...}}"
             )
-        if self.layer_types[layer_idx] == "sliding_attention" and not spec["window_size"]:
+        if self.layer_types[layer_idx] == "sliding_attention" and not values["window_size"]:
             raise ValueError(
-                f"{type(self).__name__}: layer {layer_idx} is sliding_attention without a window; "
+                f"{name}: layer {layer_idx} is sliding_attention without a window; "
                 "give attn={'window_size': ...}"
             )
-        if self.layer_types[layer_idx] == "full_attention":
-            spec["window_size"] = None
-        return spec

@@ -32,6 +32,7 @@ from fla.models.utils import Cache
 from fla.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss, GatedMLP, RMSNorm
 from fla.modules.feature_map import HedgehogFeatureMap
 from fla.modules.l2warp import l2_warp
+from fla.modules.moe import ExpertMLPs, MixtureOfExperts
 from fla.ops.engine.layout import SequenceLayout
 
 IGNORE = -100
@@ -46,25 +47,34 @@ def build_mixer(config: DecoderConfig, layer_idx: int) -> Mixer:
                 "must be attention"
             )
         return config.mixer.from_config(config, layer_idx)
-    spec = config.attention_spec(layer_idx)
-    return config.attention(config.hidden_size, **spec, layer_idx=layer_idx)
+    attention, values = config.attention_at(layer_idx)
+    return attention(config.hidden_size, **values, layer_idx=layer_idx)
 
 
 class Block(GradientCheckpointingLayer):
-    """`h + attn(attn_norm(h))`, then `h + mlp(mlp_norm(h))`; `layer_types` names the mixer."""
+    """`h + attn(attn_norm(h))`, then `h + mlp(mlp_norm(h))`, or `h + attn_norm(attn(h))` and
+    `h + mlp_norm(mlp(h))`, by `norm_after`; `layer_types` names the mixer, `moe` the MLP.
+    """
 
     def __init__(self, config: DecoderConfig, layer_idx: int):
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attn = build_mixer(config, layer_idx)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = GatedMLP(
-            config.hidden_size,
-            config.hidden_ratio,
-            config.intermediate_size,
-            config.hidden_act,
-            config.fuse_swiglu,
-        )
+        experts = config.experts(layer_idx)
+        self.sparse = experts is not None
+        self.mlp: nn.Module
+        if experts is not None:
+            self.mlp = MixtureOfExperts(config.hidden_size, experts)
+        else:
+            self.mlp = GatedMLP(
+                config.hidden_size,
+                config.hidden_ratio,
+                config.intermediate_size,
+                config.hidden_act,
+                config.fuse_swiglu,
+            )
+        self.norm_after = config.layer_types[layer_idx] in (config.norm_after or ())
 
     def forward(
         self,
@@ -73,11 +83,14 @@ class Block(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         shared: dict[str, Any] | None = None,
     ) -> Tensor:
-        mixed, _, _ = self.attn(
-            self.attn_norm(hidden), layout=layout, past_key_values=past_key_values, shared=shared
-        )
+        read = hidden if self.norm_after else self.attn_norm(hidden)
+        mixed, _, _ = self.attn(read, layout=layout, past_key_values=past_key_values, shared=shared)
+        to_experts = {"shared": shared} if self.sparse else {}
+        if self.norm_after:
+            hidden = hidden + self.attn_norm(mixed)
+            return hidden + self.mlp_norm(self.mlp(hidden, **to_experts))
         hidden, residual = self.mlp_norm(mixed, residual=hidden, prenorm=True)
-        return residual + self.mlp(hidden)
+        return residual + self.mlp(hidden, **to_experts)
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -89,12 +102,18 @@ class DecoderPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]  # noqa: RUF012
     _is_stateful = True  # a recurrent state cannot be cropped, which assisted decoding would need
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = {"correction_bias"}  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Mixer | HedgehogFeatureMap):
             for name, value in module.initial_values().items():
                 init.copy_(module.get_parameter(name), value)
+        elif isinstance(module, ExpertMLPs):
+            for weight in module.parameters():
+                init.normal_(weight, std=self.config.initializer_range)
+        elif isinstance(module, MixtureOfExperts) and hasattr(module, "correction_bias"):
+            init.zeros_(module.correction_bias)
 
     def resolve_layout(
         self,
@@ -134,6 +153,11 @@ class DecoderModel(DecoderPreTrainedModel):
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
+        if self.block is not Block and (config.moe or config.norm_after):
+            name = "moe" if config.moe else "norm_after"
+            raise ValueError(
+                f"{type(config).__name__}: {name} is not part of a {self.block.__name__}; drop it"
+            )
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(self.block(config, i) for i in range(config.num_hidden_layers))
         self.add_module(self.norm_name, self.last_norm(config))
@@ -150,8 +174,11 @@ class DecoderModel(DecoderPreTrainedModel):
         return {}
 
     def auxiliary_loss(self, shared: dict[str, Any]) -> Tensor | None:
-        """What joins the loss in training, from what the layers shared."""
-        return None
+        """What joins the loss in training, from what the layers shared: the mean of the experts'
+        load-balancing losses.
+        """
+        losses = shared.get("balance_losses")
+        return torch.stack(losses).mean() if losses else None
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings

@@ -23,6 +23,7 @@ class GatedDeltaNetConfig(DecoderConfig):
     head_dim: int = 256
     num_heads: int = 6
     num_v_heads: int | None = None
+    o_norm_eps: float | None = None
     num_hidden_layers: int = 21
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from fla.layers import MomAttention
 from fla.models.config import DecoderConfig
 from fla.models.decoder import DecoderForCausalLM, DecoderModel, register
+from fla.modules.moe import load_balance
 
 
 class MomConfig(DecoderConfig):
@@ -38,19 +39,12 @@ class MomModel(DecoderModel):
     config_class = MomConfig
 
     def auxiliary_loss(self, shared: dict[str, Any]) -> Tensor | None:
-        """`aux_loss_scale * M sum_m (share of choices that fell on m) (mean probability of m)`,
-        1 where all memories are used alike; mean over layers. Fedus et al. (2021),
-        arXiv:2101.03961.
-        """
-        layers = []
-        for logits in shared.get("router_logits", []):
-            p = logits.flatten(0, 1).float().softmax(-1)
-            chosen = torch.zeros_like(p).scatter(-1, p.topk(self.config.topk, -1).indices, 1.0)
-            layers.append((chosen.mean(0) * p.mean(0)).sum() / self.config.topk)
-        if not layers or not self.config.aux_loss_scale:
-            return None
-        scale = self.config.aux_loss_scale * self.config.num_memories
-        return scale * torch.stack(layers).mean()
+        """`aux_loss_scale` times the mean over layers of how unevenly memories are used."""
+        if not self.config.aux_loss_scale:
+            return super().auxiliary_loss(shared)
+        p = [logits.flatten(0, 1).float().softmax(-1) for logits in shared["router_logits"]]
+        layers = [load_balance(x, x.topk(self.config.topk, -1).indices) for x in p]
+        return self.config.aux_loss_scale * torch.stack(layers).mean()
 
 
 class MomForCausalLM(DecoderForCausalLM):

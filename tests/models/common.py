@@ -23,6 +23,24 @@ MODELS = {
         GatedDeltaNetConfig,
         GDN | dict(attn=dict(layers=[1], num_heads=4, num_kv_heads=2, window_size=4)),
     ),
+    "gated_deltanet-experts": (
+        GatedDeltaNetForCausalLM,
+        GatedDeltaNetConfig,
+        GDN
+        | dict(
+            attn=dict(layers=[1], num_heads=4, qk_norm="all_heads", output_gate=True),
+            norm_after=["full_attention"],
+            moe=dict(
+                layers=[1, 2],
+                num_experts=4,
+                top_k=2,
+                intermediate_size=16,
+                shared_size=8,
+                shared_gate=True,
+                balance_loss=0.01,
+            ),
+        ),
+    ),
     "delta_net": (DeltaNetForCausalLM, DeltaNetConfig, dict(num_heads=2)),
     "delta_net-hybrid": (
         DeltaNetForCausalLM,
@@ -33,6 +51,34 @@ MODELS = {
         TransformerForCausalLM,
         TransformerConfig,
         dict(num_heads=4, num_kv_heads=2, qk_norm=True),
+    ),
+    "transformer-window-latent": (
+        TransformerForCausalLM,
+        TransformerConfig,
+        dict(
+            attn=dict(
+                kind="mla",
+                num_heads=2,
+                window_size=4,
+                rope_theta=None,
+                q_lora_rank=None,
+                kv_lora_rank=8,
+                qk_rope_head_dim=4,
+                qk_nope_head_dim=8,
+                qk_head_dim=12,
+                v_head_dim=16,
+            ),
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            moe=dict(
+                num_experts=6,
+                top_k=2,
+                intermediate_size=16,
+                scoring="sigmoid",
+                num_groups=3,
+                top_groups=2,
+                scale=2.0,
+            ),
+        ),
     ),
     "transformer-window": (
         TransformerForCausalLM,
@@ -64,12 +110,22 @@ FAMILY = {
     "PrecondGatedDeltaNet": GDN,
     "PrecondKDA": GDN,
     "BitNet": dict(num_heads=4, num_kv_heads=2),
+    "MLA": dict(
+        num_heads=2,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        v_head_dim=12,
+        qk_nope_head_dim=8,
+        qk_head_dim=12,
+    ),
     "Mom": GDN | dict(num_memories=3, topk=2),
     "Raven": HEADS | dict(num_slots=8, topk=2, use_rope=True),
     "RetNet": HEADS,
     "Rodimus": dict(
         expand_ratio=8, tie_word_embeddings=False, ska_attn=dict(num_heads=4, window_size=4)
     ),
+    "RWKV4": {},
     "RWKV6": HEADS | dict(proj_low_rank_dim=4, gate_low_rank_dim=4),
     "RWKV7": dict(
         head_dim=16, decay_low_rank_dim=4, gate_low_rank_dim=4, a_low_rank_dim=4, v_low_rank_dim=4

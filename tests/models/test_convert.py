@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """transformers' own checkpoints as ours and back: equal logits, equal weights."""
 
+import copy
 import importlib
 import subprocess
 import sys
@@ -31,13 +32,39 @@ LLAMA = dict(
     num_key_value_heads=2,
 )
 SSM = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8)
+GDN = dict(
+    linear_num_key_heads=2,
+    linear_key_head_dim=8,
+    linear_num_value_heads=4,
+    linear_value_head_dim=16,
+    num_hidden_layers=4,
+)
+EXPERTS = dict(
+    num_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=20,
+    shared_expert_intermediate_size=24,
+)
+KIMI = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=20,
+    num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=4, num_local_experts=8,
+    num_experts_per_tok=3, n_shared_experts=2, n_group=4, topk_group=2, kv_lora_rank=12,
+    qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6, linear_head_dim=8, linear_num_heads=2,
+)  # fmt: skip
 MODELS = {
     "llama": ("Llama", LLAMA),
     "mistral": ("Mistral", LLAMA | dict(sliding_window=4)),
     "qwen2": ("Qwen2", LLAMA),
     "qwen3": ("Qwen3", LLAMA | dict(head_dim=16)),
-    "qwen3_5": ("Qwen3_5", LLAMA | dict(head_dim=16, linear_num_key_heads=2, linear_key_head_dim=8,
-        linear_num_value_heads=4, linear_value_head_dim=16, num_hidden_layers=4)),
+    "olmo2": ("Olmo2", LLAMA),
+    "qwen3_5": ("Qwen3_5", LLAMA | GDN | dict(head_dim=16)),
+    "qwen3_5_moe": ("Qwen3_5Moe", LLAMA | GDN | EXPERTS | dict(head_dim=16)),
+    "qwen3_next": ("Qwen3Next", LLAMA | GDN | EXPERTS | dict(head_dim=16, mlp_only_layers=[1])),
+    "olmo_hybrid": ("OlmoHybrid", LLAMA | GDN | dict(num_attention_heads=4)),
+    "olmo_hybrid-rope": ("OlmoHybrid", LLAMA | GDN | dict(rope_parameters=dict(rope_theta=1e4))),
+    "kimi_linear": ("KimiLinear", KIMI),
+    "kimi_linear-lora": ("KimiLinear", KIMI | dict(q_lora_rank=10, norm_topk_prob=False)),
+    "rwkv": ("Rwkv", dict(vocab_size=64, hidden_size=32, num_hidden_layers=2)),
     "mamba": ("Mamba", SSM | dict(time_step_rank=3, layer_norm_epsilon=1e-4)),
     "mamba2": ("Mamba2", SSM | dict(num_heads=4, head_dim=16, n_groups=1, time_step_limit=(0.0, 0.05))),
 }  # fmt: skip
@@ -46,13 +73,15 @@ MODELS = {
 def build(name):
     prefix, arguments = MODELS[name]
     # `import fla` puts our classes in the Auto mappings; these are transformers' own
-    text = "TextConfig" if name == "qwen3_5" else "Config"
+    text = "TextConfig" if name.startswith("qwen3_5") else "Config"
     config = getattr(transformers, prefix + text)(**arguments, pad_token_id=0)
     torch.manual_seed(0)
     model = getattr(transformers, prefix + "ForCausalLM")(config).eval()
-    for parameter in model.parameters():  # norms and biases that start at 0 or 1 would hide errors
-        if parameter.dim() == 1:
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    for x in model.state_dict().values():  # what starts at 0 or 1 alike would hide errors
+        if x.dim() == 1 or x.shape[:2] == (1, 1):
+            x.add_(0.1 * torch.randn_like(x))
+        elif x.std() == 0:
+            x.add_(0.5 * torch.randn_like(x))
     return model
 
 
@@ -130,10 +159,29 @@ def test_what_has_no_counterpart_is_refused():
     for config, message in [
         (transformers.GPT2Config(), "model_type 'gpt2' is not known"),
         (transformers.LlamaConfig(**LLAMA, attention_bias=True), "attention_bias"),
+        (transformers.KimiLinearConfig(**KIMI, attention_bias=True), "attention_bias"),
         (transformers.Mamba2Config(**SSM, num_heads=4, head_dim=16, n_groups=2), "n_groups is 2"),
     ]:
         with pytest.raises(ValueError, match=message):
             convert_config(config)
+
+
+def test_rwkv_that_is_rescaled_for_inference_is_refused():
+    theirs = build("rwkv")
+    theirs(ids(1, 3))
+    with pytest.raises(ValueError, match="divided weights by powers of 2"):
+        convert_model(theirs)
+
+
+def test_experts_keep_their_load_balancing_loss():
+    arguments = MODELS["qwen3_next"][1] | dict(output_router_logits=True, mlp_only_layers=[0, 1, 2])
+    theirs = transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**arguments)).train()
+    ours, x = convert_model(theirs), ids(2, 9)
+    plain = copy.deepcopy(ours)
+    plain.eval()
+    want = theirs(x, labels=x).aux_loss * theirs.config.router_aux_loss_coef
+    assert want > 0
+    torch.testing.assert_close(ours(x, labels=x).loss - plain(x, labels=x).loss, want)
 
 
 def test_the_command_there_and_back(tmp_path):
