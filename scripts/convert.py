@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Convert a checkpoint folder of transformers' Llama, Mistral, Qwen2, Qwen3, Qwen3.5 (text, dense),
-Mamba or Mamba-2:
+"""Convert a checkpoint folder of transformers' Llama, Mistral, Qwen2, Qwen3, OLMo-2, Qwen3-Next,
+Qwen3.5 (text), OLMo-Hybrid, Kimi-Linear, Mamba, Mamba-2 or RWKV-4:
 
 python -m scripts.convert SOURCE TARGET          # to ours
 python -m scripts.convert OURS TARGET --like SOURCE    # back, with the config of SOURCE

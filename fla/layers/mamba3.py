@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mamba-3 (SISO): Lahoti et al. (2025), *Mamba-3*, ICLR 2026."""
+"""Mamba-3: Lahoti et al. (2025), *Mamba-3*, ICLR 2026."""
 
 import math
 
@@ -23,7 +23,11 @@ class Mamba3(RecurrentMixer):
         o = W_out (mamba3(x, softplus(dt + dt_bias), A, B, C, sigmoid(l), w, D) * silu(z))
 
     `rope_fraction` of the state's components turn. `is_outproj_norm` puts a gated RMSNorm before
-    W_out. MIMO is not built, and `chunk_size` is kept for published configs, as in `Mamba2`.
+    W_out. `chunk_size` is kept for published configs, as in `Mamba2`. With `is_mimo` x, z and what
+    is read have M = `mimo_rank` scaled copies, and B and C M heads' worth of channels:
+
+        x_m = x * mimo_x_m        y_m = mamba3(x, ...)_m * silu(z * mimo_z_m)
+        o = W_out sum_m y_m * mimo_o_m        with is_outproj_norm norm_m instead of silu
 
     Example:
         >>> Mamba3(hidden_size=64, head_dim=32, state_size=16)(torch.randn(2, 10, 64))[0].shape
@@ -35,6 +39,9 @@ class Mamba3(RecurrentMixer):
     B_bias: Tensor
     C_bias: Tensor
     D: Tensor
+    mimo_x: Tensor
+    mimo_z: Tensor
+    mimo_o: Tensor
 
     def __init__(
         self,
@@ -57,8 +64,8 @@ class Mamba3(RecurrentMixer):
         layer_idx: int | None = None,
     ):
         super().__init__()
-        if is_mimo:
-            raise ValueError("Mamba3: is_mimo is not supported; leave it False (SISO)")
+        self.rank = mimo_rank if is_mimo else 1
+        self.is_mimo = is_mimo
         if rope_fraction not in (0.5, 1.0):
             raise ValueError(f"Mamba3: rope_fraction is {rope_fraction}; expected 0.5 or 1.0")
         width = expand * hidden_size
@@ -68,7 +75,7 @@ class Mamba3(RecurrentMixer):
         self.state_size, self.A_floor = state_size, A_floor
         self.steps = (dt_min, dt_max, dt_init_floor)
         self.num_angles = int(state_size * rope_fraction) // 2
-        states = n_groups * state_size
+        states = n_groups * state_size * self.rank
         self.sizes = [width, width, states, states, *[self.num_heads] * 3, self.num_angles]
         self.in_proj = nn.Linear(hidden_size, sum(self.sizes), bias=use_bias)
         register(self)
@@ -79,27 +86,38 @@ class Mamba3(RecurrentMixer):
         self.out_proj = nn.Linear(width, hidden_size, bias=use_bias)
 
     def initial_values(self) -> dict[str, Tensor]:
-        """Steps log-uniform between dt_min and dt_max; biases and D are 1."""
+        """Steps log-uniform between dt_min and dt_max; biases and D are 1; MIMO starts as copies
+        whose sum is one head.
+        """
         low, high, floor = self.steps
         heads = self.num_heads
         dt = torch.empty(heads).uniform_(math.log(low), math.log(high)).exp().clamp_min(floor)
-        return {
+        values = {
             "dt_bias": dt + torch.log(-torch.expm1(-dt)),
-            "B_bias": torch.ones(heads, 1, self.state_size),
-            "C_bias": torch.ones(heads, 1, self.state_size),
+            "B_bias": torch.ones(heads, self.rank, self.state_size),
+            "C_bias": torch.ones(heads, self.rank, self.state_size),
             "D": torch.ones(heads),
         }
+        if self.is_mimo:
+            copies = torch.ones(heads, self.rank, self.head_dim)
+            values |= {"mimo_x": copies / self.rank, "mimo_z": copies.clone()}
+            values["mimo_o"] = copies / self.rank
+        return values
 
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         z, u, B, C, dt, A, trap, angles = self.in_proj(x).split(self.sizes, -1)
-        u = u.unflatten(-1, (self.num_heads, self.head_dim))
+        u, z = (y.unflatten(-1, (self.num_heads, self.head_dim)) for y in (u, z))
         B, C = (
-            norm(y.unflatten(-1, (self.n_groups, -1))).repeat_interleave(
+            norm(y.unflatten(-1, (self.n_groups, self.rank, -1))).repeat_interleave(
                 self.num_heads // self.n_groups, 2
             )
-            + bias.squeeze(1)
+            + bias
             for y, norm, bias in ((B, self.B_norm, self.B_bias), (C, self.C_norm, self.C_bias))
         )
+        if self.is_mimo:
+            u, z = u.unsqueeze(3) * self.mimo_x, z.unsqueeze(3) * self.mimo_z
+        else:
+            B, C = B.squeeze(3), C.squeeze(3)
         turn = (math.pi * wide(angles).tanh()).unsqueeze(2).expand(-1, -1, self.num_heads, -1)
         rule = fused_recurrent_mamba3 if x.shape[1] == 1 else chunk_mamba3
         y, state = rule(
@@ -113,6 +131,12 @@ class Mamba3(RecurrentMixer):
             self.D,
             **context.sequences,
         )
-        y = y.flatten(-2)
-        y = y * F.silu(z) if self.norm is None else self.norm(y, z)
-        return self.out_proj(y), context.after(state)
+        if self.norm is None:
+            y = y * F.silu(z)
+        elif self.is_mimo:
+            y, z = (part.transpose(2, 3).flatten(-2) for part in (y, z))
+            y = self.norm(y, z).unflatten(-1, (self.num_heads, -1)).transpose(2, 3)
+        else:
+            y = self.norm(y.flatten(-2), z.flatten(-2)).unflatten(-1, (self.num_heads, -1))
+        y = (y * self.mimo_o).sum(3) if self.is_mimo else y
+        return self.out_proj(y.flatten(-2)), context.after(state)

@@ -2,22 +2,23 @@
 r"""# Mamba-3: trapezoidal steps and a state that rotates
 
 Lahoti et al. (2025), *Mamba-3: Improved Sequence Modeling using State Space Principles*,
-ICLR 2026; on Mamba-2, arXiv:2405.21060. One input and one output a head (SISO).
+ICLR 2026; on Mamba-2, arXiv:2405.21060. One input and one output a head (SISO), or M of each
+(MIMO), which share the state:
 
-    S_t = a_t S_{t-1} + (1 - l_t) d_t a_t B_{t-1} x_{t-1}^T + l_t d_t B_t x_t^T
-    a_t = exp(d_t A_t)        o_t = S_t^T C_t + D x_t
+    S_t = a_t S_{t-1} + sum_m (1 - l_t) d_t a_t B_{t-1,m} x_{t-1,m}^T + l_t d_t B_{t,m} x_{t,m}^T
+    a_t = exp(d_t A_t)        o_{t,m} = S_t^T C_{t,m} + D x_{t,m}
 
 with B and C turned by the angles `theta_t = sum_{s <= t} d_s w_s` (rotary embedding that follows
 the data): components 2j and 2j + 1 by the j-th.
 
 | symbol | argument | shape |
 |---|---|---|
-| x | `x` | `[B, T, H, V]` |
+| x | `x` | `[B, T, H, V]`, or `[B, T, H, M, V]` |
 | d, A, l | `dt`, `A`, `trap` | `[B, T, H]`: step > 0, rate <= 0, trapezoidal weight in [0, 1] |
-| B, C | `B`, `C` | `[B, T, H, K]` |
+| B, C | `B`, `C` | `[B, T, H, K]`, or `[B, T, H, M, K]` |
 | w | `angles` | `[B, T, H, R]`, 2 R <= K; the rest of K does not turn |
 | D | `D` | `[H]` |
-| theta, S, B, x | `initial_state`, result | `[N, H, R]`, `[N, H, K, V]`, `[N, H, K]`, `[N, H, V]` |
+| theta, S, B, x | `initial_state`, result | `[N, H, R]`, `[N, H, K, V]`, and B, x of one token |
 
 The state holds the last token's turned B and its x, which the next token's trapezoid writes.
 
@@ -25,6 +26,7 @@ Numerics: as `simple_gla`; angles are summed in fp64 and kept within (-pi, pi].
 
 On the one equation: scalar decay, no erase. Token j is written with weight `l_j d_j` plus the
 `(1 - l) d` of the token after it, and read by that token's successors; its own read is separate.
+MIMO runs the M writes of a token one after the other, of which the first alone decays.
 """
 
 import math
@@ -62,23 +64,31 @@ def naive_recurrent_mamba3(
     output_final_state: bool = False,
 ) -> tuple[Tensor, State | None]:
     """The equation, token by token, without the skip D."""
-    N, T, H, K = B.shape
+    siso = x.dim() == 4
+    if siso:
+        x, B, C = (y.unsqueeze(3) for y in (x, B, C))
+    N, T, H, M, K = B.shape
     if initial_state is None:
         theta, S = x.new_zeros(N, H, angles.shape[-1]), x.new_zeros(N, H, K, x.shape[-1])
-        B_last, x_last = x.new_zeros(N, H, K), x.new_zeros(N, H, x.shape[-1])
+        B_last, x_last = x.new_zeros(N, H, M, K), x.new_zeros(N, H, M, x.shape[-1])
     else:
-        theta, S, B_last, x_last = initial_state
+        theta, S = initial_state[:2]
+        B_last, x_last = (y.view(N, H, M, -1) for y in initial_state[2:])
     out = []
     for t in range(T):
-        d, a, l = dt[:, t, :, None], (dt[:, t] * A[:, t]).exp(), trap[:, t, :, None]  # noqa: E741
-        theta = theta + d * angles[:, t]
-        B_t, C_t = rotate(B[:, t], theta), rotate(C[:, t], theta)
-        before = torch.einsum("bhk,bhv->bhkv", (1 - l) * d * a[..., None] * B_last, x_last)
-        S = a[..., None, None] * S + before + torch.einsum("bhk,bhv->bhkv", l * d * B_t, x[:, t])
-        out.append(torch.einsum("bhkv,bhk->bhv", S, C_t))
+        d, l = (y[:, t, :, None, None] for y in (dt, trap))  # noqa: E741
+        a = (d * A[:, t, :, None, None]).exp()
+        theta = theta + dt[:, t, :, None] * angles[:, t]
+        B_t, C_t = (rotate(y[:, t], theta[:, :, None]) for y in (B, C))
+        before = torch.einsum("bhmk,bhmv->bhkv", (1 - l) * d * a * B_last, x_last)
+        S = a * S + before + torch.einsum("bhmk,bhmv->bhkv", l * d * B_t, x[:, t])
+        out.append(torch.einsum("bhkv,bhmk->bhmv", S, C_t))
         B_last, x_last = B_t, x[:, t]
     theta = torch.remainder(theta + math.pi, 2 * math.pi) - math.pi
-    return torch.stack(out, 1), (theta, S, B_last, x_last) if output_final_state else None
+    o = torch.stack(out, 1)
+    if siso:
+        o, B_last, x_last = o.squeeze(3), B_last.squeeze(2), x_last.squeeze(2)
+    return o, (theta, S, B_last, x_last) if output_final_state else None
 
 
 def _turned(
@@ -89,7 +99,8 @@ def _turned(
     total = total + repeat_rows(theta.double(), turn.shape[1], cu_seqlens)
     total = torch.remainder(total + math.pi, 2 * math.pi) - math.pi
     last = lasts(total, theta.double(), cu_seqlens).to(turn.dtype)
-    return rotate(B, total).to(B.dtype), rotate(C, total).to(C.dtype), last
+    each = total.unsqueeze(3)
+    return rotate(B, each).to(B.dtype), rotate(C, each).to(C.dtype), last
 
 
 def _mamba3(
@@ -100,7 +111,10 @@ def _mamba3(
     state: State | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, State | None]:
-    axes = dict(x="B T H V", dt="B T H", A="B T H", B="B T H K", C="B T H K", trap="B T H")
+    ranks = sorted(getattr(tensors[n], "ndim", 0) for n in "xBC")
+    m = " M" if ranks[1] == 5 else ""
+    axes = dict(x=f"B T H{m} V", dt="B T H", A="B T H", B=f"B T H{m} K", C=f"B T H{m} K")
+    axes["trap"] = "B T H"
     specs: Any = {n: (tensors[n], a) for n, a in axes.items()}
     sizes = check_tensors(op, **specs, angles=(tensors["angles"], "B T H R"), D=(D, "H"))
     if 2 * sizes["R"] > sizes["K"]:
@@ -111,30 +125,73 @@ def _mamba3(
     N = check_sequences(op, sizes["B"], cu_seqlens, None)
     state = _state(op, N, sizes, tensors, state)
     x, dt, A, B, C, trap, angles = (wide(y) for y in tensors.values())
+    if not m:
+        x, B, C = (y.unsqueeze(3) for y in (x, B, C))
     keys, queries, theta = _turned(B, C, dt.unsqueeze(-1) * angles, state[0], cu_seqlens)
     ahead = (1 - trap) * dt  # what a token writes of the one before it
     first = starts(ahead.flip(1), ahead.new_zeros(N, sizes["H"]), _flipped(cu_seqlens, x)).flip(1)
     entering = lasts(ahead.flip(1), ahead.new_zeros(N, sizes["H"]), _flipped(cu_seqlens, x))
     entering = entering if cu_seqlens is None else entering.flip(0)
-    carried = torch.einsum("nhk,nhv->nhkv", entering.unsqueeze(-1) * state[2], state[3])
-    g = dt * A
+    _, S_0, B_0, x_0 = state
+    B_0, x_0 = (y.view(N, sizes["H"], x.shape[3], -1) for y in (B_0, x_0))
+    carried = torch.einsum("nh,nhmk,nhmv->nhkv", entering, B_0, x_0)
+    g, now = dt * A, trap * dt
+    o, S = _run(
+        op,
+        options,
+        (queries, keys, (now + first)[..., None, None] * x, g),
+        S_0 + carried,
+        cu_seqlens,
+    )
+    o = o + _own(queries, keys, x, now, first)
+    o = o if D is None else o + wide(D)[:, None, None] * x
+    last_B, last_x = lasts(keys, B_0, cu_seqlens), lasts(x, x_0, cu_seqlens)
+    if not m:
+        o, last_B, last_x = o.squeeze(3), last_B.squeeze(2), last_x.squeeze(2)
+    o = o.to(tensors["x"].dtype)
+    return o, None if S is None else (theta, S, last_B, last_x)
+
+
+def _run(
+    op: str,
+    options: Options,
+    inputs: tuple[Tensor, ...],
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence on `[B, T, H, M, .]`: M steps a token, read before each write."""
+    M, T = inputs[0].shape[3], inputs[0].shape[1]
+    q, k, v = (y.transpose(2, 3).flatten(1, 2) for y in inputs[:3])
+    g = inputs[3]
+    if M > 1:
+        rest = g.new_zeros(*g.shape[:2], M - 1, g.shape[2])
+        g = torch.cat([g.unsqueeze(2), rest], 2).flatten(1, 2)
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens * M
     o, S = run(
         op,
         options,
-        queries * g.exp().unsqueeze(-1),
-        keys,
-        (trap * dt + first).unsqueeze(-1) * x,
+        q * g.exp().unsqueeze(-1),
+        k,
+        v,
         g=g,
-        initial_state=state[1] + carried,
+        initial_state=state,
         cu_seqlens=cu_seqlens,
         names={"q": "C", "k": "B", "v": "x"},
     )
-    own = (queries * keys).sum(-1, keepdim=True) * (trap * dt).unsqueeze(-1)
-    o = o + (own if D is None else own + wide(D).unsqueeze(-1)) * x
-    o = o.to(tensors["x"].dtype)
-    if S is None:
-        return o, None
-    return o, (theta, S, lasts(keys, state[2], cu_seqlens), lasts(x, state[3], cu_seqlens))
+    return o.unflatten(1, (T, M)).transpose(2, 3), S
+
+
+def _own(queries: Tensor, keys: Tensor, x: Tensor, now: Tensor, first: Tensor) -> Tensor:
+    """What a token reads of its own writes, which count `now`, less what the steps before a step
+    have written, which counts `now + first`.
+    """
+    M = x.shape[3]
+    if M == 1:
+        return (queries * keys).sum(-1, keepdim=True) * now[..., None, None] * x
+    weight = now[..., None, None] - (now + first)[..., None, None] * torch.ones(
+        M, M, dtype=x.dtype, device=x.device
+    ).tril(-1)
+    return (torch.einsum("bthmk,bthnk->bthmn", queries, keys) * weight) @ x
 
 
 def _flipped(cu_seqlens: Tensor | None, x: Tensor) -> Tensor | None:
@@ -145,7 +202,8 @@ def _state(
     op: str, N: int, sizes: dict[str, int], tensors: dict[str, Tensor], state: State | None
 ) -> State:
     """The state as given, or zeros; or `ValueError`."""
-    axes = (("H", "R"), ("H", "K", "V"), ("H", "K"), ("H", "V"))
+    each = ("H", "M") if "M" in sizes else ("H",)
+    axes = (("H", "R"), ("H", "K", "V"), (*each, "K"), (*each, "V"))
     shapes = [(N, *(sizes[a] for a in names)) for names in axes]
     if state is None:
         like = wide(tensors["x"])
@@ -181,6 +239,9 @@ def chunk_mamba3(
         >>> dt, A, trap = torch.rand(3, 1, 100, 2).unbind()
         >>> chunk_mamba3(x, dt, -A, B, C, trap, angles=torch.randn(1, 100, 2, 4))[0].shape
         torch.Size([1, 100, 2, 16])
+        >>> mimo = [y.unsqueeze(3).expand(-1, -1, -1, 3, -1) for y in (x, B, C)]
+        >>> chunk_mamba3(mimo[0], dt, -A, *mimo[1:], trap, torch.randn(1, 100, 2, 4))[0].shape
+        torch.Size([1, 100, 2, 3, 16])
     """
     options = Options(
         1.0, output_final_state, read_before=True, chunk_size=chunk_size, backend=backend

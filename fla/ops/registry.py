@@ -51,7 +51,7 @@ Inputs = dict[str, Tensor]
 Equation = Callable[[Inputs], dict[str, Any]]
 
 QKV = dict(q="B T H K", k="B T H K unit", v="B T HV V")
-SIZES = dict(M=9, D=16, R=2, L=10, n=2)  # axes that not every operator has
+SIZES = dict(M=9, D=16, R=2, L=10, Q=2, n=2)  # axes that not every operator has
 SIZES |= {"1": 1, "3": 3}
 
 
@@ -533,6 +533,24 @@ OPS = [
             angles="B T H R",
         ),
         state=dict(initial_state=("N H R", "N H K V", "N H K", "N H V")),
+    ),
+    OpCase(
+        "mamba3",
+        "Mamba-3, MIMO",
+        "arXiv:2405.21060",
+        mamba3.chunk_mamba3,
+        mamba3.fused_recurrent_mamba3,
+        mamba3.naive_recurrent_mamba3,
+        dict(
+            x="B T H Q V",
+            dt="B T H rate",
+            A="B T H negative",
+            B="B T H Q K",
+            C="B T H Q K",
+            trap="B T H rate",
+            angles="B T H R",
+        ),
+        state=dict(initial_state=("N H R", "N H K V", "N H Q K", "N H Q V")),
     ),
     OpCase(
         "mlstm",

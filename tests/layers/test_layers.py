@@ -41,6 +41,7 @@ LAYERS = {
 HEADS = dict(hidden_size=32, num_heads=2)
 GDN = HEADS | dict(head_dim=8)
 SSM = dict(hidden_size=32, head_dim=16, state_size=8)
+LATENT = dict(hidden_size=32, num_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, v_head_dim=12, qk_nope_head_dim=8, qk_head_dim=12)  # fmt: skip
 FAMILY = {
     "ABCAttention": [HEADS | dict(num_slots=8), HEADS | dict(use_rope=False, use_input_gate=True,
         use_output_gate=False, use_short_conv=True, num_slots=4)],
@@ -68,7 +69,8 @@ FAMILY = {
     "Mamba": [dict(hidden_size=32, intermediate_size=48, state_size=4)],
     "Mamba2": [SSM | dict(n_groups=2), SSM | dict(D_has_hdim=True, rmsnorm=False,
         dt_limit=(0.01, 0.05)), SSM | dict(norm_before_gate=True)],
-    "Mamba3": [SSM, SSM | dict(rope_fraction=1.0, is_outproj_norm=True, n_groups=2)],
+    "Mamba3": [SSM, SSM | dict(is_mimo=True, mimo_rank=3), SSM | dict(
+        is_mimo=True, mimo_rank=2, is_outproj_norm=True, n_groups=2), SSM | dict(rope_fraction=1.0, is_outproj_norm=True, n_groups=2)],
     "MesaNet": [GDN, GDN | dict(use_output_gate=True, use_short_conv=False)],
     "MultiScaleRetention": [HEADS, HEADS | dict(num_kv_heads=1, use_short_conv=True)],
     "PrecondGatedDeltaNet": [GDN | dict(num_v_heads=4)],
@@ -83,6 +85,8 @@ FAMILY = {
     "RodimusAttention": [dict(hidden_size=32, expand_ratio=8), dict(hidden_size=32, expand_ratio=8,
         use_short_conv=False, input_gate_low_rank=4)],
     "SlidingWindowSharedKeyAttention": [dict(hidden_size=32, num_heads=4, window_size=3, qk_norm=True)],
+    "RWKV4Attention": [dict(hidden_size=32), dict(hidden_size=32, attention_size=48)],
+    "MultiheadLatentAttention": [LATENT, LATENT | dict(q_lora_rank=None, rope_theta=None, window_size=3)],
     "RWKV6Attention": [HEADS | dict(proj_low_rank_dim=4, gate_low_rank_dim=4)],
     "RWKV7Attention": [dict(hidden_size=32, head_dim=16)],
     "SimpleGatedLinearAttention": [HEADS],
