@@ -20,7 +20,7 @@ check: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(PY) -m benchmarks.ops
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard fla/ops/engine/native/src/*)
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing packages into $(VENV) (a few minutes the first time)"
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,eval,test]'

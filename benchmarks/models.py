@@ -36,6 +36,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "GSA": HEADS | dict(num_slots=64),
     "ABC": HEADS | dict(num_slots=64),
     "Raven": HEADS | dict(num_slots=64, topk=16),
+    "RWKV4": {},
     "RWKV6": HEADS,
     "RWKV7": dict(head_dim=64),
     "Rodimus": dict(ska_attn=dict(num_heads=4, window_size=256)),
@@ -56,6 +57,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Mom": GDN,
     "DeltaFormer": HEADS,
     "BitNet": HEADS,
+    "MLA": HEADS
+    | dict(
+        q_lora_rank=None,
+        kv_lora_rank=64,
+        qk_rope_head_dim=32,
+        qk_nope_head_dim=32,
+        qk_head_dim=64,
+        v_head_dim=64,
+    ),
 }
 HEADER = ("model", "parameters", "training step", "tokens/s", "prompt", "per token", "cache")
 

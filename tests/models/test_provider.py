@@ -10,6 +10,7 @@ import torch
 
 import fla
 from fla.models import provider
+from fla.ops.engine.native import library
 
 COMMON = dict(
     vocab_size=64,
@@ -105,14 +106,15 @@ def test_training_equals_the_fallback(name, build, monkeypatch):
 @every_model
 def test_our_operator_is_the_one_that_runs(name, build, monkeypatch):
     calls = []
-    original = torch.ops.fla.chunk
+    kernel = "chunk" if library.MISSING else "native_chunk"
+    original = getattr(torch.ops.fla, kernel)
 
     class Spy:
         def __call__(self, *args):
             calls.append(args)
             return original(*args)
 
-    monkeypatch.setattr(torch.ops.fla, "chunk", Spy())
+    monkeypatch.setattr(torch.ops.fla, kernel, Spy())
     _, model = build(name)
     model(ids(1, 9))
     assert len(calls) == model.config.layer_types.count("linear_attention")

@@ -8,6 +8,7 @@ from fla.ops import gated_delta_rule as gdr
 from fla.ops import linear_attn
 from fla.ops.engine import dispatch
 from fla.ops.engine.checks import checked_inputs
+from fla.ops.engine.native import library
 from fla.ops.registry import OPS
 
 every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -156,7 +157,7 @@ def test_arguments_that_cannot_be_honoured():
 def test_explicit_choices_are_kept_or_raise(monkeypatch):
     x = OPS[-1].inputs(1, 10, 2, 8, 6)
     with (
-        dispatch.use_backend("native"),
+        dispatch.use_backend("triton"),
         pytest.raises(ValueError, match=r"asked for by use_backend\(\)"),
     ):
         gdr.chunk_gated_delta_rule(**x)
@@ -172,9 +173,13 @@ def test_explicit_choices_are_kept_or_raise(monkeypatch):
 def test_explain_tells_what_runs_and_why():
     x = OPS[-1].inputs(1, 10, 2, 8, 6, dtype=torch.bfloat16)
     text = str(dispatch.explain(gdr.chunk_gated_delta_rule, **x))
-    for part in ("chunk_gated_delta_rule on cpu", "bfloat16 in, computed in float32", "runs: torch, chunk form",
-                 "not triton", "not native"):  # fmt: skip
+    for part in ("chunk_gated_delta_rule on cpu", "bfloat16 in, computed in float32", "not triton"):  # fmt: skip
         assert part in text
+    form = {"native": "chunks of 16 tokens in C++", "torch": "chunk form"}
+    best = "torch" if library.MISSING else "native"
+    assert f"runs: {best}, {form[best]}" in text
+    wide = dispatch.explain(gdr.chunk_gated_delta_rule, *(y.double() for y in x.values()))
+    assert wide.backend == "torch" and wide.rejected["native"] == "fp64 is computed by torch"
     asked = dispatch.explain(gdr.fused_recurrent_gated_delta_rule, **x, backend="torch")
     assert "asked for by the call" in asked.why and asked.form.startswith("token form")
     with pytest.raises(ValueError, match="not an operator"):

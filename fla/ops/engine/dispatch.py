@@ -2,9 +2,9 @@
 """Which backend runs an operator, and why: `resolve` decides, `explain` tells.
 
 The rule: an explicit choice (`backend=` on the call, then `use_backend(...)`, then FLA_BACKEND)
-runs or raises. Without one the first available backend of `triton`, `native`, `torch` runs. This
-version holds the torch backend, which runs on every device torch has; asking for another raises
-with the reason.
+runs or raises. Without one the first available backend of `triton`, `native`, `torch` runs: the
+native kernels for CPU tensors below fp64 where they are built, torch for everything else. Asking
+for a backend that cannot run raises with the reason.
 """
 
 import inspect
@@ -17,20 +17,44 @@ import torch
 from torch import Tensor
 
 from fla.ops.engine.chunk import CHUNK_SIZE, compute_dtype
+from fla.ops.engine.native import library
 from fla.ops.engine.token import SEGMENT
 
 BACKENDS = ("triton", "native", "torch")
 _chosen: str | None = None
 
 
-def unavailable(backend: str, device: torch.device) -> str | None:
-    """Why a backend cannot run on a device, or None where it can."""
+# operators whose kernels are torch's alone, by what follows the form in their names
+TORCH_ONLY = (
+    "abc", "deltaformer", "deltaformer_attn", "gated_oja_rule", "gsa", "hgrn", "log_linear_attn",
+    "mamba", "mesa_net", "rwkv4", "short_convolution", "titans_linear", "ttt_linear",
+)  # fmt: skip
+TOKEN_FORM = "fused_recurrent_"
+
+
+def _no_kernel(op: str) -> bool:
+    """Whether an operator has no native kernel."""
+    for form in ("fused_recurrent_", "fused_chunk_", "chunk_", "parallel_"):
+        op = op.removeprefix(form)
+    return op in TORCH_ONLY
+
+
+def unavailable(
+    backend: str, device: torch.device, op: str = "", dtype: torch.dtype | None = None
+) -> str | None:
+    """Why a backend cannot run (an operator, of a dtype) on a device, or None where it can."""
     if backend == "torch":
         return None
     if backend == "triton":
         return "this version of fla holds no Triton kernels yet"
     if backend == "native":
-        return "this version of fla holds no compiled CPU kernels yet"
+        if device.type != "cpu":
+            return f"the native kernels are for CPU tensors, not for {device.type}"
+        if dtype == torch.float64:
+            return "fp64 is computed by torch"
+        if _no_kernel(op) or op.startswith("naive_"):
+            return f"{op} has no native kernel yet"
+        return library.MISSING
     raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
 
 
@@ -44,14 +68,16 @@ def requested(backend: str | None = None) -> tuple[str | None, str]:
     return from_environment, "the environment variable FLA_BACKEND"
 
 
-def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
+def resolve(
+    op: str, device: torch.device, backend: str | None = None, dtype: torch.dtype | None = None
+) -> str:
     """The backend that runs `op` on `device`. An explicit choice that cannot run raises
     `ValueError`.
     """
     choice, origin = requested(backend)
     if choice is None:
-        return next(b for b in BACKENDS if unavailable(b, device) is None)
-    reason = unavailable(choice, device)
+        return next(b for b in BACKENDS if unavailable(b, device, op, dtype) is None)
+    reason = unavailable(choice, device, op, dtype)
     if reason is not None:
         raise ValueError(
             f"{op}: backend {choice!r} was asked for by {origin} but cannot run on {device}: "
@@ -129,13 +155,19 @@ FORMS = {
 }
 
 
+NATIVE_FORMS = {
+    False: "chunks of 16 tokens in C++ ({}); backward by hand",
+    True: "token by token in C++ ({}); with gradients as the chunk form",
+}
+
+
 def explain(op: Callable, *args: object, **kwargs: object) -> Explanation:
     """Which implementation `op(*args, **kwargs)` would run, on what, and why; runs nothing.
 
     Example:
         >>> from fla.ops.linear_attn import chunk_linear_attn
         >>> x = torch.zeros(1, 4, 2, 8)
-        >>> explain(chunk_linear_attn, x, x, x).backend
+        >>> explain(chunk_linear_attn, x, x, x, backend="torch").backend
         'torch'
     """
     name = op.__name__
@@ -155,8 +187,13 @@ def explain(op: Callable, *args: object, **kwargs: object) -> Explanation:
             f"explain: no tensor among the arguments of {name}; pass the tensors of the call"
         )
     choice, origin = requested(bound.get("backend"))  # type: ignore[arg-type]
-    backend = resolve(name, tensor.device, bound.get("backend"))  # type: ignore[arg-type]
-    others = {b: unavailable(b, tensor.device) for b in BACKENDS if b != backend}
+    kind = (tensor.device, bound.get("backend"), tensor.dtype)
+    backend = resolve(name, *kind)  # type: ignore[arg-type]
+    others = {
+        b: unavailable(b, tensor.device, name, tensor.dtype) for b in BACKENDS if b != backend
+    }
+    if backend == "native":
+        form = NATIVE_FORMS[name.startswith(TOKEN_FORM)].format(library.instruction_sets()[0])
     return Explanation(
         op=name,
         backend=backend,

@@ -20,6 +20,7 @@ from fla.ops.engine.checks import (
 from fla.ops.engine.chunk import CHUNK_SIZE, chunk
 from fla.ops.engine.columns import chunk_columns
 from fla.ops.engine.dispatch import resolve
+from fla.ops.engine.native import ops as native
 from fla.ops.engine.token import recurrent
 
 
@@ -62,7 +63,7 @@ def run(
     gates = dict(g=g, beta=beta, gk=gk, gv=gv, a=a, b=b)
     sizes = _check(op, options, q, k, v, gates, initial_state, cu_seqlens, names or {})
     cu_seqlens = host_boundaries(op, cu_seqlens, cu_seqlens_cpu)
-    resolve(op, q.device, options.backend)
+    backend = resolve(op, q.device, options.backend, q.dtype)
     if options.state_v_first and initial_state is not None:
         initial_state = initial_state.mT
     inputs: dict[str, Any] = dict(q=q, k=k, v=v, **gates)
@@ -79,9 +80,9 @@ def run(
     with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
         if op.startswith("fused_recurrent_"):
             inputs |= dict(l2norm=options.l2norm, read_before=options.read_before)
-            o, final = recurrent(**inputs)
+            o, final = (_native_tokens if backend == "native" else recurrent)(**inputs)
         else:
-            o, final = _chunk(op, options, **inputs)
+            o, final = _chunk(op, options, backend, **inputs)
     if options.reverse:
         o, final = o.flip(1), _flip_packed(final, cu_seqlens)
     if not options.output_final_state:
@@ -128,16 +129,40 @@ def _check(
     return sizes
 
 
-def _chunk(op: str, options: Options, **inputs: Any) -> tuple[Tensor, Tensor]:
+def _row_decay(g: Tensor | None, gk: Tensor | None) -> Tensor | None:
+    """One log decay for the rows of the state."""
+    if gk is None:
+        return g
+    return gk if g is None else g.unsqueeze(-1) + gk
+
+
+def _chunk(op: str, options: Options, backend: str, **inputs: Any) -> tuple[Tensor, Tensor]:
     """The chunk form for the decays that were given."""
     check_chunk_size(op, options.chunk_size)
-    g, gk, gv = inputs["g"], inputs.pop("gk"), inputs.pop("gv")
-    inputs["chunk_size"] = options.chunk_size
+    gk, gv = inputs.pop("gk"), inputs.pop("gv")
     if gv is not None:
-        return chunk_columns(**{n: x for n, x in inputs.items() if x is not None} | {"g": gv})
-    if gk is not None:
-        inputs["g"] = gk if g is None else g.unsqueeze(-1) + gk
-    return chunk(**inputs, l2norm=options.l2norm, read_before=options.read_before)
+        inputs |= dict(g=gv, chunk_size=options.chunk_size)
+        return chunk_columns(**{n: x for n, x in inputs.items() if x is not None})
+    inputs |= dict(
+        g=_row_decay(inputs["g"], gk), l2norm=options.l2norm, read_before=options.read_before
+    )
+    if backend == "native":
+        return native.chunk(**inputs)
+    return chunk(**inputs, chunk_size=options.chunk_size)
+
+
+def _native_tokens(**inputs: Any) -> tuple[Tensor, Tensor]:
+    """Token by token in C++; with gradients the chunk form, which alone has a backward there."""
+    inputs["g"] = _row_decay(inputs["g"], inputs.pop("gk"))
+    tensors = (x for x in inputs.values() if isinstance(x, Tensor))
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return native.recurrent(**inputs)
+    beta, gv = inputs["beta"], inputs.pop("gv")
+    if gv is None and (beta is None or beta.dim() == 3):
+        return native.chunk(**inputs)
+    g = inputs.pop("g")
+    kind = "g" if g is None or g.dim() == 3 else "gk"
+    return recurrent(**inputs, gv=gv, **{kind: g})
 
 
 def _flip_packed(state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:

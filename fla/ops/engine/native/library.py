@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""The compiled library: found, loaded, and called through ctypes. Its structures are those of
+`src/problem.h`.
+
+FLA_NATIVE_ISA names an instruction set instead of the best that this machine runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BLOCK, PANEL = 64, 32
+OUT_OF_MEMORY = 1
+VIEWS = ("q", "k", "v", "g", "beta", "gv", "a", "b", "o")
+GRADIENTS = ("dq", "dk", "dv", "dg", "dbeta", "da", "db")
+STATES = ("initial", "dfinal", "final_state", "dinitial", "states", "bounds")
+SIZES = ("N", "T", "H", "HV", "K", "V")
+
+
+class View(Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("batch", "token", "head", "channel")),
+        ("type", c_int32),
+    ]
+
+
+class Problem(Structure):
+    _fields_ = [
+        *((name, View) for name in (*VIEWS, *GRADIENTS)),
+        *((name, c_void_p) for name in STATES),
+        *((name, c_int64) for name in SIZES),
+        ("scale", c_float),
+        *((name, c_int32) for name in ("decay", "erase", "l2norm", "before")),
+    ]
+
+
+def view(x: Tensor | None) -> View:
+    """`[B, T, heads]` or `[B, T, heads, channels]` as it lies in memory."""
+    if x is None:
+        return View()
+    strides = x.stride()
+    if len(strides) == 3:  # one number for all channels
+        strides = (*strides, 0)
+    return View(x.data_ptr(), *strides, TYPES[x.dtype])
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The library; `OSError` where it is not there or not ours."""
+    path = os.environ.get("FLA_NATIVE_LIBRARY") or next(
+        map(str, Path(__file__).parent.glob("libfla_engine*")), None
+    )
+    if path is None:
+        raise OSError("it was not built")
+    lib = ctypes.CDLL(path)
+    lib.fla_isa_name.restype = ctypes.c_char_p
+    lib.fla_problem_size.restype = c_int64
+    for name in ("fla_forward", "fla_backward", "fla_token"):
+        if hasattr(lib, name):
+            getattr(lib, name).argtypes = [POINTER(Problem), c_int, c_int]
+    if lib.fla_problem_size() != ctypes.sizeof(Problem):
+        raise OSError(f"{path} was built from other sources")
+    return lib
+
+
+def _missing() -> str | None:
+    """Why there are no native kernels, or None where they run."""
+    try:
+        library()
+    except OSError as error:
+        return (
+            f"the native kernels are not there: {error}; install a C++ compiler and fla again "
+            "(pip install --force-reinstall --no-deps .)"
+        )
+    return None
+
+
+@cache
+def instruction_sets() -> list[str]:
+    """Those the library was built for and this machine runs, the best first."""
+    lib = library()
+    names = [lib.fla_isa_name(i).decode() for i in range(lib.fla_isa_count())]
+    return [name for i, name in enumerate(names) if lib.fla_isa_runs(i)]
+
+
+@cache
+def instruction_set() -> int:
+    """The number of the one in use."""
+    lib, wanted = library(), os.environ.get("FLA_NATIVE_ISA")
+    names = instruction_sets()
+    if wanted and wanted not in names:
+        raise ValueError(f"FLA_NATIVE_ISA is {wanted!r}; this machine runs {', '.join(names)}")
+    chosen = wanted or names[0]
+    return next(i for i in range(lib.fla_isa_count()) if lib.fla_isa_name(i).decode() == chosen)
+
+
+def call(function: str, problem: Problem) -> None:
+    """Run one of the library's functions on torch's number of threads."""
+    status = getattr(library(), function)(
+        ctypes.byref(problem), instruction_set(), torch.get_num_threads()
+    )
+    if status == OUT_OF_MEMORY:
+        raise MemoryError(f"{function}: no memory for a thread's workspace; use fewer threads")
+    if status:
+        raise RuntimeError(f"{function}: status {status}")
+
+
+MISSING = _missing()  # a constant, which torch.compile takes as one

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: MIT
+"""The native kernels as torch operators: `chunk` and `recurrent` with the signatures of those in
+plain torch, registered with fake kernels and one backward, so that `torch.compile` sees through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fla.ops.engine.layout import boundaries_to_list
+from fla.ops.engine.native import library
+from fla.ops.engine.native.library import BLOCK, PANEL, TYPES, Problem, view
+
+NO_DECAY, SCALAR, VECTOR = range(3)
+NO_ERASE, DELTA, LOW_RANK = range(3)
+
+
+def chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    scale: float,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    l2norm: bool = False,
+    read_before: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `fla.ops.engine.chunk.chunk`, for dtypes below fp64 on a CPU; the state is fp32."""
+    inputs = (q, k, v, g, beta, a, b, initial_state)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    o, final, _ = torch.ops.fla.native_chunk(
+        *inputs, cu_seqlens, float(scale), l2norm, read_before, save
+    )
+    return o, final
+
+
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    gv: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    scale: float,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    l2norm: bool = False,
+    read_before: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `fla.ops.engine.token.recurrent`, without gradients: beta may be per value channel."""
+    arguments = (
+        q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, float(scale), l2norm, read_before
+    )  # fmt: skip
+    if type(q) is Tensor and not torch.compiler.is_compiling():
+        return _tokens(*arguments)  # an operator's dispatch costs as much as the step
+    return torch.ops.fla.native_tokens(*arguments)
+
+
+def _wide(x: Tensor | None) -> Tensor | None:
+    """A tensor the kernels read: anything but fp32, bf16 and fp16 as fp32."""
+    return x if x is None or x.dtype in TYPES else x.float()
+
+
+def _problem(
+    tensors: Sequence[Tensor | None],
+    cu_seqlens: Tensor | None,
+    sequences: int,
+    options: tuple[float, bool, bool],
+) -> tuple[Problem, list[Any]]:
+    """The problem, and what must live as long as it."""
+    q, k, v, g, beta, gv, a, b = (_wide(x) for x in tensors)
+    _, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    bounds = cu_seqlens
+    if bounds is not None:
+        boundaries_to_list(bounds, T, "native")
+        bounds = bounds.to(torch.int64).contiguous()
+    p = Problem(
+        q=view(q), k=view(k), v=view(v), g=view(g), beta=view(beta), gv=view(gv), a=view(a),
+        b=view(b), bounds=None if bounds is None else bounds.data_ptr(),
+        N=sequences, T=T, H=H, HV=HV, K=K, V=V, scale=options[0],
+        decay=NO_DECAY if g is None else SCALAR if g.dim() == 3 else VECTOR,
+        erase=LOW_RANK if a is not None else NO_ERASE if beta is None else DELTA,
+        l2norm=options[1], before=options[2],
+    )  # fmt: skip
+    return p, [q, k, v, g, beta, gv, a, b, bounds]
+
+
+def _state(x: Tensor | None, p: Problem, name: str, alive: list[Any]) -> None:
+    """Point the problem at a state, as contiguous fp32."""
+    if x is not None:
+        x = x.to(torch.float32).contiguous()
+        alive.append(x)
+        setattr(p, name, x.data_ptr())
+
+
+def _count(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+@torch.library.custom_op("fla::native_chunk", mutates_args=(), device_types="cpu")
+def _chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    l2norm: bool,
+    read_before: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the final state, and where `save` the first state of every block of tokens."""
+    o, final, states = _empty_outputs(
+        q, k, v, g, beta, a, b, initial_state, cu_seqlens, scale, l2norm, read_before, save
+    )
+    p, alive = _problem(
+        (q, k, v, g, beta, None, a, b), cu_seqlens, len(final), (scale, l2norm, read_before)
+    )
+    _state(initial_state, p, "initial", alive)
+    p.o, p.final_state = view(o), final.data_ptr()
+    p.states = states.data_ptr() if save else None
+    library.call("fla_forward", p)
+    return o, final, states
+
+
+@_chunk.register_fake
+def _empty_outputs(
+    q, k, v, g, beta, a, b, initial_state, cu_seqlens, scale, l2norm, read_before, save
+):
+    sequences, T = _count(q, cu_seqlens), q.shape[1]
+    o = q.new_empty(v.shape)
+    final = q.new_empty((sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    blocks = sequences * -(-T // BLOCK) if cu_seqlens is None else T // BLOCK + sequences
+    shape = (blocks, v.shape[2], -(-v.shape[3] // PANEL), q.shape[3], PANEL)
+    return o, final, final.new_empty(shape if save else (0,))
+
+
+@torch.library.custom_op("fla::native_chunk_backward", mutates_args=(), device_types="cpu")
+def _chunk_backward(
+    do: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    cu_seqlens: Tensor | None,
+    states: Tensor,
+    scale: float,
+    l2norm: bool,
+    read_before: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g, beta, a, b (empty where absent) and of the initial state."""
+    tensors = (q, k, v, g, beta, a, b)
+    *grads, dstate = _empty_gradients(
+        do, dfinal, *tensors, cu_seqlens, states, scale, l2norm, read_before
+    )
+    p, alive = _problem(
+        (q, k, v, g, beta, None, a, b), cu_seqlens, len(dstate), (scale, l2norm, read_before)
+    )
+    _state(dfinal, p, "dfinal", alive)
+    targets = [x if x.dtype in TYPES else torch.empty_like(x, dtype=torch.float32) for x in grads]
+    for name, x, grad in zip(library.GRADIENTS, tensors, targets, strict=True):
+        setattr(p, name, view(None if x is None else grad))
+    do = _wide(do)
+    p.o, p.states, p.dinitial = view(do), states.data_ptr(), dstate.data_ptr()
+    library.call("fla_backward", p)
+    for grad, target in zip(grads, targets, strict=True):
+        if target is not grad:
+            grad.copy_(target)
+    return *grads, dstate
+
+
+@_chunk_backward.register_fake
+def _empty_gradients(
+    do, dfinal, q, k, v, g, beta, a, b, cu_seqlens, states, scale, l2norm, read_before
+):
+    inputs = (
+        q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, beta, a, b)
+    )
+    shape = (_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
+    return *inputs, q.new_empty(shape, dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, initial_state, cu_seqlens, _, _, _, save = inputs
+    ctx.options = inputs[9:-1]
+    ctx.set_materialize_grads(False)
+    ctx.state_dtype = None if initial_state is None else initial_state.dtype
+    if save:
+        ctx.save_for_backward(*tensors, cu_seqlens, output[2])
+
+
+def _backward(ctx, do, dfinal, _unused):
+    *tensors, cu_seqlens, states = ctx.saved_tensors
+    q, v = tensors[0], tensors[2]
+    do = q.new_zeros(v.shape) if do is None else do
+    *grads, dstate = torch.ops.fla.native_chunk_backward(
+        do, dfinal, *tensors, cu_seqlens, states, *ctx.options
+    )
+    grads = [None if x is None else grad for x, grad in zip(tensors, grads, strict=True)]
+    dstate = None if ctx.state_dtype is None else dstate.to(ctx.state_dtype)
+    return *grads, dstate, None, None, None, None, None
+
+
+_chunk.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    gv: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    l2norm: bool,
+    read_before: bool,
+) -> tuple[Tensor, Tensor]:
+    """o and the final state."""
+    N = _count(q, cu_seqlens)
+    o = torch.empty(v.shape, dtype=q.dtype)
+    final = torch.empty(N, v.shape[2], q.shape[3], v.shape[3])
+    p, alive = _problem((q, k, v, g, beta, gv, a, b), cu_seqlens, N, (scale, l2norm, read_before))
+    _state(initial_state, p, "initial", alive)
+    p.o, p.final_state = view(o), final.data_ptr()
+    library.call("fla_token", p)
+    return o, final
+
+
+_tokens_op = torch.library.custom_op("fla::native_tokens", mutates_args=(), device_types="cpu")(
+    _tokens
+)
+
+
+@_tokens_op.register_fake
+def _(q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, scale, l2norm, read_before):
+    shape = (_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
+    return q.new_empty(v.shape), q.new_empty(shape, dtype=torch.float32)

@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: MIT
+// The gradient of the recurrence by hand, as `step.py` has it: block by block from the last to the
+// first, each block's chunks computed again from its stored first state. Z is the gradient of the
+// state behind a chunk; X stacks the gradients of what left rows read.
+#pragma once
+#include "chunk.h"
+
+namespace FLA_ISA {
+
+template <Decay D, Erase E>
+struct Backward {
+  using Forward = Chunk<D, E>;
+  static constexpr int C = CHUNK, L = Forward::L, R = Forward::R, CHUNKS = BLOCK / CHUNK;
+
+  const Problem& p;
+  Forward chunk;
+  const int K, Kp, count;
+  const int64_t size;           // floats of a state's panel
+  float *states, *solutions;    // of the block's chunks: [CHUNKS, count, K, PANEL], [.., C, PANEL]
+  float *X, *m;                 // of a panel: [L * C, PANEL], [R * C, PANEL]
+  float *XT, *WT;               // transposed: [PANEL, L * C], [PANEL, R * C]
+  float *dscores, *dleft, *dright, *dleftT, *drightT, *through, *entered, *dg;
+  float *dq, *dk;               // of the block: [BLOCK, Kp]
+  float dbeta[C];
+
+  Backward(const Problem& problem, Arena& arena)
+      : p(problem), chunk(problem, arena, true), K(chunk.K), Kp(chunk.Kp), count(panels(problem)),
+        size(problem.K * PANEL) {
+    states = arena.take(CHUNKS * count * size);
+    solutions = arena.take(CHUNKS * count * C * PANEL);
+    X = arena.take(L * C * PANEL);
+    m = arena.take(R * C * PANEL);
+    XT = arena.take(L * C * PANEL);
+    WT = arena.take(R * C * PANEL);
+    dscores = arena.take(L * C * R * C);
+    dleft = arena.take(L * C * Kp);
+    dright = arena.take(R * C * Kp);
+    dleftT = arena.take(L * C * Kp);
+    drightT = arena.take(R * C * Kp);
+    through = arena.take(Kp);
+    entered = arena.take(L * C * Kp);
+    dg = arena.take(C * Kp);
+    dq = arena.take(BLOCK * Kp);
+    dk = arena.take(BLOCK * Kp);
+  }
+
+  float* state(int c, int x) { return states + (c * count + x) * size; }
+  float* solution(int c, int x) { return solutions + (c * count + x) * C * PANEL; }
+
+  // The block of `tokens` tokens from t on; Z [count, K, PANEL] becomes the gradient of its first
+  // state.
+  void block(int64_t n, int64_t h, int64_t hv, int64_t t, int tokens, float* Z) {
+    const int chunks = (tokens + C - 1) / C;
+    std::memcpy(states, checkpoint(p, n, t, hv), sizeof(float) * count * size);
+    for (int c = 0; c < chunks; c++) {
+      const int live = tokens - c * C < C ? tokens - c * C : C;
+      chunk.prepare(n, h, hv, t + c * C, live);
+      for (int x = 0; x < count; x++) again(n, hv, t + c * C, live, c, x, c + 1 < chunks);
+    }
+    for (int c = chunks - 1; c >= 0; c--) {
+      const int live = tokens - c * C < C ? tokens - c * C : C;
+      if (c + 1 < chunks) chunk.prepare(n, h, hv, t + c * C, live);
+      values(n, hv, t + c * C, live, c, Z);
+      if (D == VECTOR)
+        vector_rows();
+      else
+        matrix_rows();
+      put(n, hv, t + c * C, live, c);
+    }
+  }
+
+  void again(int64_t n, int64_t hv, int64_t t, int live, int c, int x, bool more) {
+    if (E == NO_ERASE && !more) return;
+    chunk.load_values(n, hv, t, live, x);
+    chunk.write(state(c, x), solution(c, x), false);
+    if (!more) return;
+    std::memcpy(state(c + 1, x), state(c, x), sizeof(float) * size);
+    chunk.advance(state(c + 1, x));
+  }
+
+  // All that sums over value channels, panel by panel; Z moves to the front of the chunk.
+  void values(int64_t n, int64_t hv, int64_t t, int live, int c, float* Z) {
+    std::memset(dscores, 0, sizeof(float) * L * C * R * C);
+    std::memset(dleftT, 0, sizeof(float) * L * C * Kp);
+    std::memset(drightT, 0, sizeof(float) * R * C * Kp);
+    std::memset(through, 0, sizeof(float) * Kp);
+    std::memset(dbeta, 0, sizeof(dbeta));
+    for (int x = 0; x < count; x++) {
+      float *S = state(c, x), *Zx = Z + x * size, *W = chunk.values;
+      load_panel(n, hv, t, live, c, x);
+      product<ZERO>(R * C, PANEL, C, chunk.scores, 1, R * C, X, PANEL, m, PANEL);
+      product<KEEP>(R * C, PANEL, K, chunk.leave, Kp, 1, Zx, PANEL, m, PANEL);
+      if (E == DELTA) solve_delta(solution(c, x));
+      if (E == LOW_RANK) solve_low_rank();
+      const int width = PANEL < p.V - x * PANEL ? PANEL : int(p.V - x * PANEL);
+      for (int i = 0; i < live; i++)
+        write_row(p.dv, p.bounds ? 0 : n, t + i, hv, x * PANEL, width, m + i * PANEL);
+      transpose(L * C, PANEL, X, PANEL, XT, L * C);
+      transpose(R * C, PANEL, W, PANEL, WT, R * C);
+      product<KEEP>(L * C, R * C, PANEL, X, PANEL, 1, WT, R * C, dscores, R * C);
+      product<KEEP>(K, L * C, PANEL, S, PANEL, 1, XT, L * C, dleftT, L * C);
+      product<KEEP>(K, R * C, PANEL, Zx, PANEL, 1, WT, R * C, drightT, R * C);
+      if (D != NO_DECAY)
+        for (int k = 0; k < K; k++) through[k] += dot(S + k * PANEL, Zx + k * PANEL, PANEL);
+      product<D == NO_DECAY ? KEEP : SCALED>(K, PANEL, L * C, chunk.enter, 1, Kp, X, PANEL, Zx,
+                                             PANEL, chunk.last);
+    }
+    transpose(Kp, L * C, dleftT, L * C, dleft, Kp);
+    transpose(Kp, R * C, drightT, R * C, dright, Kp);
+  }
+
+  // The gradient of o into X, and what the right rows wrote into `chunk.values`.
+  void load_panel(int64_t n, int64_t hv, int64_t t, int live, int c, int x) {
+    const int width = PANEL < p.V - x * PANEL ? PANEL : int(p.V - x * PANEL);
+    for (int i = 0; i < live; i++) {
+      read_row(p.o, p.bounds ? 0 : n, t + i, hv, x * PANEL, width, PANEL, X + i * PANEL);
+      scale_into(p.scale, X + i * PANEL, X + i * PANEL, PANEL);
+    }
+    std::memset(X + live * PANEL, 0, sizeof(float) * (C - live) * PANEL);
+    if (E != DELTA) chunk.load_values(n, hv, t, live, x);
+    for (int i = 0; i < C; i++) {
+      if (E == DELTA)
+        scale_into(chunk.beta[i], solution(c, x) + i * PANEL, chunk.values + i * PANEL, PANEL);
+      if (E == LOW_RANK)
+        std::memcpy(chunk.values + (C + i) * PANEL, solution(c, x) + i * PANEL,
+                    sizeof(float) * PANEL);
+    }
+  }
+
+  // m becomes the gradient of v; with r' = m - (beta B)^T r', dv = beta r', dbeta = r' . y
+  void solve_delta(const float* y) {
+    const float* B = chunk.scores + C * C;
+    for (int i = C - 1; i >= 0; i--) {
+      float* row = m + i * PANEL;
+      for (int j = i + 1; j < C; j++) axpy(-B[j * C + i], m + j * PANEL, row, PANEL);
+      dbeta[i] += dot(row, y + i * PANEL, PANEL);
+      scale_into(chunk.beta[i], row, row, PANEL);
+      scale_into(-1, row, X + (C + i) * PANEL, PANEL);
+    }
+  }
+
+  void solve_low_rank() {
+    const float* B = chunk.scores + C * 2 * C;
+    for (int i = C - 1; i >= 0; i--) {
+      float* r = X + (C + i) * PANEL;
+      std::memcpy(r, m + (C + i) * PANEL, sizeof(float) * PANEL);
+      for (int j = i + 1; j < C; j++) {
+        axpy(B[j * 2 * C + C + i], X + (C + j) * PANEL, r, PANEL);
+        axpy(B[j * 2 * C + i], X + (C + j) * PANEL, m + i * PANEL, PANEL);
+      }
+    }
+  }
+
+  // the last token whose decay a way to left row i of block l passes
+  int until(int l, int i) const { return i - chunk.early[l]; }
+
+  void matrix_rows() {
+    if (D == SCALAR) scalar_gradient();
+    for (int i = 0; i < L * C; i++)
+      for (int r = 0; r < R; r++) {
+        float* row = dscores + i * R * C + r * C;
+        if (D == SCALAR)
+          multiply_into(chunk.pair + (i % C + !chunk.early[i / C]) * C, row, row, C);
+        for (int j = chunk.seen(i / C, i % C); j < C; j++) row[j] = 0;
+      }
+    product<KEEP>(L * C, Kp, R * C, dscores, R * C, 1, chunk.right, Kp, dleft, Kp);
+    product<KEEP>(R * C, Kp, L * C, dscores, 1, R * C, chunk.left, Kp, dright, Kp);
+  }
+
+  // dg_t: what the ways carry that pass token t, from a write or the first state before it to a read
+  // or the last state behind it.
+  void scalar_gradient() {
+    double all = 0, sums[C];  // many terms of one size
+    for (int k = 0; k < K; k++) all += through[k];
+    for (int t = 0; t < C; t++) sums[t] = all * chunk.last[0];
+    for (int row = 0; row < L * C; row++) {
+      const int l = row / C, i = row % C;
+      float* d = dleft + row * Kp;
+      scale_into(chunk.prefix[i + !chunk.early[l]], d, d, Kp);
+      double carried = dot(chunk.left + row * Kp, d, Kp);
+      for (int t = 0; t <= until(l, i); t++) {
+        sums[t] += carried;
+        for (int r = 0; r < R; r++)
+          carried += chunk.scores[row * R * C + r * C + t] * dscores[row * R * C + r * C + t];
+      }
+    }
+    for (int row = 0; row < R * C; row++) {
+      float* d = dright + row * Kp;
+      scale_into(chunk.pair[C * C + row % C], d, d, Kp);
+      const float carried = dot(chunk.right + row * Kp, d, Kp);
+      for (int t = row % C + 1; t < C; t++) sums[t] += carried;
+    }
+    for (int t = 0; t < C; t++) dg[t] = float(sums[t]);
+  }
+
+  // The same per channel. From the last token to the first, `dright` is the gradient of the right
+  // rows as they stand after the token.
+  void vector_rows() {
+    for (int row = 0; row < L * C; row++) {
+      const int l = row / C, i = row % C;
+      multiply_into(chunk.prefix + (i + !chunk.early[l]) * Kp, dleft + row * Kp, dleft + row * Kp,
+                    Kp);
+      multiply_into(chunk.left + row * Kp, dleft + row * Kp, entered + row * Kp, Kp);
+    }
+    multiply_into(chunk.last, through, through, Kp);  // and what has entered so far
+    for (int i = C - 1; i >= 0; i--) {
+      for (int l = 0; l < L; l++) {
+        const int row = i + chunk.early[l];
+        if (row < C) axpy(1, entered + (l * C + row) * Kp, through, Kp);
+        if (!chunk.early[l]) vector_row(l, i, chunk.seen(l, i), chunk.keys_after(i));
+      }
+      float* d = dg + i * Kp;
+      std::memcpy(d, through, sizeof(float) * Kp);
+      for (int r = 0; r < R; r++)
+        for (int j = r * C; j < r * C + i; j++) pass(chunk.keys_after(i) + j * Kp, i, j, d);
+      for (int l = 0; l < L; l++)
+        if (chunk.early[l]) vector_row(l, i, i, chunk.keys_after(i ? i - 1 : 0));
+    }
+  }
+
+  void pass(const float* y, int i, int j, float* d) {  // right row j back through token i's decay
+    const float* f = chunk.factors + i * Kp;
+    for (int k = 0; k < Kp; k += LANES) {
+      const vf grad = load(dright + j * Kp + k);
+      store(d + k, load(d + k) + load(y + k) * grad);
+      store(dright + j * Kp + k, grad * load(f + k));
+    }
+  }
+
+  void vector_row(int l, int i, int seen, const float* y) {
+    const int row = l * C + i;
+    for (int r = 0; r < R; r++)
+      for (int j = r * C; j < r * C + seen; j++) {
+        const float w = dscores[row * R * C + j];
+        axpy(w, y + j * Kp, dleft + row * Kp, Kp);
+        axpy(w, chunk.left + row * Kp, dright + j * Kp, Kp);
+      }
+  }
+
+  void put(int64_t n, int64_t hv, int64_t t, int live, int c) {
+    const int64_t batch = p.bounds ? 0 : n;
+    for (int i = 0; i < live; i++) {
+      float *to_q = dq + (c * C + i) * Kp, *to_k = dk + (c * C + i) * Kp;
+      axpy(1, dleft + i * Kp, to_q, Kp);
+      axpy(1, dright + i * Kp, to_k, Kp);
+      if (E == DELTA && !p.b.data) axpy(1, dleft + (C + i) * Kp, to_k, Kp);
+      if (p.b.data) write_row(p.db, batch, t + i, hv, 0, K, dleft + (C + i) * Kp);
+      if (E == LOW_RANK) write_row(p.da, batch, t + i, hv, 0, K, dright + (C + i) * Kp);
+      if (E == DELTA) write_row(p.dbeta, batch, t + i, hv, 0, 1, dbeta + i);
+      if (D == SCALAR) write_row(p.dg, batch, t + i, hv, 0, 1, dg + i);
+      if (D == VECTOR) write_row(p.dg, batch, t + i, hv, 0, K, dg + i * Kp);
+    }
+  }
+
+  // The block's gradients of q and k, back through the norm.
+  void finish(int64_t n, int64_t h, int64_t t, int tokens) {
+    for (int i = 0; i < tokens; i++) {
+      finish_row(p.q, p.dq, p.bounds ? 0 : n, t + i, h, dq + i * Kp);
+      finish_row(p.k, p.dk, p.bounds ? 0 : n, t + i, h, dk + i * Kp);
+    }
+  }
+
+  void finish_row(const View& x, const View& dx, int64_t batch, int64_t t, int64_t h, float* d) {
+    if (p.l2norm) {
+      float* unit = dleft;
+      read_row(x, batch, t, h, 0, K, Kp, unit);
+      const float inverse = 1 / __builtin_sqrtf(dot(unit, unit, Kp) + L2_EPS);
+      axpy(-dot(unit, d, Kp) * inverse * inverse, unit, d, Kp);
+      scale_into(inverse, d, d, Kp);
+    }
+    write_row(dx, batch, t, h, 0, K, d);
+  }
+};
+
+template <Decay D, Erase E>
+int64_t backward(const Problem& p, Task task, float* workspace) {
+  Arena arena{workspace};
+  Backward<D, E> back(p, arena);
+  const int64_t groups = p.H ? p.HV / p.H : 1, whole = back.count * back.size;
+  float* Z = arena.take(groups * whole);
+  if (!workspace) return arena.used;
+  const int64_t n = task.sequence, h = task.head, begin = begin_of(p, n), end = end_of(p, n);
+  for (int64_t g = 0; g < groups; g++)
+    for (int x = 0; x < back.count; x++)
+      pack_panel(p, p.dfinal ? p.dfinal + state_of(p, n, h * groups + g) : nullptr, x,
+                 Z + g * whole + x * back.size);
+  for (int64_t block = (end - begin + BLOCK - 1) / BLOCK; block-- > 0;) {
+    const int64_t t = begin + block * BLOCK;
+    const int tokens = int(end - t < BLOCK ? end - t : BLOCK);
+    std::memset(back.dq, 0, sizeof(float) * BLOCK * back.Kp);
+    std::memset(back.dk, 0, sizeof(float) * BLOCK * back.Kp);
+    for (int64_t g = 0; g < groups; g++)
+      back.block(n, h, h * groups + g, t, tokens, Z + g * whole);
+    back.finish(n, h, t, tokens);
+  }
+  for (int64_t g = 0; g < groups; g++)
+    for (int x = 0; x < back.count; x++)
+      unpack_panel(p, Z + g * whole + x * back.size, x,
+                   p.dinitial + state_of(p, n, h * groups + g));
+  return arena.used;
+}
+
+}  // namespace FLA_ISA

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: MIT
+// One chunk of the recurrence: as `step.py` and `decay.py`, for CHUNK tokens of one value head.
+//
+// Left rows [q; b] read, right rows [k] or [k; a] write. `enter` and `leave` are those rows times
+// the decay from the chunk's start and to its end. Decays are multiplied token by token, never
+// subtracted or divided, so any g <= 0 is harmless, -inf included. A chunk that is not full is
+// filled with identity steps: no decay, no write, no read.
+#pragma once
+#include "rows.h"
+
+namespace FLA_ISA {
+
+template <Decay D, Erase E>
+struct Chunk {
+  static constexpr int C = CHUNK, L = E == NO_ERASE ? 1 : 2, R = E == LOW_RANK ? 2 : 1;
+
+  const Problem& p;
+  const int K, Kp;
+  const bool keep;        // keep the decayed keys of every token, which the backward pass reads
+  const bool early[2];    // whether left rows q, b read before their token's decay
+  float *left, *enter, *right, *leave, *scores, *last;
+  float *factors, *prefix;  // VECTOR [C, Kp], [C + 1, Kp]; SCALAR none, [C + 1]
+  float *pair;              // SCALAR: row i + 1 holds the decay from writes to after token i
+  float *keys;              // VECTOR: right rows decayed to after each token
+  float *transposed;        // right rows by channel
+  float *values, *read;     // a panel: what right rows write, what left rows read
+  float beta[C], inverse[2][C];
+
+  Chunk(const Problem& problem, Arena& arena, bool keep)
+      : p(problem), K(int(p.K)), Kp((K + PAD - 1) / PAD * PAD), keep(keep),
+        early{p.before != 0, E == LOW_RANK || p.b.data != nullptr} {
+    left = arena.take(L * C * Kp);
+    right = arena.take(R * C * Kp);
+    enter = D == NO_DECAY ? left : arena.take(L * C * Kp);
+    leave = D == NO_DECAY ? right : D == SCALAR ? arena.take(R * C * Kp) : nullptr;
+    scores = arena.take(L * C * R * C);
+    last = arena.take(Kp);
+    const int64_t width = D == VECTOR ? Kp : 1;
+    factors = arena.take(C * width);
+    prefix = arena.take((C + 1) * width);
+    pair = arena.take((C + 1) * C);
+    keys = D == VECTOR ? arena.take((keep ? C : 1) * R * C * Kp) : nullptr;
+    transposed = D == VECTOR ? nullptr : arena.take(R * Kp * C);
+    values = arena.take(R * C * PANEL);
+    read = arena.take(L * C * PANEL);
+    if (D == VECTOR && keys) leave = keys + (keep ? (C - 1) * R * C * Kp : 0);
+  }
+
+  // The first m tokens from t on, of head h of q and k and head hv of the others.
+  void prepare(int64_t n, int64_t h, int64_t hv, int64_t t, int m) {
+    const int64_t batch = p.bounds ? 0 : n;
+    load_rows(p.q, batch, t, m, h, left, p.l2norm ? inverse[0] : nullptr);
+    load_rows(p.k, batch, t, m, h, right, p.l2norm ? inverse[1] : nullptr);
+    if (E != NO_ERASE && p.b.data) load_rows(p.b, batch, t, m, hv, left + C * Kp, nullptr);
+    if (E == DELTA && !p.b.data) std::memcpy(left + C * Kp, right, sizeof(float) * C * Kp);
+    if (E == LOW_RANK) load_rows(p.a, batch, t, m, hv, right + C * Kp, nullptr);
+    if (E == DELTA)
+      for (int i = 0; i < C; i++) beta[i] = i < m ? read_one(p.beta, batch, t + i, hv) : 0;
+    if (D == SCALAR) scalar_decay(batch, hv, t, m);
+    if (D == VECTOR) vector_decay(batch, hv, t, m);
+    if (D == VECTOR)
+      vector_scores();
+    else
+      matrix_scores();
+  }
+
+  void load_rows(const View& x, int64_t batch, int64_t t, int m, int64_t h, float* out,
+                 float* inverse) {
+    for (int i = 0; i < m; i++) {
+      float* row = out + i * Kp;
+      read_row(x, batch, t + i, h, 0, K, Kp, row);
+      if (!inverse) continue;
+      inverse[i] = 1 / __builtin_sqrtf(dot(row, row, Kp) + L2_EPS);
+      scale_into(inverse[i], row, row, Kp);
+    }
+    std::memset(out + m * Kp, 0, sizeof(float) * (C - m) * Kp);
+  }
+
+  void scalar_decay(int64_t batch, int64_t hv, int64_t t, int m) {
+    double row[C] = {}, all = 1;  // one decay for a whole state: its rounding would add up
+    std::memset(pair, 0, sizeof(float) * C);
+    prefix[0] = 1;
+    for (int i = 0; i < C; i++) {
+      const double f = i < m ? __builtin_exp(read_one(p.g, batch, t + i, hv)) : 1;
+      for (int j = 0; j < C; j++) row[j] *= f;
+      row[i] = 1;
+      for (int j = 0; j < C; j++) pair[(i + 1) * C + j] = float(row[j]);
+      prefix[i + 1] = float(all *= f);
+    }
+    for (int i = 0; i < L * C; i++)
+      scale_into(prefix[i % C + !early[i / C]], left + i * Kp, enter + i * Kp, Kp);
+    for (int j = 0; j < R * C; j++)
+      scale_into(pair[C * C + j % C], right + j * Kp, leave + j * Kp, Kp);
+    for (int k = 0; k < Kp; k += LANES) store(last + k, splat(prefix[C]));
+  }
+
+  void vector_decay(int64_t batch, int64_t hv, int64_t t, int m) {
+    for (int k = 0; k < Kp; k += LANES) store(prefix + k, splat(1));
+    for (int i = 0; i < C; i++) {
+      float* f = factors + i * Kp;
+      if (i < m) read_row(p.g, batch, t + i, hv, 0, K, Kp, f);
+      for (int k = 0; k < Kp; k += LANES) store(f + k, i < m ? exponential(load(f + k)) : splat(1));
+      multiply_into(f, prefix + i * Kp, prefix + (i + 1) * Kp, Kp);
+    }
+    for (int i = 0; i < L * C; i++)
+      multiply_into(prefix + (i % C + !early[i / C]) * Kp, left + i * Kp, enter + i * Kp, Kp);
+    std::memcpy(last, prefix + C * Kp, sizeof(float) * Kp);
+  }
+
+  // how many writes of its own chunk left row i of block l sees
+  int seen(int l, int i) const { return i + (l == 0 && !early[0]); }
+
+  void matrix_scores() {
+    for (int r = 0; r < R; r++) {
+      transpose(C, Kp, right + r * C * Kp, Kp, transposed, C);
+      product<ZERO>(L * C, C, Kp, left, Kp, 1, transposed, C, scores + r * C, R * C);
+    }
+    for (int i = 0; i < L * C; i++)
+      for (int r = 0; r < R; r++) {
+        float* row = scores + i * R * C + r * C;
+        if (D == SCALAR) multiply_into(pair + (i % C + !early[i / C]) * C, row, row, C);
+        for (int j = seen(i / C, i % C); j < C; j++) row[j] = 0;
+      }
+  }
+
+  float* keys_after(int i) const { return keys + (keep ? int64_t(i) * R * C * Kp : 0); }
+
+  void vector_scores() {
+    std::memset(scores, 0, sizeof(float) * L * C * R * C);
+    for (int i = 0; i < C; i++) {
+      float *now = keys_after(i), *old = keys_after(i ? i - 1 : 0);
+      for (int l = 0; l < L; l++)
+        if (early[l]) row_scores(l, i, i, old);
+      for (int r = 0; r < R; r++) {
+        for (int j = r * C; j < r * C + i; j++)
+          multiply_into(factors + i * Kp, old + j * Kp, now + j * Kp, Kp);
+        std::memcpy(now + (r * C + i) * Kp, right + (r * C + i) * Kp, sizeof(float) * Kp);
+      }
+      for (int l = 0; l < L; l++)
+        if (!early[l]) row_scores(l, i, seen(l, i), now);
+    }
+  }
+
+  void row_scores(int l, int i, int count, const float* y) {
+    const int row = l * C + i;
+    for (int r = 0; r < R; r++)
+      for (int j = r * C; j < r * C + count; j++)
+        scores[row * R * C + j] = dot(left + row * Kp, y + j * Kp, Kp);
+  }
+
+  void load_values(int64_t n, int64_t hv, int64_t t, int m, int panel) {
+    const int width = PANEL < p.V - panel * PANEL ? PANEL : int(p.V - panel * PANEL);
+    for (int i = 0; i < m; i++)
+      read_row(p.v, p.bounds ? 0 : n, t + i, hv, panel * PANEL, width, PANEL, values + i * PANEL);
+    std::memset(values + m * PANEL, 0, sizeof(float) * (C - m) * PANEL);
+  }
+
+  // What the chunk writes, from v in `values` and the erase rows of `read`; y is kept for a backward
+  // pass: v - b^T S of a delta rule, a^T S of a low-rank one.
+  void solve(float* y) {
+    const float *B = scores + C * R * C, *in = read + C * PANEL;
+    for (int i = 0; i < C; i++) {
+      float row[PANEL];
+      for (int w = 0; w < PANEL; w += LANES) {
+        vf x = E == DELTA ? load(values + i * PANEL + w) - load(in + i * PANEL + w)
+                          : load(in + i * PANEL + w);
+        for (int j = 0; j < i; j++)
+          if (E == DELTA)
+            x -= B[i * C + j] * load(values + j * PANEL + w);
+          else
+            x += B[i * 2 * C + j] * load(values + j * PANEL + w) +
+                 B[i * 2 * C + C + j] * load(values + (C + j) * PANEL + w);
+        store(row + w, x);
+      }
+      if (y) std::memcpy(y + i * PANEL, row, sizeof(row));
+      if (E == DELTA)
+        scale_into(beta[i], row, values + i * PANEL, PANEL);
+      else
+        std::memcpy(values + (C + i) * PANEL, row, sizeof(row));
+    }
+  }
+
+  // What left rows read of the first state, and from it what the chunk writes.
+  void write(const float* S, float* y, bool queries) {
+    const int first = queries ? 0 : C;
+    if (queries || E != NO_ERASE)
+      product<ZERO>(L * C - first, PANEL, K, enter + first * Kp, Kp, 1, S, PANEL,
+                    read + first * PANEL, PANEL);
+    if (E != NO_ERASE) solve(y);
+  }
+
+  void advance(float* S) {
+    product<D == NO_DECAY ? KEEP : SCALED>(K, PANEL, R * C, leave, 1, Kp, values, PANEL, S, PANEL,
+                                           last);
+  }
+
+  void output(int64_t n, int64_t hv, int64_t t, int m, int panel) {
+    product<KEEP>(C, PANEL, R * C, scores, R * C, 1, values, PANEL, read, PANEL);
+    const int width = PANEL < p.V - panel * PANEL ? PANEL : int(p.V - panel * PANEL);
+    for (int i = 0; i < m; i++) {
+      scale_into(p.scale, read + i * PANEL, read + i * PANEL, PANEL);
+      write_row(p.o, p.bounds ? 0 : n, t + i, hv, panel * PANEL, width, read + i * PANEL);
+    }
+  }
+};
+
+// A state [K, V] as panels [K, PANEL] of zero-filled columns, and back.
+static void pack_panel(const Problem& p, const float* S, int panel, float* out) {
+  const int64_t width = PANEL < p.V - panel * PANEL ? PANEL : p.V - panel * PANEL;
+  for (int64_t k = 0; k < p.K; k++)
+    for (int64_t w = 0; w < PANEL; w++)
+      out[k * PANEL + w] = S && w < width ? S[k * p.V + panel * PANEL + w] : 0;
+}
+
+static void unpack_panel(const Problem& p, const float* S, int panel, float* out) {
+  const int64_t width = PANEL < p.V - panel * PANEL ? PANEL : p.V - panel * PANEL;
+  for (int64_t k = 0; k < p.K; k++)
+    std::memcpy(out + k * p.V + panel * PANEL, S + k * PANEL, sizeof(float) * width);
+}
+
+FLA_INLINE int64_t state_of(const Problem& p, int64_t n, int64_t hv) {
+  return (n * p.HV + hv) * p.K * p.V;
+}
+
+FLA_INLINE float* checkpoint(const Problem& p, int64_t n, int64_t t, int64_t hv) {
+  const int64_t block = first_block(p, n) + (t - begin_of(p, n)) / BLOCK;
+  return p.states + (block * p.HV + hv) * panels(p) * p.K * PANEL;
+}
+
+template <Decay D, Erase E>
+int64_t forward(const Problem& p, Task task, float* workspace) {
+  Arena arena{workspace};
+  Chunk<D, E> chunk(p, arena, false);
+  const int64_t size = p.K * PANEL, count = panels(p);
+  float* S = arena.take(count * size);
+  if (!workspace) return arena.used;
+  const int64_t n = task.sequence, hv = task.head, h = hv / (p.HV / p.H);
+  const float* first = p.initial ? p.initial + state_of(p, n, hv) : nullptr;
+  for (int x = task.panel; x < task.end; x++) pack_panel(p, first, x, S + x * size);
+  for (int64_t t = begin_of(p, n); t < end_of(p, n); t += CHUNK) {
+    const int m = int(end_of(p, n) - t < CHUNK ? end_of(p, n) - t : CHUNK);
+    if (p.states && (t - begin_of(p, n)) % BLOCK == 0)
+      std::memcpy(checkpoint(p, n, t, hv) + task.panel * size, S + task.panel * size,
+                  sizeof(float) * (task.end - task.panel) * size);
+    chunk.prepare(n, h, hv, t, m);
+    for (int x = task.panel; x < task.end; x++) {
+      chunk.load_values(n, hv, t, m, x);
+      chunk.write(S + x * size, nullptr, true);
+      chunk.output(n, hv, t, m, x);
+      chunk.advance(S + x * size);
+    }
+  }
+  for (int x = task.panel; x < task.end; x++)
+    unpack_panel(p, S + x * size, x, p.final_state + state_of(p, n, hv));
+  return arena.used;
+}
+
+}  // namespace FLA_ISA

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: MIT
+// Compiled once per instruction set, with FLA_ISA its name; what it exports is one table.
+#include "kernels.h"
+
+#include "backward.h"
+#include "token.h"
+
+namespace FLA_ISA {
+
+template <template <Decay, Erase> class Run>
+struct Dispatch {
+  template <Decay D>
+  static int64_t of(const Problem& p, Task task, float* workspace) {
+    if (p.erase == NO_ERASE) return Run<D, NO_ERASE>::run(p, task, workspace);
+    if (p.erase == DELTA) return Run<D, DELTA>::run(p, task, workspace);
+    return Run<D, LOW_RANK>::run(p, task, workspace);
+  }
+  static int64_t run(const Problem& p, Task task, float* workspace) {
+    if (p.decay == NO_DECAY) return of<NO_DECAY>(p, task, workspace);
+    if (p.decay == SCALAR) return of<SCALAR>(p, task, workspace);
+    return of<VECTOR>(p, task, workspace);
+  }
+};
+
+template <Decay D, Erase E>
+struct Forward {
+  static int64_t run(const Problem& p, Task task, float* w) { return forward<D, E>(p, task, w); }
+};
+
+template <Decay D, Erase E>
+struct Backwards {
+  static int64_t run(const Problem& p, Task task, float* w) { return backward<D, E>(p, task, w); }
+};
+
+template <Decay D, Erase E>
+struct Tokens {
+  static int64_t run(const Problem& p, Task task, float* w) { return tokens<D, E>(p, task, w); }
+};
+
+extern const Kernels kernels = {Dispatch<Forward>::run, Dispatch<Backwards>::run,
+                                Dispatch<Tokens>::run};
+
+}  // namespace FLA_ISA

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: MIT
+// What a call hands over: plain structures, the same in Python's ctypes (`library.py`).
+#pragma once
+#include <cstdint>
+
+enum Type : int32_t { F32 = 0, BF16 = 1, F16 = 2 };
+enum Decay : int32_t { NO_DECAY = 0, SCALAR = 1, VECTOR = 2 };
+enum Erase : int32_t { NO_ERASE = 0, DELTA = 1, LOW_RANK = 2 };
+
+struct View {  // [B, T, heads, channels], or [B, T, heads]; strides in elements
+  void* data;
+  int64_t batch, token, head, channel;
+  int32_t type;
+};
+
+// In memory order as in Python. B = 1 where `bounds` is given; N sequences. An absent view has no
+// data. `states` holds the first state of every block of BLOCK tokens: a sequence's first block is
+// number bounds[n] / BLOCK + n, or n * ceil(T / BLOCK).
+struct Problem {
+  View q, k, v, g, beta, gv, a, b, o;  // gv and a beta per value channel: token by token alone
+  View dq, dk, dv, dg, dbeta, da, db;  // `o` is the gradient of o in a backward pass
+  const float *initial, *dfinal;       // [N, HV, K, V]
+  float *final_state, *dinitial, *states;
+  const int64_t* bounds;
+  int64_t N, T, H, HV, K, V;
+  float scale;
+  int32_t decay, erase, l2norm, before;
+};
+
+constexpr int CHUNK = 16, BLOCK = 64, PANEL = 32;
+constexpr float L2_EPS = 1e-6f;
+
+struct Task {  // one value head of one sequence and some of its panels; in a backward pass one key head
+  int64_t sequence, head;
+  int panel, end;
+};
+
+inline int panels(const Problem& p) { return int((p.V + PANEL - 1) / PANEL); }
+inline int64_t begin_of(const Problem& p, int64_t n) { return p.bounds ? p.bounds[n] : 0; }
+inline int64_t end_of(const Problem& p, int64_t n) { return p.bounds ? p.bounds[n + 1] : p.T; }
+inline int64_t first_block(const Problem& p, int64_t n) {
+  return p.bounds ? p.bounds[n] / BLOCK + n : n * ((p.T + BLOCK - 1) / BLOCK);
+}

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT
+"""Builds the native kernels: one shared library, its kernels compiled once per instruction set.
+
+It links neither Python nor torch, so one wheel serves every version of both. Without a compiler the
+installation succeeds, and `fla doctor` says what is missing.
+"""
+
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+SOURCES = "fla/ops/engine/native/src"
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-Wno-psabi",
+]
+X86 = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+}
+ISAS = {"baseline": []} | (X86 if platform.machine() in ("x86_64", "AMD64") else {})
+
+
+class BuildNative(build_ext):
+    """`build_ext` for the one library of this package."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so.0"  # not to be taken for a Python module
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            # a missing compiler must not fail the installation: the torch form runs without it
+            print(f"native kernels not built: {error}", file=sys.stderr)
+
+    def build_extension(self, extension: Extension) -> None:
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        compiler, objects = self.compiler, []
+        build = Path(self.build_temp)
+        for isa, flags in ISAS.items():
+            objects += compiler.compile(
+                [f"{SOURCES}/kernels.cpp"],
+                str(build / isa),
+                macros=[("FLA_ISA", isa)],
+                extra_postargs=FLAGS + flags,
+            )
+        objects += compiler.compile([f"{SOURCES}/api.cpp"], str(build), extra_postargs=FLAGS)
+        compiler.link_shared_object(
+            objects,
+            str(target),
+            libraries=["pthread"],
+            target_lang="c++",
+            extra_postargs=["-Wl,-s"] if sys.platform == "linux" else [],
+        )
+
+
+class AnyPython(bdist_wheel):
+    """The library does not link Python: the wheel is for every version of it on one platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+depends = [str(path) for path in Path(SOURCES).glob("*")]
+native = Extension(
+    "fla.ops.engine.native.libfla_engine", [f"{SOURCES}/api.cpp"], depends=depends, optional=True
+)
+setup(
+    ext_modules=[] if sys.platform == "win32" else [native],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
+)
