@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN ?= runs/demo
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check sanitize bench clean
 
 demo: $(VENV)/.ready
 	$(PY) -m fla.cli train --config examples/demo.yaml --output_dir $(RUN)
@@ -16,6 +16,9 @@ check: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+sanitize: $(VENV)/.ready
+	scripts/sanitize.sh $(PY)
 
 bench: $(VENV)/.ready
 	$(PY) -m benchmarks.ops

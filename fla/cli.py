@@ -224,6 +224,7 @@ def doctor(argv: list[str]) -> int:
     import fla
     from fla.models.provider import report
     from fla.ops.engine.dispatch import explain
+    from fla.ops.engine.native import library
     from fla.ops.registry import OPS
     from fla.utils import get_available_device
 
@@ -241,6 +242,7 @@ def doctor(argv: list[str]) -> int:
     device = get_available_device()
     print("device")
     line("used by default", device)
+    line("native kernels", library.MISSING or library.instruction_set_name())
     line("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for i in range(torch.cuda.device_count()):
         line(f"cuda:{i}", torch.cuda.get_device_name(i))

@@ -30,6 +30,11 @@ def checked_inputs(on: bool = True) -> Iterator[None]:
         _checked = previous
 
 
+def checks_inputs() -> bool:
+    """Whether operators look at values now."""
+    return _checked
+
+
 def check_log_decay(op: str, **decays: Tensor | None) -> None:
     """Raise `ValueError` for a log decay above 0, where inputs are checked."""
     if not _checked:

@@ -193,7 +193,7 @@ def explain(op: Callable, *args: object, **kwargs: object) -> Explanation:
         b: unavailable(b, tensor.device, name, tensor.dtype) for b in BACKENDS if b != backend
     }
     if backend == "native":
-        form = NATIVE_FORMS[name.startswith(TOKEN_FORM)].format(library.instruction_sets()[0])
+        form = NATIVE_FORMS[name.startswith(TOKEN_FORM)].format(library.instruction_set_name())
     return Explanation(
         op=name,
         backend=backend,

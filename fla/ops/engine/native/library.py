@@ -93,14 +93,19 @@ def instruction_sets() -> list[str]:
 
 
 @cache
-def instruction_set() -> int:
-    """The number of the one in use."""
-    lib, wanted = library(), os.environ.get("FLA_NATIVE_ISA")
-    names = instruction_sets()
+def instruction_set_name() -> str:
+    """The one in use."""
+    wanted, names = os.environ.get("FLA_NATIVE_ISA"), instruction_sets()
     if wanted and wanted not in names:
         raise ValueError(f"FLA_NATIVE_ISA is {wanted!r}; this machine runs {', '.join(names)}")
-    chosen = wanted or names[0]
-    return next(i for i in range(lib.fla_isa_count()) if lib.fla_isa_name(i).decode() == chosen)
+    return wanted or names[0]
+
+
+@cache
+def instruction_set() -> int:
+    """The number of the one in use."""
+    lib, name = library(), instruction_set_name().encode()
+    return next(i for i in range(lib.fla_isa_count()) if lib.fla_isa_name(i) == name)
 
 
 def call(function: str, problem: Problem) -> None:

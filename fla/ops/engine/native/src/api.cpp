@@ -39,25 +39,31 @@ constexpr int ISA_COUNT = sizeof(ISAS) / sizeof(ISAS[0]);
 
 enum Status { DONE = 0, OUT_OF_MEMORY = 1, NO_SUCH_ISA = 2 };
 
-// Tasks in order on up to `threads` threads, each with a workspace of its own. What a task computes
+constexpr int64_t CACHE = 1 << 19;      // bytes of states that go through the tokens together
+constexpr double ALONE = 4e6;           // multiply-adds not worth a second thread
+
+// `count` tasks on up to `threads` threads, each with a workspace of its own. What a task computes
 // does not depend on who runs it.
 template <class Split>
-int run(Kernel kernel, const Problem& p, int64_t count, int threads, Split split) {
-  const int64_t size = kernel(p, Task{}, nullptr);
-  if (threads > count) threads = int(count);
+int run_tasks(Kernel kernel, const Problem& p, int64_t count, int threads, Split split) {
   std::atomic<int64_t> next{0};
   std::atomic<int> status{DONE};
   auto work = [&] {
-    float* workspace = static_cast<float*>(std::aligned_alloc(64, (size * 4 + 63) / 64 * 64));
-    if (!workspace) {
-      status = OUT_OF_MEMORY;
-      return;
+    float* workspace = nullptr;
+    for (int64_t i; status == DONE && (i = next++) < count;) {
+      if (!workspace) {  // the first task is the largest
+        const int64_t size = kernel(p, split(0), nullptr);
+        workspace = static_cast<float*>(std::aligned_alloc(64, (size * 4 + 63) / 64 * 64));
+      }
+      if (workspace)
+        kernel(p, split(i), workspace);
+      else
+        status = OUT_OF_MEMORY;
     }
-    for (int64_t i; status == DONE && (i = next++) < count;) kernel(p, split(i), workspace);
     std::free(workspace);
   };
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; i++) {
+  for (int i = 1; i < threads && i < count; i++) {
     try {
       others.emplace_back(work);
     } catch (const std::exception&) {
@@ -69,38 +75,51 @@ int run(Kernel kernel, const Problem& p, int64_t count, int threads, Split split
   return status;
 }
 
-}  // namespace
-
-extern "C" {
-
-__attribute__((visibility("default"))) int fla_isa_count() { return ISA_COUNT; }
-
-__attribute__((visibility("default"))) const char* fla_isa_name(int i) { return ISAS[i].name; }
-
-__attribute__((visibility("default"))) int fla_isa_runs(int i) { return ISAS[i].runs(); }
-
-__attribute__((visibility("default"))) int64_t fla_problem_size() { return sizeof(Problem); }
-
-__attribute__((visibility("default"))) int fla_forward(const Problem* p, int isa, int threads) {
+// Splits `heads` heads of every sequence and, where those are few, `all` panels of each.
+int run(Kernel Kernels::*which, const Problem* p, int isa, int threads, int64_t heads, int all) {
   if (isa < 0 || isa >= ISA_COUNT || !ISAS[isa].runs()) return NO_SUCH_ISA;
-  const int64_t heads = p->N * p->HV, all = panels(*p);
-  int64_t parts = heads ? (threads + heads - 1) / heads : 1;  // few heads: split their values, too
-  parts = parts < 1 ? 1 : parts > all ? all : parts;
-  return run(ISAS[isa].kernels->forward, *p, heads * parts, threads, [&](int64_t i) {
-    const int64_t head = i / parts, part = i % parts;
-    return Task{head / p->HV, head % p->HV, int(part * all / parts), int((part + 1) * all / parts)};
+  const int64_t total = p->N * heads;
+  if (!total) return DONE;
+  const double tokens = double(p->bounds ? p->T : p->N * p->T);
+  if (tokens * double(p->HV * p->K * p->V) < ALONE) threads = 1;
+  const int64_t state = p->HV / heads * p->K * p->V * 4;
+  const int64_t fit = state < CACHE ? CACHE / (state + 1) : 1;
+  int64_t each = (total + threads - 1) / threads;
+  each = each < fit ? each : fit;
+  each = each < 1 ? 1 : each < heads ? each : heads;
+  const int64_t groups = (heads + each - 1) / each, missing = threads / (p->N * groups);
+  const int parts = missing < 1 ? 1 : missing < all ? int(missing) : all;
+  const int64_t count = p->N * groups * parts;
+  return run_tasks(ISAS[isa].kernels->*which, *p, count, threads, [=](int64_t i) {
+    const int64_t part = i % parts, group = i / parts % groups, end = (group + 1) * each;
+    return Task{i / parts / groups, group * each, end < heads ? end : heads,
+                int(part * all / parts), int((part + 1) * all / parts)};
   });
 }
 
-__attribute__((visibility("default"))) int fla_backward(const Problem* p, int isa, int threads) {
-  if (isa < 0 || isa >= ISA_COUNT || !ISAS[isa].runs()) return NO_SUCH_ISA;
-  return run(ISAS[isa].kernels->backward, *p, p->N * p->H, threads,
-             [&](int64_t i) { return Task{i / p->H, i % p->H, 0, 0}; });
+}  // namespace
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+EXPORT int fla_isa_count() { return ISA_COUNT; }
+
+EXPORT const char* fla_isa_name(int i) { return ISAS[i].name; }
+
+EXPORT int fla_isa_runs(int i) { return ISAS[i].runs(); }
+
+EXPORT int64_t fla_problem_size() { return sizeof(Problem); }
+
+EXPORT int fla_forward(const Problem* p, int isa, int threads) {
+  return run(&Kernels::forward, p, isa, threads, p->HV, panels(*p));
 }
 
-__attribute__((visibility("default"))) int fla_token(const Problem* p, int isa, int threads) {
-  if (isa < 0 || isa >= ISA_COUNT || !ISAS[isa].runs()) return NO_SUCH_ISA;
-  return run(ISAS[isa].kernels->token, *p, p->N * p->HV, threads,
-             [&](int64_t i) { return Task{i / p->HV, i % p->HV, 0, 0}; });
+EXPORT int fla_backward(const Problem* p, int isa, int threads) {
+  return run(&Kernels::backward, p, isa, threads, p->H, 1);
+}
+
+EXPORT int fla_token(const Problem* p, int isa, int threads) {
+  return run(&Kernels::token, p, isa, threads, p->HV, 1);
 }
 }

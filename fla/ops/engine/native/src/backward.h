@@ -277,26 +277,29 @@ int64_t backward(const Problem& p, Task task, float* workspace) {
   Arena arena{workspace};
   Backward<D, E> back(p, arena);
   const int64_t groups = p.H ? p.HV / p.H : 1, whole = back.count * back.size;
-  float* Z = arena.take(groups * whole);
+  const int64_t first = task.head * groups, last = task.last * groups;  // value heads
+  float* Z = arena.take((last - first) * whole);
   if (!workspace) return arena.used;
-  const int64_t n = task.sequence, h = task.head, begin = begin_of(p, n), end = end_of(p, n);
-  for (int64_t g = 0; g < groups; g++)
+  const int64_t n = task.sequence, begin = begin_of(p, n), end = end_of(p, n);
+  for (int64_t hv = first; hv < last; hv++)
     for (int x = 0; x < back.count; x++)
-      pack_panel(p, p.dfinal ? p.dfinal + state_of(p, n, h * groups + g) : nullptr, x,
-                 Z + g * whole + x * back.size);
+      pack_panel(p, p.dfinal ? p.dfinal + state_of(p, n, hv) : nullptr, x,
+                 Z + (hv - first) * whole + x * back.size);
   for (int64_t block = (end - begin + BLOCK - 1) / BLOCK; block-- > 0;) {
     const int64_t t = begin + block * BLOCK;
     const int tokens = int(end - t < BLOCK ? end - t : BLOCK);
-    std::memset(back.dq, 0, sizeof(float) * BLOCK * back.Kp);
-    std::memset(back.dk, 0, sizeof(float) * BLOCK * back.Kp);
-    for (int64_t g = 0; g < groups; g++)
-      back.block(n, h, h * groups + g, t, tokens, Z + g * whole);
-    back.finish(n, h, t, tokens);
+    for (int64_t h = task.head; h < task.last; h++) {
+      std::memset(back.dq, 0, sizeof(float) * BLOCK * back.Kp);
+      std::memset(back.dk, 0, sizeof(float) * BLOCK * back.Kp);
+      for (int64_t hv = h * groups; hv < (h + 1) * groups; hv++)
+        back.block(n, h, hv, t, tokens, Z + (hv - first) * whole);
+      back.finish(n, h, t, tokens);
+    }
   }
-  for (int64_t g = 0; g < groups; g++)
+  for (int64_t hv = first; hv < last; hv++)
     for (int x = 0; x < back.count; x++)
-      unpack_panel(p, Z + g * whole + x * back.size, x,
-                   p.dinitial + state_of(p, n, h * groups + g));
+      unpack_panel(p, Z + (hv - first) * whole + x * back.size, x,
+                   p.dinitial + state_of(p, n, hv));
   return arena.used;
 }
 

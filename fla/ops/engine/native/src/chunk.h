@@ -232,26 +232,33 @@ int64_t forward(const Problem& p, Task task, float* workspace) {
   Arena arena{workspace};
   Chunk<D, E> chunk(p, arena, false);
   const int64_t size = p.K * PANEL, count = panels(p);
-  float* S = arena.take(count * size);
+  float* states = arena.take((task.last - task.head) * count * size);
   if (!workspace) return arena.used;
-  const int64_t n = task.sequence, hv = task.head, h = hv / (p.HV / p.H);
-  const float* first = p.initial ? p.initial + state_of(p, n, hv) : nullptr;
-  for (int x = task.panel; x < task.end; x++) pack_panel(p, first, x, S + x * size);
+  const int64_t n = task.sequence;
+  for (int64_t hv = task.head; hv < task.last; hv++)
+    for (int x = task.panel; x < task.end; x++)
+      pack_panel(p, p.initial ? p.initial + state_of(p, n, hv) : nullptr, x,
+                 states + ((hv - task.head) * count + x) * size);
   for (int64_t t = begin_of(p, n); t < end_of(p, n); t += CHUNK) {
     const int m = int(end_of(p, n) - t < CHUNK ? end_of(p, n) - t : CHUNK);
-    if (p.states && (t - begin_of(p, n)) % BLOCK == 0)
-      std::memcpy(checkpoint(p, n, t, hv) + task.panel * size, S + task.panel * size,
-                  sizeof(float) * (task.end - task.panel) * size);
-    chunk.prepare(n, h, hv, t, m);
-    for (int x = task.panel; x < task.end; x++) {
-      chunk.load_values(n, hv, t, m, x);
-      chunk.write(S + x * size, nullptr, true);
-      chunk.output(n, hv, t, m, x);
-      chunk.advance(S + x * size);
+    for (int64_t hv = task.head; hv < task.last; hv++) {
+      float* S = states + (hv - task.head) * count * size;
+      if (p.states && (t - begin_of(p, n)) % BLOCK == 0)
+        std::memcpy(checkpoint(p, n, t, hv) + task.panel * size, S + task.panel * size,
+                    sizeof(float) * (task.end - task.panel) * size);
+      chunk.prepare(n, hv / (p.HV / p.H), hv, t, m);
+      for (int x = task.panel; x < task.end; x++) {
+        chunk.load_values(n, hv, t, m, x);
+        chunk.write(S + x * size, nullptr, true);
+        chunk.output(n, hv, t, m, x);
+        chunk.advance(S + x * size);
+      }
     }
   }
-  for (int x = task.panel; x < task.end; x++)
-    unpack_panel(p, S + x * size, x, p.final_state + state_of(p, n, hv));
+  for (int64_t hv = task.head; hv < task.last; hv++)
+    for (int x = task.panel; x < task.end; x++)
+      unpack_panel(p, states + ((hv - task.head) * count + x) * size, x,
+                   p.final_state + state_of(p, n, hv));
   return arena.used;
 }
 

@@ -30,8 +30,11 @@ struct Problem {
 constexpr int CHUNK = 16, BLOCK = 64, PANEL = 32;
 constexpr float L2_EPS = 1e-6f;
 
-struct Task {  // one value head of one sequence and some of its panels; in a backward pass one key head
-  int64_t sequence, head;
+// Some value heads of one sequence, and some of their panels; in a backward pass some key heads. They
+// go through the tokens together: the rows of a token's heads lie side by side, those of the next
+// token often a page away.
+struct Task {
+  int64_t sequence, head, last;
   int panel, end;
 };
 

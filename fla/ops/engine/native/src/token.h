@@ -49,9 +49,9 @@ struct Token {
     if (E == DELTA && !p.b.data) multiply_into(f, k, b, Kp);  // reads the decayed state
   }
 
-  // `columns` columns of S [K, ldS], in place.
+  // Columns from `at` on of a state [K, ld]: from one place to another, or in place.
   template <int VECTORS>
-  void advance(float* S, int64_t lds, int at) {
+  void advance(const float* from, float* S, int64_t lds, int at) {
     vf out[VECTORS], written[VECTORS], erased[VECTORS], decay[VECTORS];
     for (int j = 0; j < VECTORS; j++) {
       decay[j] = p.gv.data ? load(column + at + j * LANES) : splat(1);
@@ -61,7 +61,7 @@ struct Token {
     if (E != NO_ERASE || early[0])
       for (int i = 0; i < K; i++)
         for (int j = 0; j < VECTORS; j++) {
-          const vf s = load(S + i * lds + j * LANES);
+          const vf s = load(from + i * lds + j * LANES);
           if (E != NO_ERASE) erased[j] += b[i] * s;
           if (early[0]) out[j] += q[i] * s;
         }
@@ -72,7 +72,7 @@ struct Token {
       }
     for (int i = 0; i < K; i++)
       for (int j = 0; j < VECTORS; j++) {
-        vf s = load(S + i * lds + j * LANES);
+        vf s = load(from + i * lds + j * LANES);
         if (D != NO_DECAY) s *= f[i];
         s *= decay[j];
         s += k[i] * written[j];
@@ -84,16 +84,16 @@ struct Token {
   }
 
   // `tail`: the last columns, copied where V is no multiple of a register
-  void step(float* S, float* tail) {
+  void step(const float* from, float* S, float* tail) {
     int at = 0;
-    for (; at + COLUMNS <= p.V; at += COLUMNS) advance<4>(S + at, p.V, at);
-    for (; at + LANES <= p.V; at += LANES) advance<1>(S + at, p.V, at);
+    for (; at + COLUMNS <= p.V; at += COLUMNS) advance<4>(from + at, S + at, p.V, at);
+    for (; at + LANES <= p.V; at += LANES) advance<1>(from + at, S + at, p.V, at);
     const int64_t rest = p.V - at;
     if (!rest) return;
     for (int i = 0; i < K; i++)
       for (int64_t j = 0; j < LANES; j++)
-        tail[i * LANES + j] = j < rest ? S[i * p.V + at + j] : 0;
-    advance<1>(tail, LANES, at);
+        tail[i * LANES + j] = j < rest ? from[i * p.V + at + j] : 0;
+    advance<1>(tail, tail, LANES, at);
     for (int i = 0; i < K; i++)
       std::memcpy(S + i * p.V + at, tail + i * LANES, sizeof(float) * rest);
   }
@@ -105,16 +105,19 @@ int64_t tokens(const Problem& p, Task task, float* workspace) {
   Token<D, E> token(p, arena);
   float* tail = arena.take(p.K * LANES);
   if (!workspace) return arena.used;
-  const int64_t n = task.sequence, hv = task.head, h = hv / (p.HV / p.H);
-  float* S = p.final_state + (n * p.HV + hv) * p.K * p.V;
-  if (!p.initial)
-    std::memset(S, 0, sizeof(float) * p.K * p.V);
-  else if (p.initial != p.final_state)
-    std::memcpy(S, p.initial + (n * p.HV + hv) * p.K * p.V, sizeof(float) * p.K * p.V);
-  for (int64_t t = begin_of(p, n); t < end_of(p, n); t++) {
-    token.load_token(n, h, hv, t);
-    token.step(S, tail);
-    write_row(p.o, p.bounds ? 0 : n, t, hv, 0, int(p.V), token.o);
+  const int64_t n = task.sequence;
+  for (int64_t hv = task.head; hv < task.last; hv++) {
+    const int64_t at = (n * p.HV + hv) * p.K * p.V, begin = begin_of(p, n), end = end_of(p, n);
+    float* S = p.final_state + at;
+    if (!p.initial)
+      std::memset(S, 0, sizeof(float) * p.K * p.V);
+    else if (begin == end)
+      std::memcpy(S, p.initial + at, sizeof(float) * p.K * p.V);
+    for (int64_t t = begin; t < end; t++) {
+      token.load_token(n, hv / (p.HV / p.H), hv, t);
+      token.step(t == begin && p.initial ? p.initial + at : S, S, tail);
+      write_row(p.o, p.bounds ? 0 : n, t, hv, 0, int(p.V), token.o);
+    }
   }
   return arena.used;
 }

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: MIT
+"""The native kernels: every operator against fp64, every instruction set, any layout in memory, any boundaries,
+several threads and processes, and what happens where they cannot run."""
+
+import ctypes
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fla.ops.engine import chunk as plain
+from fla.ops.engine.dispatch import unavailable, use_backend
+from fla.ops.engine.native import library, ops
+from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from fla.ops.registry import OPS
+from tests.helpers import assert_within_budget, error, gradients
+from tests.ops import properties as P
+
+pytestmark = pytest.mark.skipif(library.MISSING is not None, reason=str(library.MISSING))
+CPU = torch.device("cpu")
+NATIVE = [op for op in OPS if unavailable("native", CPU, op.chunk.__name__) is None]
+every_op = pytest.mark.parametrize("op", NATIVE, ids=lambda op: op.title)
+DECAYS, ERASES = ("none", "scalar", "vector"), ("none", "delta", "delta with b", "low rank")
+
+
+def problem(decay, erase, B=2, T=70, H=2, HV=4, K=24, V=40, seed=0, extreme=False):
+    """Arguments of the engine's chunk form in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def unit(*shape):
+        return torch.nn.functional.normalize(normal(*shape), dim=-1)
+
+    x = dict(q=normal(B, T, H, K), k=unit(B, T, H, K), v=normal(B, T, HV, V))
+    if decay != "none":
+        x["g"] = -normal(B, T, HV, *([K] if decay == "vector" else [])).abs()
+        if extreme:
+            x["g"][:, 3::7], x["g"][:, 5::11] = -torch.inf, -1e4
+    if erase.startswith("delta"):
+        x["beta"] = normal(B, T, HV).sigmoid()
+    if erase in ("delta with b", "low rank"):
+        x["b"] = unit(B, T, HV, K)
+    if erase == "low rank":
+        x["a"] = -x["b"] * normal(B, T, HV, 1).sigmoid()
+    return x
+
+
+def run(function, x, dtype=torch.float32, **options):
+    """o, the final state and all gradients, by name."""
+    x = {n: y.to(dtype).requires_grad_() for n, y in x.items()}
+    state = options.pop("state", None)
+    leaf = dict(x) if state is None else x | {"state": state.to(dtype).requires_grad_()}
+    o, final = function(**x, scale=0.3, initial_state=leaf.get("state"), **options)
+    return {"o": o, "final": final} | gradients([o, final], leaf)
+
+
+def compare(got, want, what, tolerance=3e-6):
+    for name, y in want.items():
+        if not y.numel():
+            assert got[name].shape == y.shape
+            continue
+        assert got[name].isfinite().all(), f"{what}: {name} is not finite"
+        close = error(got[name], y) <= tolerance * max(1e-3, y.abs().max().item())
+        assert close, f"{what}: {name} is off by {error(got[name], y):.2e} of {y.abs().max():.2e}"
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
+@pytest.mark.parametrize("erase", ERASES)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_the_family_is_the_torch_form(decay, erase, before):
+    """Values, states and every gradient, with resets and decays of -1e4 among them."""
+    x = problem(decay, erase, extreme=True)
+    options = dict(state=torch.randn(2, 4, 24, 40), l2norm=erase == "delta", read_before=before)
+    want = run(plain.chunk, x, torch.float64, **options)
+    compare(run(ops.chunk, x, **options), want, f"{decay} {erase}")
+    with torch.no_grad():
+        options["initial_state"] = options.pop("state")
+        o, final = ops.recurrent(**x, scale=0.3, **options)
+    compare({"o": o, "final": final}, {n: want[n] for n in ("o", "final")}, f"{decay} {erase}")
+
+
+def test_a_wrong_kernel_would_be_noticed():
+    x = problem("scalar", "delta")
+    want = run(plain.chunk, x, torch.float64)
+    x["g"] = x["g"] * 1.0001
+    with pytest.raises(AssertionError, match="is off by"):
+        compare(run(ops.chunk, x), want, "scalar delta")
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_budgets(op, dtype):
+    with use_backend("native"):
+        P.check_error_budget(op, dtype)
+        if dtype == torch.float32:
+            P.check_gradient_budget(op, dtype)
+            P.check_batch_mates_do_not_matter(op)
+
+
+@every_op
+@pytest.mark.parametrize("T", [0, 1, 15, 16, 17, 63, 64, 65, 130])
+def test_packed_split_and_token_by_token(op, T):
+    """Any length, in one call or two, alone or packed, chunk by chunk or token by token."""
+    inputs, states = op.inputs(1, T, 2, 12, 20), op.states(1, 2, 12, 20, dtype=torch.float32)
+    n = 2 if any("T*n" in op.axes(name) for name in inputs) else 1
+    with use_backend("native"), torch.no_grad():
+        whole = op.call(op.chunk, inputs, states)
+        cut = T // 3
+        first, *middle = op.call(op.chunk, op.tokens(inputs, 0, cut), states)
+        second, *final = op.call(op.token, op.tokens(inputs, cut, T), middle)
+        split = [torch.cat([first, second], 1), *final]
+        bounds = torch.tensor([0, cut, cut, T])
+        packed, *_ = op.call(op.chunk, inputs, cu_seqlens=bounds)
+        parts = [op.call(op.chunk, op.tokens(inputs, a, b))[0] for a, b in ((0, cut), (cut, T))]
+    assert n * whole[0].shape[1] >= T
+    for a, b in [*zip(split, whole, strict=True), (packed, torch.cat(parts, 1))]:
+        assert (
+            (a - b).abs().max() <= 2e-5 * max(1, b.abs().max()) if b.numel() else a.shape == b.shape
+        )
+
+
+@pytest.mark.parametrize("isa", library.instruction_sets() if not library.MISSING else [])
+def test_every_instruction_set(isa, monkeypatch):
+    number = library.instruction_sets().index(isa) - len(library.instruction_sets())
+    number += library.library().fla_isa_count()
+    monkeypatch.setattr(library, "instruction_set", lambda: number)
+    for decay in DECAYS:
+        for erase in ERASES:
+            x = problem(decay, erase, K=33, V=37, extreme=True)
+            want = run(plain.chunk, x, torch.float64)
+            compare(run(ops.chunk, x), want, f"{isa} {decay} {erase}")
+            o, _ = ops.recurrent(**x, scale=0.3)
+            compare({"o": o}, {"o": want["o"]}, f"{isa} {decay} {erase} tokens")
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5])
+def test_results_do_not_depend_on_the_number_of_threads(heads):
+    x = problem("vector", "delta", B=1, T=200, H=heads, HV=heads, K=64, V=160)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(run(ops.chunk, x))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, y in results[0].items():
+            assert torch.equal(other[name], y), name
+
+
+@given(
+    B=st.integers(1, 3), T=st.integers(0, 70), H=st.integers(1, 3), groups=st.integers(1, 3),
+    K=st.integers(1, 40), V=st.integers(1, 70), decay=st.sampled_from(DECAYS),
+    erase=st.sampled_from(ERASES), layout=st.sampled_from(["head first", "sliced", "offset", "expanded"]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_shape_and_layout_in_memory(B, T, H, groups, K, V, decay, erase, layout):
+    x = problem(decay, erase, B, T, H, H * groups, K, V)
+    want = run(plain.chunk, x, torch.float64)
+
+    def lay(y):
+        if layout == "head first":
+            return y.transpose(1, 2).contiguous().transpose(1, 2)
+        if layout == "sliced":  # every second channel, or head
+            return torch.stack([y, torch.full_like(y, torch.nan)], -1).flatten(-2)[..., ::2]
+        wide = torch.full((y.numel() + 1,), torch.nan)  # 4 bytes off every boundary
+        wide[1:] = y.flatten()
+        return wide[1:].view(y.shape)
+
+    if layout == "expanded" and "beta" in x:
+        x["beta"] = x["beta"][:, :1].expand_as(x["beta"])
+        want = run(plain.chunk, x, torch.float64)
+        o, _ = ops.chunk(**x, scale=0.3)
+        compare({"o": o}, {"o": want["o"]}, layout, 1e-5)
+        return
+    laid = {n: lay(y).detach() for n, y in x.items()}
+    leaves = {n: y.requires_grad_() for n, y in laid.items()}
+    o, final = ops.chunk(**leaves, scale=0.3)
+    compare({"o": o, "final": final} | gradients([o, final], leaves), want, layout, 1e-5)
+
+
+@given(lengths=st.lists(st.integers(0, 90), min_size=1, max_size=6), erase=st.sampled_from(ERASES))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_any_boundaries(lengths, erase):
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    x = problem("vector", erase, B=1, T=int(bounds[-1]), K=12, V=20)
+    state = torch.randn(len(lengths), 4, 12, 20)
+    want = run(plain.chunk, x, torch.float64, cu_seqlens=bounds, state=state)
+    compare(run(ops.chunk, x, cu_seqlens=bounds, state=state), want, f"{lengths}", 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_dtypes_are_read_and_rounded_to_nearest(dtype):
+    x = {n: y.to(dtype) for n, y in problem("scalar", "delta").items()}
+    x["g"] = x["g"].double()  # gates may be wider than q
+    wide = {n: y.float() for n, y in x.items()}
+    o, final = ops.chunk(**x, scale=0.3)
+    want, state = ops.chunk(**wide, scale=0.3)
+    assert o.dtype == dtype and torch.equal(o, want.to(dtype)) and torch.equal(final, state)
+    special = torch.tensor(
+        [0.0, -0.0, 1e-7, -3e-8, 65519.0, 65520.0, torch.inf, -torch.inf, torch.nan]
+    )
+    v = special.view(1, 1, 1, -1).to(dtype)  # o is v itself, in and out
+    one = torch.ones(1, 1, 1, 1, dtype=dtype)
+    o, _ = ops.chunk(one, one, v, scale=1.0)
+    torch.testing.assert_close(o, v, rtol=0, atol=0, equal_nan=True)
+
+
+def test_registered_operators():
+    x = problem("scalar", "delta", T=20)
+    tensors = [x[n].requires_grad_() for n in ("q", "k", "v", "g", "beta")]
+    arguments = (*tensors, None, None, torch.randn(2, 4, 24, 40), None, 0.3, True, False, True)
+    torch.library.opcheck(torch.ops.fla.native_chunk, arguments)
+    detached = [y.detach() for y in tensors]
+    arguments = (*detached, None, None, None, None, None, 0.3, True, False)
+    torch.library.opcheck(torch.ops.fla.native_tokens, arguments)
+
+
+def test_wrong_boundaries_are_refused_before_anything_is_read():
+    x = problem("none", "none", B=1)
+    for bad in ([0, 71], [0, 40, 30, 70], [-1, 70]):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            ops.chunk(**x, scale=1.0, cu_seqlens=torch.tensor(bad))
+
+
+def _in_a_child(queue):
+    x = problem("scalar", "delta")
+    queue.put(ops.chunk(**x, scale=0.3)[0].sum().item())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_fork_after_use():
+    x = problem("scalar", "delta")
+    want = ops.chunk(**x, scale=0.3)[0].sum().item()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_a_child, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) == want
+    child.join()
+
+
+def test_several_python_threads_at_once():
+    problems = [problem("vector", "low rank", T=150, seed=i) for i in range(4)]
+    want = [run(ops.chunk, x) for x in problems]
+    got = [None] * 4
+
+    def work(i):
+        got[i] = run(ops.chunk, problems[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for a, b in zip(got, want, strict=True):
+        assert all(torch.equal(a[n], b[n]) for n in b)
+
+
+def test_the_state_given_is_not_touched():
+    x, state = problem("scalar", "delta", T=1), torch.randn(2, 4, 24, 40)
+    kept = state.clone()
+    ops.recurrent(**x, scale=0.3, initial_state=state)
+    ops.chunk(**x, scale=0.3, initial_state=state)
+    assert torch.equal(state, kept)
+
+
+def test_decoding_with_and_without_gradients_agrees():
+    x = problem("scalar", "delta", T=40)
+    with torch.no_grad():
+        want, _ = fused_recurrent_gated_delta_rule(**x, backend="native")
+    x["q"].requires_grad_()
+    got, _ = fused_recurrent_gated_delta_rule(**x, backend="native")
+    assert got.requires_grad
+    compare({"o": got.detach()}, {"o": want.double()}, "token form")
+
+
+SCRIPT = """
+import torch
+from fla.ops import chunk_gated_delta_rule
+from fla.ops.engine.dispatch import explain
+x = torch.randn(1, 20, 2, 8)
+call = dict(q=x, k=x, v=x, g=-x[..., 0].abs(), beta=x[..., 0].sigmoid())
+print(explain(chunk_gated_delta_rule, **call))
+try:
+    chunk_gated_delta_rule(**call, backend="native")
+except ValueError as error:
+    print("refused:", error)
+print(chunk_gated_delta_rule(**call)[0].isfinite().all().item())
+"""
+
+
+def python(script, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | environment
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("library_is", ["absent", "no library", "of other sources"])
+def test_without_a_library_the_torch_form_runs_and_says_so(library_is, tmp_path):
+    path = tmp_path / "library.so"
+    if library_is == "no library":
+        path.write_bytes(b"not a library")
+    if library_is == "of other sources":
+        (tmp_path / "other.c").write_text(
+            "long fla_problem_size() { return 8; } char* fla_isa_name(int i) { return 0; }"
+        )
+        command = ["cc", "-shared", "-fPIC", tmp_path / "other.c", "-o", path]
+        subprocess.run(command, check=True)
+    text = python(SCRIPT, FLA_NATIVE_LIBRARY=str(path))
+    assert "runs: torch" in text and "True" in text
+    assert "not native: the native kernels are not there" in text
+    assert "refused: chunk_gated_delta_rule: backend 'native' was asked for" in text
+    assert "install a C++ compiler" in text
+
+
+def test_an_instruction_set_this_machine_lacks_is_refused():
+    text = python(SCRIPT, FLA_NATIVE_ISA="avx1024")
+    assert "FLA_NATIVE_ISA is 'avx1024'; this machine runs" in text and "baseline" in text
+    lib, p = library.library(), library.Problem()
+    assert lib.fla_forward(ctypes.byref(p), 99, 1) == 2
+    best = library.instruction_sets()[-1]
+    assert f"in C++ ({best})" in python(SCRIPT, FLA_NATIVE_ISA=best)
+
+
+def test_out_of_memory_is_an_error_and_nothing_else():
+    """A workspace of a thread that the system cannot give."""
+    script = (
+        "import resource, torch\n"
+        "from fla.ops.engine.native import ops\n"
+        "q, v = torch.ones(1, 1, 1, 1).expand(1, 1, 1, 60000), torch.ones(1, 1, 1, 60000)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
+        "o = torch.empty(1)\n"
+        "p, alive = ops._problem((q, q, v, None, None, None, None, None), None, 1, (1.0, False, False))\n"
+        "p.o, p.final_state = ops.view(v), o.data_ptr()\n"
+        "ops.library.call('fla_forward', p)\n"
+    )
+    assert "MemoryError: fla_forward: no memory" in python(script)
+
+
+def test_backward_is_native_too():
+    x = {n: y.requires_grad_() for n, y in problem("scalar", "delta").items()}
+    o, _ = chunk_gated_delta_rule(**x)
+    names = set()
+    node = [o.grad_fn]
+    while node:
+        now = node.pop()
+        names.add(type(now).__name__)
+        node += [n for n, _ in now.next_functions if n is not None]
+    assert any("native_chunk" in name for name in names)
+
+
+def test_half_precision_budget_is_that_of_plain_torch():
+    x = problem("vector", "delta")
+    exact = run(plain.chunk, x, torch.float64)["o"]
+    single = run(plain.chunk, x, torch.float32)["o"]
+    assert_within_budget(run(ops.chunk, x)["o"], single, exact, "vector delta")
