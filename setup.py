@@ -52,7 +52,7 @@ class BuildNative(build_ext):
         compiler.link_shared_object(
             objects,
             str(target),
-            libraries=["pthread"],
+            libraries=["pthread", "dl"] if sys.platform == "linux" else [],
             target_lang="c++",
             extra_postargs=["-Wl,-s"] if sys.platform == "linux" else [],
         )

@@ -22,7 +22,7 @@ if [ "$(uname -m)" = x86_64 ]; then
   compile avx512 -march=x86-64-v4 -mprefer-vector-width=512
 fi
 # shellcheck disable=SC2086
-c++ $flags -shared "$source/api.cpp" $objects -o "$folder/library.so" -lpthread
+c++ $flags -shared "$source/api.cpp" $objects -o "$folder/library.so" -lpthread -ldl
 # leaks: Python's own; the tests that start processes of their own take the usual library
 LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 FLA_NATIVE_LIBRARY="$folder/library.so" \

@@ -24,19 +24,17 @@ BACKENDS = ("triton", "native", "torch")
 _chosen: str | None = None
 
 
-# operators whose kernels are torch's alone, by what follows the form in their names
-TORCH_ONLY = (
+# operators whose kernels are torch's alone
+_FAMILIES = (
     "abc", "deltaformer", "deltaformer_attn", "gated_oja_rule", "gsa", "hgrn", "log_linear_attn",
     "mamba", "mesa_net", "rwkv4", "short_convolution", "titans_linear", "ttt_linear",
 )  # fmt: skip
 TOKEN_FORM = "fused_recurrent_"
-
-
-def _no_kernel(op: str) -> bool:
-    """Whether an operator has no native kernel."""
-    for form in ("fused_recurrent_", "fused_chunk_", "chunk_", "parallel_"):
-        op = op.removeprefix(form)
-    return op in TORCH_ONLY
+TORCH_ONLY = frozenset(
+    form + name
+    for form in (TOKEN_FORM, "fused_chunk_", "chunk_", "parallel_", "")
+    for name in _FAMILIES
+)
 
 
 def unavailable(
@@ -52,7 +50,7 @@ def unavailable(
             return f"the native kernels are for CPU tensors, not for {device.type}"
         if dtype == torch.float64:
             return "fp64 is computed by torch"
-        if _no_kernel(op) or op.startswith("naive_"):
+        if op in TORCH_ONLY or op.startswith("naive_"):
             return f"{op} has no native kernel yet"
         return library.MISSING
     raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")

@@ -173,8 +173,10 @@ def _chunk(op: str, options: Options, backend: str, **inputs: Any) -> tuple[Tens
 def _native_tokens(**inputs: Any) -> tuple[Tensor, Tensor]:
     """Token by token in C++; with gradients the chunk form, which alone has a backward there."""
     inputs["g"] = _row_decay(inputs["g"], inputs.pop("gk"))
+    if not torch.is_grad_enabled():
+        return native.recurrent(**inputs)
     tensors = (x for x in inputs.values() if isinstance(x, Tensor))
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    if not any(x.requires_grad for x in tensors):
         return native.recurrent(**inputs)
     beta, gv = inputs["beta"], inputs.pop("gv")
     if gv is None and (beta is None or beta.dim() == 3):

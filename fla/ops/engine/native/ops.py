@@ -6,6 +6,7 @@ plain torch, registered with fake kernels and one backward, so that `torch.compi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from struct import pack_into
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from fla.ops.engine.native.library import BLOCK, PANEL, TYPES, Problem, view
 
 NO_DECAY, SCALAR, VECTOR = range(3)
 NO_ERASE, DELTA, LOW_RANK = range(3)
+VIEWS = library.VIEWS[:-1]  # of inputs
+OFFSETS = [getattr(Problem, name).offset for name in VIEWS]
 
 
 def chunk(
@@ -73,6 +76,25 @@ def _wide(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dtype in TYPES else x.float()
 
 
+# Problems without their pointers, by all that they say: a decode step takes as long as making one.
+_templates: dict[tuple, Problem] = {}
+TEMPLATES = 1024
+
+
+def _template(
+    tensors: list[Tensor | None], sequences: int, options: tuple[float, bool, bool]
+) -> Problem:
+    q, _, v, g, beta, _, a, _ = tensors
+    _, T, H, K = q.shape
+    return Problem(
+        **{name: view(x) for name, x in zip(VIEWS, tensors, strict=True)},
+        N=sequences, T=T, H=H, HV=v.shape[2], K=K, V=v.shape[3], scale=options[0],
+        decay=NO_DECAY if g is None else SCALAR if g.dim() == 3 else VECTOR,
+        erase=LOW_RANK if a is not None else NO_ERASE if beta is None else DELTA,
+        l2norm=options[1], before=options[2],
+    )  # fmt: skip
+
+
 def _problem(
     tensors: Sequence[Tensor | None],
     cu_seqlens: Tensor | None,
@@ -80,28 +102,31 @@ def _problem(
     options: tuple[float, bool, bool],
 ) -> tuple[Problem, list[Any]]:
     """The problem, and what must live as long as it."""
-    q, k, v, g, beta, gv, a, b = (_wide(x) for x in tensors)
-    _, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    bounds = cu_seqlens
-    if bounds is not None:
-        boundaries_to_list(bounds, T, "native")
-        bounds = bounds.to(torch.int64).contiguous()
-    p = Problem(
-        q=view(q), k=view(k), v=view(v), g=view(g), beta=view(beta), gv=view(gv), a=view(a),
-        b=view(b), bounds=None if bounds is None else bounds.data_ptr(),
-        N=sequences, T=T, H=H, HV=HV, K=K, V=V, scale=options[0],
-        decay=NO_DECAY if g is None else SCALAR if g.dim() == 3 else VECTOR,
-        erase=LOW_RANK if a is not None else NO_ERASE if beta is None else DELTA,
-        l2norm=options[1], before=options[2],
-    )  # fmt: skip
-    return p, [q, k, v, g, beta, gv, a, b, bounds]
+    alive: list[Any] = [_wide(x) for x in tensors]
+    kinds = [x if x is None else (x.shape, x.stride(), x.dtype) for x in alive]
+    key = (*kinds, sequences, options)
+    template = _templates.get(key)
+    if template is None:
+        template = _template(alive, sequences, options)
+        if len(_templates) < TEMPLATES:
+            _templates[key] = template
+    p = Problem.from_buffer_copy(template)
+    for offset, x in zip(OFFSETS, alive, strict=True):
+        if x is not None:
+            pack_into("P", p, offset, x.data_ptr())
+    if cu_seqlens is not None:
+        boundaries_to_list(cu_seqlens, alive[0].shape[1], "native")
+        bounds = cu_seqlens.to(torch.int64).contiguous()
+        p.bounds = bounds.data_ptr()
+        alive.append(bounds)
+    return p, alive
 
 
 def _state(x: Tensor | None, p: Problem, name: str, alive: list[Any]) -> None:
     """Point the problem at a state, as contiguous fp32."""
     if x is not None:
-        x = x.to(torch.float32).contiguous()
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            x = x.to(torch.float32).contiguous()
         alive.append(x)
         setattr(p, name, x.data_ptr())
 
@@ -242,8 +267,8 @@ def _tokens(
 ) -> tuple[Tensor, Tensor]:
     """o and the final state."""
     N = _count(q, cu_seqlens)
-    o = torch.empty(v.shape, dtype=q.dtype)
-    final = torch.empty(N, v.shape[2], q.shape[3], v.shape[3])
+    o = q.new_empty(v.shape)
+    final = torch.empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
     p, alive = _problem((q, k, v, g, beta, gv, a, b), cu_seqlens, N, (scale, l2norm, read_before))
     _state(initial_state, p, "initial", alive)
     p.o, p.final_state = view(o), final.data_ptr()

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT
 // Plain C entry points: the choice of an instruction set, the split into tasks, the threads.
+#include <dlfcn.h>
+#include <pthread.h>
+
 #include <atomic>
 #include <cstdlib>
-#include <new>
 #include <thread>
 #include <vector>
 
@@ -40,7 +42,36 @@ constexpr int ISA_COUNT = sizeof(ISAS) / sizeof(ISAS[0]);
 enum Status { DONE = 0, OUT_OF_MEMORY = 1, NO_SUCH_ISA = 2 };
 
 constexpr int64_t CACHE = 1 << 19;      // bytes of states that go through the tokens together
-constexpr double ALONE = 4e6;           // multiply-adds not worth a second thread
+constexpr double ALONE = 1e5;           // multiply-adds not worth a second thread
+
+// torch's threads are OpenMP's. Between its operators they spin for a while, so threads of our own
+// would share the cores with them: where OpenMP is in the process, its threads run our tasks. They do
+// not survive a fork.
+typedef void (*OpenMP)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<bool> forked{false};
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+OpenMP openmp() {
+  static const OpenMP found = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return forked ? nullptr : found;
+}
+
+template <class Work>
+void on_threads(int threads, Work& work) {
+  if (threads > 1)
+    if (OpenMP parallel = openmp())
+      return parallel([](void* x) { (*static_cast<Work*>(x))(); }, &work, unsigned(threads), 0);
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; i++) {
+    try {
+      others.emplace_back([&work] { work(); });
+    } catch (const std::exception&) {
+      break;  // fewer threads do the same work
+    }
+  }
+  work();
+  for (auto& other : others) other.join();
+}
 
 // `count` tasks on up to `threads` threads, each with a workspace of its own. What a task computes
 // does not depend on who runs it.
@@ -62,16 +93,7 @@ int run_tasks(Kernel kernel, const Problem& p, int64_t count, int threads, Split
     }
     std::free(workspace);
   };
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads && i < count; i++) {
-    try {
-      others.emplace_back(work);
-    } catch (const std::exception&) {
-      break;  // fewer threads do the same work
-    }
-  }
-  work();
-  for (auto& other : others) other.join();
+  on_threads(count < threads ? int(count) : threads, work);
   return status;
 }
 
