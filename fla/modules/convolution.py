@@ -17,6 +17,7 @@ from torch import Tensor
 from fla.ops.engine.checks import check_sequences, check_shapes
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.layout import boundaries_to_list
+from fla.ops.engine.native.conv import convolve
 
 ACTIVATIONS = (None, "silu", "swish")
 
@@ -55,7 +56,10 @@ def causal_conv1d(
     N = check_sequences(op, x.shape[0], cu_seqlens, initial_state)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}; expected None, 'silu' or 'swish'")
-    resolve(op, x.device, backend)
+    if resolve(op, x.device, backend, x.dtype) == "native":
+        y, final = convolve(x, weight, bias, initial_state, cu_seqlens, activation is not None)
+        y = y if residual is None else y + residual
+        return y, final.to(x.dtype) if output_final_state else None
     _B, T, D = x.shape
     W = weight.shape[1]
     state = x.new_zeros(N, D, W) if initial_state is None else initial_state.to(x.dtype)

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fla.modules.convolution import causal_conv1d
 from fla.ops.engine import chunk as plain
 from fla.ops.engine.dispatch import unavailable, use_backend
 from fla.ops.engine.native import library, ops
@@ -212,6 +213,56 @@ def test_lower_dtypes_are_read_and_rounded_to_nearest(dtype):
     one = torch.ones(1, 1, 1, 1, dtype=dtype)
     o, _ = ops.chunk(one, one, v, scale=1.0)
     torch.testing.assert_close(o, v, rtol=0, atol=0, equal_nan=True)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=4), D=st.integers(1, 300),
+    W=st.integers(1, 6), packed=st.booleans(), bias=st.booleans(), history=st.booleans(),
+    activation=st.sampled_from([None, "silu"]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_short_convolution(lengths, D, W, packed, bias, history, activation):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    N = len(lengths)
+    bounds = torch.tensor([0, *lengths]).cumsum(0) if packed else None
+    x = normal(1, sum(lengths), D) if packed else normal(N, lengths[0], D)
+    tensors = dict(x=x, weight=normal(D, W))
+    tensors |= dict(bias=normal(D)) if bias else {}
+    tensors |= dict(initial_state=normal(N, D, W)) if history else {}
+    options = dict(output_final_state=True, cu_seqlens=bounds, activation=activation)
+    results = {}
+    for backend, dtype in (("torch", torch.float64), ("native", torch.float32)):
+        leaves = {n: y.to(dtype).requires_grad_() for n, y in tensors.items()}
+        y, final = causal_conv1d(**leaves, **options, backend=backend)
+        results[backend] = {"y": y, "final": final} | gradients([y, final], leaves)
+    compare(results["native"], results["torch"], "convolution", 1e-5)
+
+
+def test_short_convolution_layouts_dtypes_and_operators():
+    x, weight = torch.randn(2, 9, 40)[..., ::2], torch.randn(20, 4)
+    want, _ = causal_conv1d(x.double(), weight.double(), activation="silu")
+    heads = x.transpose(1, 2).contiguous().transpose(1, 2)
+    for layout in (x, heads, x.contiguous()):
+        y, _ = causal_conv1d(layout, weight, activation="silu", backend="native")
+        compare({"y": y}, {"y": want}, "layout")
+    half = x.bfloat16()
+    y, state = causal_conv1d(half, weight.bfloat16(), output_final_state=True, backend="native")
+    want, _ = causal_conv1d(half.float(), weight.bfloat16().float(), backend="native")
+    assert torch.equal(y, want.bfloat16()) and state.dtype == torch.bfloat16
+    assert torch.equal(state, half[:, -4:].mT)
+    arguments = (
+        x.requires_grad_(),
+        weight.requires_grad_(),
+        None,
+        torch.randn(2, 20, 4),
+        None,
+        True,
+    )
+    torch.library.opcheck(torch.ops.fla.native_conv, arguments)
 
 
 def test_registered_operators():

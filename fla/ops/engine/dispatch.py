@@ -27,7 +27,7 @@ _chosen: str | None = None
 # operators whose kernels are torch's alone
 _FAMILIES = (
     "abc", "deltaformer", "deltaformer_attn", "gated_oja_rule", "gsa", "hgrn", "log_linear_attn",
-    "mamba", "mesa_net", "rwkv4", "short_convolution", "titans_linear", "ttt_linear",
+    "mamba", "mesa_net", "rwkv4", "titans_linear", "ttt_linear",
 )  # fmt: skip
 TOKEN_FORM = "fused_recurrent_"
 TORCH_ONLY = frozenset(

@@ -43,6 +43,16 @@ class Problem(Structure):
     ]
 
 
+class Conv(Structure):
+    _fields_ = [
+        *((name, View) for name in ("x", "y", "dx")),
+        *((name, c_void_p) for name in ("weight", "bias", "history", "dfinal")),
+        *((name, c_void_p) for name in ("final_history", "dweight", "dbias", "dhistory", "bounds")),
+        *((name, c_int64) for name in ("N", "T", "D", "W")),
+        ("silu", c_int32),
+    ]
+
+
 def view(x: Tensor | None) -> View:
     """`[B, T, heads]` or `[B, T, heads, channels]` as it lies in memory."""
     if x is None:
@@ -62,14 +72,23 @@ def library() -> ctypes.CDLL:
     if path is None:
         raise OSError("it was not built")
     lib = ctypes.CDLL(path)
-    lib.fla_isa_name.restype = ctypes.c_char_p
-    lib.fla_problem_size.restype = c_int64
-    for name in ("fla_forward", "fla_backward", "fla_token"):
-        if hasattr(lib, name):
-            getattr(lib, name).argtypes = [POINTER(Problem), c_int, c_int]
-    if lib.fla_problem_size() != ctypes.sizeof(Problem):
+    try:
+        _declare(lib)
+    except AttributeError as error:
+        raise OSError(f"{path} was built from other sources ({error})") from None
+    sizes = (lib.fla_problem_size(), lib.fla_conv_size())
+    if sizes != (ctypes.sizeof(Problem), ctypes.sizeof(Conv)):
         raise OSError(f"{path} was built from other sources")
     return lib
+
+
+def _declare(lib: ctypes.CDLL) -> None:
+    lib.fla_isa_name.restype = ctypes.c_char_p
+    lib.fla_problem_size.restype = lib.fla_conv_size.restype = c_int64
+    for name in ("fla_forward", "fla_backward", "fla_token"):
+        getattr(lib, name).argtypes = [POINTER(Problem), c_int, c_int]
+    for name in ("fla_conv_forward", "fla_conv_backward"):
+        getattr(lib, name).argtypes = [POINTER(Conv), c_int, c_int]
 
 
 def _missing() -> str | None:
@@ -108,7 +127,7 @@ def instruction_set() -> int:
     return next(i for i in range(lib.fla_isa_count()) if lib.fla_isa_name(i) == name)
 
 
-def call(function: str, problem: Problem) -> None:
+def call(function: str, problem: Problem | Conv) -> None:
     """Run one of the library's functions on torch's number of threads."""
     status = getattr(library(), function)(
         ctypes.byref(problem), instruction_set(), torch.get_num_threads()

@@ -75,8 +75,8 @@ void on_threads(int threads, Work& work) {
 
 // `count` tasks on up to `threads` threads, each with a workspace of its own. What a task computes
 // does not depend on who runs it.
-template <class Split>
-int run_tasks(Kernel kernel, const Problem& p, int64_t count, int threads, Split split) {
+template <class Run, class P, class Split>
+int run_tasks(Run kernel, const P& p, int64_t count, int threads, Split split) {
   std::atomic<int64_t> next{0};
   std::atomic<int> status{DONE};
   auto work = [&] {
@@ -121,6 +121,16 @@ int run(Kernel Kernels::*which, const Problem* p, int isa, int threads, int64_t 
 
 }  // namespace
 
+// Blocks of channels of every sequence.
+int run_conv(ConvKernel Kernels::*which, const Conv* p, int isa, int threads) {
+  if (isa < 0 || isa >= ISA_COUNT || !ISAS[isa].runs()) return NO_SUCH_ISA;
+  constexpr int64_t CHANNELS = 128;
+  const int64_t blocks = (p->D + CHANNELS - 1) / CHANNELS;
+  if (double(p->bounds ? p->T : p->N * p->T) * double(p->D * p->W) < ALONE) threads = 1;
+  return run_tasks(ISAS[isa].kernels->*which, *p, p->N * blocks, threads,
+                   [=](int64_t i) { return Task{i / blocks, i % blocks, 0, 0, 0}; });
+}
+
 #define EXPORT __attribute__((visibility("default")))
 
 extern "C" {
@@ -139,6 +149,16 @@ EXPORT int fla_forward(const Problem* p, int isa, int threads) {
 
 EXPORT int fla_backward(const Problem* p, int isa, int threads) {
   return run(&Kernels::backward, p, isa, threads, p->H, 1);
+}
+
+EXPORT int64_t fla_conv_size() { return sizeof(Conv); }
+
+EXPORT int fla_conv_forward(const Conv* p, int isa, int threads) {
+  return run_conv(&Kernels::conv_forward, p, isa, threads);
+}
+
+EXPORT int fla_conv_backward(const Conv* p, int isa, int threads) {
+  return run_conv(&Kernels::conv_backward, p, isa, threads);
 }
 
 EXPORT int fla_token(const Problem* p, int isa, int threads) {

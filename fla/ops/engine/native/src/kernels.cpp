@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "backward.h"
+#include "conv.h"
 #include "token.h"
 
 namespace FLA_ISA {
@@ -38,6 +39,6 @@ struct Tokens {
 };
 
 extern const Kernels kernels = {Dispatch<Forward>::run, Dispatch<Backwards>::run,
-                                Dispatch<Tokens>::run};
+                                Dispatch<Tokens>::run, conv_forward, conv_backward};
 
 }  // namespace FLA_ISA

@@ -6,6 +6,9 @@
 
 typedef int64_t (*Kernel)(const Problem&, Task, float*);
 
+typedef int64_t (*ConvKernel)(const Conv&, Task, float*);
+
 struct Kernels {
   Kernel forward, backward, token;
+  ConvKernel conv_forward, conv_backward;
 };

@@ -27,6 +27,17 @@ struct Problem {
   int32_t decay, erase, l2norm, before;
 };
 
+// A short convolution of x [B, T, D]; `y` is its gradient in a backward pass. Rows of D channels:
+// weight [W], history and its like [N, W] with the oldest first, dweight [N, W], dbias [N].
+struct Conv {
+  View x, y, dx;
+  const float *weight, *bias, *history, *dfinal;
+  float *final_history, *dweight, *dbias, *dhistory;
+  const int64_t* bounds;
+  int64_t N, T, D, W;
+  int32_t silu;
+};
+
 constexpr int CHUNK = 16, BLOCK = 64, PANEL = 32;
 constexpr float L2_EPS = 1e-6f;
 
