@@ -31,7 +31,12 @@ struct Isa {
 const Isa ISAS[] = {  // the best first
 #if defined(__x86_64__)
     {"avx512", &avx512::kernels,
-     [] { return __builtin_cpu_supports("x86-64-v4") != 0; }},
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2") &&
+              __builtin_cpu_supports("fma");
+     }},
     {"avx2", &avx2::kernels,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
@@ -124,7 +129,6 @@ int run(Kernel Kernels::*which, const Problem* p, int isa, int threads, int64_t 
 // Blocks of channels of every sequence.
 int run_conv(ConvKernel Kernels::*which, const Conv* p, int isa, int threads) {
   if (isa < 0 || isa >= ISA_COUNT || !ISAS[isa].runs()) return NO_SUCH_ISA;
-  constexpr int64_t CHANNELS = 128;
   const int64_t blocks = (p->D + CHANNELS - 1) / CHANNELS;
   if (double(p->bounds ? p->T : p->N * p->T) * double(p->D * p->W) < ALONE) threads = 1;
   return run_tasks(ISAS[isa].kernels->*which, *p, p->N * blocks, threads,

@@ -10,8 +10,6 @@
 
 namespace FLA_ISA {
 
-constexpr int CHANNELS = 128;
-
 FLA_INLINE vf sigmoid(vf z) { return 1.f / (1.f + exponential(-z)); }
 
 struct ConvTask {

@@ -38,7 +38,7 @@ struct Conv {
   int32_t silu;
 };
 
-constexpr int CHUNK = 16, BLOCK = 64, PANEL = 32;
+constexpr int CHUNK = 16, BLOCK = 64, PANEL = 32, CHANNELS = 128;
 constexpr float L2_EPS = 1e-6f;
 
 // Some value heads of one sequence, and some of their panels; in a backward pass some key heads. They
