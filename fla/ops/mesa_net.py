@@ -32,12 +32,11 @@ import torch
 from torch import Tensor
 
 from fla.ops.engine.checks import check_log_decay, check_sequences, check_tensors
-from fla.ops.engine.chunk import chunk
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.gates import l2norm, wide
 from fla.ops.engine.layout import boundaries_to_list
 from fla.ops.engine.recurrence import per_sequence
-from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
+from fla.ops.engine.run import CHUNK_SIZE, ChunkForm, chunk_form
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -89,9 +88,9 @@ class _Solve(torch.autograd.Function):
     """Zero, with the gradient of `(A_t + diag(lambda))^{-1} r_t` in r."""
 
     @staticmethod
-    def forward(ctx, r, k, write, g, lamb, A, diagonal, cu_seqlens, iterations, chunk_size):
+    def forward(ctx, r, k, write, g, lamb, A, diagonal, cu_seqlens, iterations, form):
         ctx.save_for_backward(k, write, g, lamb, A, diagonal, cu_seqlens)
-        ctx.iterations, ctx.chunk_size = iterations, chunk_size
+        ctx.iterations, ctx.form = iterations, form
         return torch.zeros_like(r)
 
     @staticmethod
@@ -99,7 +98,7 @@ class _Solve(torch.autograd.Function):
         k, write, g, lamb, A, diagonal, cu_seqlens = ctx.saved_tensors
 
         def product(x: Tensor) -> Tensor:
-            return _product(x, k, write, g, lamb, A, cu_seqlens, ctx.chunk_size)
+            return _product(x, k, write, g, lamb, A, cu_seqlens, ctx.form)
 
         solved = _conjugate_gradients(product, grad, diagonal, ctx.iterations)
         return solved, *[None] * 9
@@ -113,11 +112,11 @@ def _product(
     lamb: Tensor,
     A: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunk_size: int,
+    form: ChunkForm,
 ) -> Tensor:
     """`(A_t + diag(lambda)) x_t` for every token."""
-    options: Any = dict(scale=1.0, initial_state=A, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
-    return chunk(x, k, write, g, **options)[0] + lamb * x
+    o, _ = form(x, k, write, g, scale=1.0, initial_state=A, cu_seqlens=cu_seqlens)
+    return o + lamb * x
 
 
 def _solve(
@@ -129,27 +128,27 @@ def _solve(
     A: Tensor | None,
     cu_seqlens: Tensor | None,
     iterations: int,
-    chunk_size: int,
+    form: ChunkForm,
 ) -> Tensor:
     """x_t = (A_t + diag(lambda))^{-1} q_t, differentiable in every tensor: x is found without
     gradient, and `x + solve(q - A x)`, whose second term is 0, has the gradient of the solution.
     """
     with torch.no_grad():
-        options: Any = dict(scale=1.0, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
+        options: Any = dict(scale=1.0, cu_seqlens=cu_seqlens)
         state = None if A is None else A.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
         ones = torch.ones_like(k[..., :1])
-        diagonal = lamb + chunk(ones, ones, write * k, g, initial_state=state, **options)[0]
+        diagonal = lamb + form(ones, ones, write * k, g, initial_state=state, **options)[0]
         x = _conjugate_gradients(
-            lambda p: _product(p, k, write, g, lamb, A, cu_seqlens, chunk_size),
+            lambda p: _product(p, k, write, g, lamb, A, cu_seqlens, form),
             q,
             diagonal,
             iterations,
         )
     if not torch.is_grad_enabled():
         return x
-    residual = q - _product(x, k, write, g, lamb, A, cu_seqlens, chunk_size)
+    residual = q - _product(x, k, write, g, lamb, A, cu_seqlens, form)
     fixed = (y if y is None else y.detach() for y in (k, write, g, lamb, A))
-    return x + _Solve.apply(residual, *fixed, diagonal, cu_seqlens, iterations, chunk_size)
+    return x + _Solve.apply(residual, *fixed, diagonal, cu_seqlens, iterations, form)
 
 
 def _check(
@@ -163,7 +162,7 @@ def _check(
     states: tuple[Tensor | None, Tensor | None],
     cu_seqlens: Tensor | None,
     backend: str | None,
-) -> None:
+) -> str:
     sizes = check_tensors(
         op,
         q=(q, "B T H K"),
@@ -182,7 +181,7 @@ def _check(
     for name, state in zip(("h_kk_init", "h_kv_init"), states, strict=True):
         check_sequences(op, sizes["B"], cu_seqlens, state, name)
     check_log_decay(op, g=g)
-    resolve(op, q.device, backend)
+    return resolve(op, q.device, backend, q.dtype)
 
 
 def chunk_mesa_net(
@@ -211,8 +210,9 @@ def chunk_mesa_net(
         torch.Size([1, 100, 2, 8])
     """
     op = "chunk_mesa_net"
-    _check(op, q, k, v, g, beta, lamb, (h_kk_init, h_kv_init), cu_seqlens, backend)
-    check_chunk_size(op, chunk_size)
+    states = (h_kk_init, h_kv_init)
+    chosen = _check(op, q, k, v, g, beta, lamb, states, cu_seqlens, backend)
+    form = chunk_form(op, chosen, chunk_size)
     if max_CG_iteration < 1:
         raise ValueError(f"{op}: max_CG_iteration is {max_CG_iteration}; at least 1 was expected")
     if use_qk_l2norm_in_kernel:
@@ -221,12 +221,12 @@ def chunk_mesa_net(
     q, k, v, g, lamb = (wide(x) for x in (q, k, v, g, lamb))
     write = wide(beta).unsqueeze(-1) * k
     A0 = None if h_kk_init is None else (wide(h_kk_init) + wide(h_kk_init).mT) / 2
-    x = _solve(q, k, write, g, lamb, A0, cu_seqlens, max_CG_iteration, chunk_size)
-    options: Any = dict(scale=1.0, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
-    o, S = chunk(x, write, v, g, initial_state=h_kv_init, **options)
+    x = _solve(q, k, write, g, lamb, A0, cu_seqlens, max_CG_iteration, form)
+    options: Any = dict(scale=1.0, cu_seqlens=cu_seqlens)
+    o, S = form(x, write, v, g, initial_state=h_kv_init, **options)
     if not output_final_state:
         return o.to(dtype), None, None
-    _, A = chunk(k, write, k, g, initial_state=A0, **options)
+    _, A = form(k, write, k, g, initial_state=A0, **options)
     return o.to(dtype), A, S
 
 

@@ -25,7 +25,11 @@ from tests.ops import properties as P
 
 pytestmark = pytest.mark.skipif(library.MISSING is not None, reason=str(library.MISSING))
 CPU = torch.device("cpu")
-NATIVE = [op for op in OPS if unavailable("native", CPU, op.chunk.__name__) is None]
+NATIVE = [
+    op
+    for op in OPS
+    if not any(unavailable("native", CPU, form.__name__) for form in (op.chunk, op.token))
+]
 every_op = pytest.mark.parametrize("op", NATIVE, ids=lambda op: op.title)
 DECAYS, ERASES = ("none", "scalar", "vector"), ("none", "delta", "delta with b", "low rank")
 

@@ -27,14 +27,14 @@ _chosen: str | None = None
 # operators whose kernels are torch's alone
 _FAMILIES = (
     "abc", "deltaformer", "deltaformer_attn", "gated_oja_rule", "gsa", "hgrn", "log_linear_attn",
-    "mamba", "mesa_net", "rwkv4", "titans_linear", "ttt_linear",
+    "mamba", "rwkv4", "titans_linear", "ttt_linear",
 )  # fmt: skip
 TOKEN_FORM = "fused_recurrent_"
 TORCH_ONLY = frozenset(
     form + name
     for form in (TOKEN_FORM, "fused_chunk_", "chunk_", "parallel_", "")
     for name in _FAMILIES
-)
+) | {"fused_recurrent_mesa_net"}
 
 
 def unavailable(

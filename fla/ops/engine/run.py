@@ -3,8 +3,10 @@
 of the form.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,6 +186,15 @@ def _native_tokens(**inputs: Any) -> tuple[Tensor, Tensor]:
     g = inputs.pop("g")
     kind = "g" if g is None or g.dim() == 3 else "gk"
     return recurrent(**inputs, gv=gv, **{kind: g})
+
+
+ChunkForm = Callable[..., tuple[Tensor, Tensor]]
+
+
+def chunk_form(op: str, backend: str, chunk_size: int) -> ChunkForm:
+    """The engine's chunk form on a backend, for operators that are built of several runs of it."""
+    check_chunk_size(op, chunk_size)
+    return native.chunk if backend == "native" else partial(chunk, chunk_size=chunk_size)
 
 
 def _flip_packed(state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
