@@ -124,8 +124,6 @@ int run(Kernel Kernels::*which, const Problem* p, int isa, int threads, int64_t 
   });
 }
 
-}  // namespace
-
 // Blocks of channels of every sequence.
 int run_conv(ConvKernel Kernels::*which, const Conv* p, int isa, int threads) {
   if (isa < 0 || isa >= ISA_COUNT || !ISAS[isa].runs()) return NO_SUCH_ISA;
@@ -134,6 +132,8 @@ int run_conv(ConvKernel Kernels::*which, const Conv* p, int isa, int threads) {
   return run_tasks(ISAS[isa].kernels->*which, *p, p->N * blocks, threads,
                    [=](int64_t i) { return Task{i / blocks, i % blocks, 0, 0, 0}; });
 }
+
+}  // namespace
 
 #define EXPORT __attribute__((visibility("default")))
 
