@@ -94,12 +94,12 @@ class DecoderConfig(PretrainedConfig):
         name, specs = type(self).__name__, self.attn if isinstance(self.attn, list) else [self.attn]
         specs = [spec for spec in specs if spec is not None]
         for spec in specs:
-            kind = spec.get("kind", "softmax")
-            if kind not in ATTENTIONS:
+            if "kind" in spec and spec["kind"] not in ATTENTIONS:
                 raise ValueError(
-                    f"{name}: attn['kind'] is {kind!r}; expected one of {', '.join(ATTENTIONS)}"
+                    f"{name}: attn['kind'] is {spec['kind']!r}; expected one of "
+                    f"{', '.join(ATTENTIONS)}"
                 )
-            known = ["layers", "kind", *attention_fields(ATTENTIONS[kind])]
+            known = ["layers", "kind", *attention_fields(self._attention_of(spec))]
             unknown = set(spec) - set(known)
             if unknown:
                 raise ValueError(
@@ -107,6 +107,10 @@ class DecoderConfig(PretrainedConfig):
                     f"{', '.join(known)}"
                 )
         return specs
+
+    def _attention_of(self, spec: dict[str, Any]) -> Any:
+        """The layer an `attn` entry describes: the architecture's own without a `kind`."""
+        return ATTENTIONS[spec["kind"]] if "kind" in spec else self.attention
 
     def _resolve_layer_types(self) -> list[str]:
         name, n = type(self).__name__, self.num_hidden_layers
@@ -146,7 +150,7 @@ class DecoderConfig(PretrainedConfig):
                 f"{type(self).__name__}: moe['layers'] is {list(layers)}; expected numbers from 0 "
                 f"to {self.num_hidden_layers - 1}"
             )
-        options = Experts.of(spec) if spec else None
+        options = None if self.moe is None else Experts.of(spec)
         return options if layer_idx in layers else None
 
     def attention_at(self, layer_idx: int) -> tuple[Any, dict[str, Any]]:
@@ -156,15 +160,15 @@ class DecoderConfig(PretrainedConfig):
         specs = self._specs()
         named = [spec for spec in specs if layer_idx in spec.get("layers", ())]
         spec = dict((named or [spec for spec in specs if "layers" not in spec] or [{}])[0])
-        attention = ATTENTIONS[spec.pop("kind")] if "kind" in spec else self.attention
-        spec.pop("layers", None)
+        attention = self._attention_of(spec)
         own = self.default_layer_type != "linear_attention"
         values = attention_fields(attention)
         if own and not specs:
             values = {name: getattr(self, name, default) for name, default in values.items()}
-        elif "num_heads" not in spec:
-            values["num_heads"] = getattr(self, "num_heads", None)
-        values |= spec
+        else:
+            of_config = {"num_heads", "norm_eps"} & set(values)
+            values |= {name: getattr(self, name, None) for name in of_config}
+        values |= {name: value for name, value in spec.items() if name not in ("layers", "kind")}
         self._check_attention(layer_idx, values)
         if self.layer_types[layer_idx] == "full_attention":
             values["window_size"] = None

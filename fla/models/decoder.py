@@ -153,8 +153,8 @@ class DecoderModel(DecoderPreTrainedModel):
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
-        if self.block is not Block and (config.moe or config.norm_after):
-            name = "moe" if config.moe else "norm_after"
+        if self.block is not Block and (config.moe is not None or config.norm_after):
+            name = "norm_after" if config.moe is None else "moe"
             raise ValueError(
                 f"{type(config).__name__}: {name} is not part of a {self.block.__name__}; drop it"
             )

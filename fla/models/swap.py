@@ -10,6 +10,7 @@ import sys
 from types import MethodType
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -33,16 +34,8 @@ def causal_conv1d_update(
     if kept < width:
         history = nn.functional.pad(history, (width - kept, 0))
     x = hidden_states.transpose(1, 2).to(weight.dtype)
-    y, last = causal_conv1d(
-        x, weight, bias, initial_state=history, output_final_state=True, activation=activation
-    )
-    if kept <= width:
-        conv_state.copy_(last[..., width - kept :])
-    else:
-        rest = kept - x.shape[1]
-        conv_state[..., : max(0, rest)] = conv_state[..., kept - max(0, rest) :].clone()
-        new = min(kept, x.shape[1])
-        conv_state[..., kept - new :] = x.mT[..., x.shape[1] - new :].to(conv_state.dtype)
+    y, _ = causal_conv1d(x, weight, bias, initial_state=history, activation=activation)
+    conv_state.copy_(torch.cat([conv_state, hidden_states], -1)[..., -kept:])
     return y.transpose(1, 2).to(hidden_states.dtype)
 
 

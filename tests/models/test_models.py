@@ -248,6 +248,13 @@ def test_next_tokens_keep_to_their_sequence():
     assert next_tokens(labels, layout).tolist() == [[-100, 3, -100], [6, -100, -100]]
 
 
+def test_attention_of_an_attn_entry_keeps_the_config_s_norm():
+    layer = (
+        make("bitnet", attn=dict(layers=[0, 1, 2], num_heads=4), norm_eps=1e-3).model.layers[0].attn
+    )
+    assert layer.q_proj.norm.eps == 1e-3 and layer.num_heads == 4
+
+
 def test_reset_and_crop():
     model, x = make("transformer"), ids(1, 9)
     cache = Cache(config=model.config)
@@ -291,6 +298,9 @@ def test_reset_and_crop():
         (lambda: make("mamba", norm_after=["linear_attention"]), "norm_after is not part of a MixerBlock"),
         (lambda: make("transformer", qk_norm="heads"), "qk_norm is 'heads'"),
         (lambda: make("bitnet", output_gate=True), "output_gate is not part of BitAttention"),
+        (lambda: make("bitnet", attn=dict(num_heads=4, qk_norm=True)), r"unknown fields \['qk_norm'\]"),
+        (lambda: GatedDeltaNetConfig(**TINY, **GDN, moe=dict(layers=[1])), "no .*'num_experts'"),
+        (lambda: make("mamba", moe={}), "Experts: no"),
         (lambda: make("mla", qk_head_dim=16), "qk_head_dim is 16; expected .* = 12"),
         (lambda: make("mla", rope_scaling=dict(factor=2)), "rope_scaling is not built"),
         (lambda: make("transformer", layer_types=["linear_attention"] * 3), "has no linear attention"),

@@ -20,7 +20,7 @@ from fla.ops.engine.dispatch import unavailable, use_backend
 from fla.ops.engine.native import library, ops
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from fla.ops.registry import OPS
-from tests.helpers import assert_within_budget, error, gradients
+from tests.helpers import error, gradients
 from tests.ops import properties as P
 
 pytestmark = pytest.mark.skipif(library.MISSING is not None, reason=str(library.MISSING))
@@ -68,6 +68,7 @@ def run(function, x, dtype=torch.float32, **options):
 
 
 def compare(got, want, what, tolerance=3e-6):
+    """Within 25 units of fp32 rounding of the largest value, as plain fp32 is; small and odd shapes are given 1e-5."""
     for name, y in want.items():
         if not y.numel():
             assert got[name].shape == y.shape
@@ -115,7 +116,6 @@ def test_error_budgets(op, dtype):
 def test_packed_split_and_token_by_token(op, T):
     """Any length, in one call or two, alone or packed, chunk by chunk or token by token."""
     inputs, states = op.inputs(1, T, 2, 12, 20), op.states(1, 2, 12, 20, dtype=torch.float32)
-    n = 2 if any("T*n" in op.axes(name) for name in inputs) else 1
     with use_backend("native"), torch.no_grad():
         whole = op.call(op.chunk, inputs, states)
         cut = T // 3
@@ -125,7 +125,6 @@ def test_packed_split_and_token_by_token(op, T):
         bounds = torch.tensor([0, cut, cut, T])
         packed, *_ = op.call(op.chunk, inputs, cu_seqlens=bounds)
         parts = [op.call(op.chunk, op.tokens(inputs, a, b))[0] for a, b in ((0, cut), (cut, T))]
-    assert n * whole[0].shape[1] >= T
     for a, b in [*zip(split, whole, strict=True), (packed, torch.cat(parts, 1))]:
         assert (
             (a - b).abs().max() <= 2e-5 * max(1, b.abs().max()) if b.numel() else a.shape == b.shape
@@ -134,8 +133,8 @@ def test_packed_split_and_token_by_token(op, T):
 
 @pytest.mark.parametrize("isa", library.instruction_sets() if not library.MISSING else [])
 def test_every_instruction_set(isa, monkeypatch):
-    number = library.instruction_sets().index(isa) - len(library.instruction_sets())
-    number += library.library().fla_isa_count()
+    lib = library.library()
+    number = next(i for i in range(lib.fla_isa_count()) if lib.fla_isa_name(i).decode() == isa)
     monkeypatch.setattr(library, "instruction_set", lambda: number)
     for decay in DECAYS:
         for erase in ERASES:
@@ -414,8 +413,13 @@ def test_backward_is_native_too():
     assert any("native_chunk" in name for name in names)
 
 
-def test_half_precision_budget_is_that_of_plain_torch():
-    x = problem("vector", "delta")
-    exact = run(plain.chunk, x, torch.float64)["o"]
-    single = run(plain.chunk, x, torch.float32)["o"]
-    assert_within_budget(run(ops.chunk, x)["o"], single, exact, "vector delta")
+def test_a_native_backward_that_is_not_there_is_refused_where_it_was_asked_for():
+    x = problem("scalar", "delta", T=5)
+    x["beta"] = torch.rand(2, 5, 4, 40)  # per value channel
+    want, _ = fused_recurrent_gated_delta_rule(**x, backend="torch")
+    got, _ = fused_recurrent_gated_delta_rule(**x, backend="native")
+    compare({"o": got}, {"o": want.double()}, "beta per channel")
+    x["q"].requires_grad_()
+    assert fused_recurrent_gated_delta_rule(**x)[0].requires_grad
+    with pytest.raises(ValueError, match="gradients through a decay or beta per value channel"):
+        fused_recurrent_gated_delta_rule(**x, backend="native")

@@ -155,7 +155,8 @@ FORMS = {
 
 NATIVE_FORMS = {
     False: "chunks of 16 tokens in C++ ({}); backward by hand",
-    True: "token by token in C++ ({}); with gradients as the chunk form",
+    True: "token by token in C++ ({}); with gradients as the chunk form, or as torch's token form "
+    "where decay or beta is per value channel",
 }
 
 

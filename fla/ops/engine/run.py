@@ -22,7 +22,7 @@ from fla.ops.engine.checks import (
 )
 from fla.ops.engine.chunk import CHUNK_SIZE, chunk
 from fla.ops.engine.columns import chunk_columns
-from fla.ops.engine.dispatch import resolve
+from fla.ops.engine.dispatch import requested, resolve
 from fla.ops.engine.native import ops as native
 from fla.ops.engine.token import recurrent
 
@@ -88,7 +88,10 @@ def run(
     with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
         if op.startswith("fused_recurrent_"):
             inputs |= dict(l2norm=options.l2norm, read_before=options.read_before)
-            o, final = (_native_tokens if backend == "native" else recurrent)(**inputs)
+            if backend == "native":
+                o, final = _native_tokens(op, options, **inputs)
+            else:
+                o, final = recurrent(**inputs)
         else:
             o, final = _chunk(op, options, backend, **inputs)
     if options.reverse:
@@ -172,8 +175,10 @@ def _chunk(op: str, options: Options, backend: str, **inputs: Any) -> tuple[Tens
     return chunk(**inputs, chunk_size=options.chunk_size)
 
 
-def _native_tokens(**inputs: Any) -> tuple[Tensor, Tensor]:
-    """Token by token in C++; with gradients the chunk form, which alone has a backward there."""
+def _native_tokens(op: str, options: Options, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """Token by token in C++; with gradients the chunk form, which alone has a backward there, and
+    torch where that cannot express the call.
+    """
     inputs["g"] = _row_decay(inputs["g"], inputs.pop("gk"))
     if not torch.is_grad_enabled():
         return native.recurrent(**inputs)
@@ -183,6 +188,11 @@ def _native_tokens(**inputs: Any) -> tuple[Tensor, Tensor]:
     beta, gv = inputs["beta"], inputs.pop("gv")
     if gv is None and (beta is None or beta.dim() == 3):
         return native.chunk(**inputs)
+    if requested(options.backend)[0] == "native":
+        raise ValueError(
+            f"{op}: backend 'native' was asked for, but gradients through a decay or beta per "
+            "value channel have no native kernel; use backend='torch', or let fla choose"
+        )
     g = inputs.pop("g")
     kind = "g" if g is None or g.dim() == 3 else "gk"
     return recurrent(**inputs, gv=gv, **{kind: g})

@@ -92,9 +92,8 @@ struct Backward {
       product<KEEP>(R * C, PANEL, K, chunk.leave, Kp, 1, Zx, PANEL, m, PANEL);
       if (E == DELTA) solve_delta(solution(c, x));
       if (E == LOW_RANK) solve_low_rank();
-      const int width = PANEL < p.V - x * PANEL ? PANEL : int(p.V - x * PANEL);
       for (int i = 0; i < live; i++)
-        write_row(p.dv, p.bounds ? 0 : n, t + i, hv, x * PANEL, width, m + i * PANEL);
+        write_row(p.dv, batch_of(p, n), t + i, hv, x * PANEL, width_of(p, x), m + i * PANEL);
       transpose(L * C, PANEL, X, PANEL, XT, L * C);
       transpose(R * C, PANEL, W, PANEL, WT, R * C);
       product<KEEP>(L * C, R * C, PANEL, X, PANEL, 1, WT, R * C, dscores, R * C);
@@ -111,9 +110,8 @@ struct Backward {
 
   // The gradient of o into X, and what the right rows wrote into `chunk.values`.
   void load_panel(int64_t n, int64_t hv, int64_t t, int live, int c, int x) {
-    const int width = PANEL < p.V - x * PANEL ? PANEL : int(p.V - x * PANEL);
     for (int i = 0; i < live; i++) {
-      read_row(p.o, p.bounds ? 0 : n, t + i, hv, x * PANEL, width, PANEL, X + i * PANEL);
+      read_row(p.o, batch_of(p, n), t + i, hv, x * PANEL, width_of(p, x), PANEL, X + i * PANEL);
       scale_into(p.scale, X + i * PANEL, X + i * PANEL, PANEL);
     }
     std::memset(X + live * PANEL, 0, sizeof(float) * (C - live) * PANEL);
@@ -238,7 +236,7 @@ struct Backward {
   }
 
   void put(int64_t n, int64_t hv, int64_t t, int live, int c) {
-    const int64_t batch = p.bounds ? 0 : n;
+    const int64_t batch = batch_of(p, n);
     for (int i = 0; i < live; i++) {
       float *to_q = dq + (c * C + i) * Kp, *to_k = dk + (c * C + i) * Kp;
       axpy(1, dleft + i * Kp, to_q, Kp);
@@ -255,8 +253,8 @@ struct Backward {
   // The block's gradients of q and k, back through the norm.
   void finish(int64_t n, int64_t h, int64_t t, int tokens) {
     for (int i = 0; i < tokens; i++) {
-      finish_row(p.q, p.dq, p.bounds ? 0 : n, t + i, h, dq + i * Kp);
-      finish_row(p.k, p.dk, p.bounds ? 0 : n, t + i, h, dk + i * Kp);
+      finish_row(p.q, p.dq, batch_of(p, n), t + i, h, dq + i * Kp);
+      finish_row(p.k, p.dk, batch_of(p, n), t + i, h, dk + i * Kp);
     }
   }
 
@@ -264,8 +262,9 @@ struct Backward {
     if (p.l2norm) {
       float* unit = dleft;
       read_row(x, batch, t, h, 0, K, Kp, unit);
-      const float inverse = 1 / __builtin_sqrtf(dot(unit, unit, Kp) + L2_EPS);
-      axpy(-dot(unit, d, Kp) * inverse * inverse, unit, d, Kp);
+      const float inverse = inverse_norm(unit, Kp);
+      scale_into(inverse, unit, unit, Kp);
+      axpy(-dot(unit, d, Kp), unit, d, Kp);
       scale_into(inverse, d, d, Kp);
     }
     write_row(dx, batch, t, h, 0, K, d);

@@ -19,12 +19,13 @@ struct Chunk {
   const bool keep;        // keep the decayed keys of every token, which the backward pass reads
   const bool early[2];    // whether left rows q, b read before their token's decay
   float *left, *enter, *right, *leave, *scores, *last;
-  float *factors, *prefix;  // VECTOR [C, Kp], [C + 1, Kp]; SCALAR none, [C + 1]
+  float *factors;           // VECTOR: of every token, [C, Kp]
+  float *prefix;            // VECTOR [C + 1, Kp], SCALAR [C + 1]: decay from the chunk's start
   float *pair;              // SCALAR: row i + 1 holds the decay from writes to after token i
   float *keys;              // VECTOR: right rows decayed to after each token
   float *transposed;        // right rows by channel
   float *values, *read;     // a panel: what right rows write, what left rows read
-  float beta[C], inverse[2][C];
+  float beta[C];
 
   Chunk(const Problem& problem, Arena& arena, bool keep)
       : p(problem), K(int(p.K)), Kp((K + PAD - 1) / PAD * PAD), keep(keep),
@@ -35,10 +36,9 @@ struct Chunk {
     leave = D == NO_DECAY ? right : D == SCALAR ? arena.take(R * C * Kp) : nullptr;
     scores = arena.take(L * C * R * C);
     last = arena.take(Kp);
-    const int64_t width = D == VECTOR ? Kp : 1;
-    factors = arena.take(C * width);
-    prefix = arena.take((C + 1) * width);
-    pair = arena.take((C + 1) * C);
+    factors = D == VECTOR ? arena.take(C * Kp) : nullptr;
+    prefix = arena.take((C + 1) * (D == VECTOR ? Kp : 1));
+    pair = D == SCALAR ? arena.take((C + 1) * C) : nullptr;
     keys = D == VECTOR ? arena.take((keep ? C : 1) * R * C * Kp) : nullptr;
     transposed = D == VECTOR ? nullptr : arena.take(R * Kp * C);
     values = arena.take(R * C * PANEL);
@@ -48,12 +48,12 @@ struct Chunk {
 
   // The first m tokens from t on, of head h of q and k and head hv of the others.
   void prepare(int64_t n, int64_t h, int64_t hv, int64_t t, int m) {
-    const int64_t batch = p.bounds ? 0 : n;
-    load_rows(p.q, batch, t, m, h, left, p.l2norm ? inverse[0] : nullptr);
-    load_rows(p.k, batch, t, m, h, right, p.l2norm ? inverse[1] : nullptr);
-    if (E != NO_ERASE && p.b.data) load_rows(p.b, batch, t, m, hv, left + C * Kp, nullptr);
+    const int64_t batch = batch_of(p, n);
+    load_rows(p.q, batch, t, m, h, left, p.l2norm);
+    load_rows(p.k, batch, t, m, h, right, p.l2norm);
+    if (E != NO_ERASE && p.b.data) load_rows(p.b, batch, t, m, hv, left + C * Kp, false);
     if (E == DELTA && !p.b.data) std::memcpy(left + C * Kp, right, sizeof(float) * C * Kp);
-    if (E == LOW_RANK) load_rows(p.a, batch, t, m, hv, right + C * Kp, nullptr);
+    if (E == LOW_RANK) load_rows(p.a, batch, t, m, hv, right + C * Kp, false);
     if (E == DELTA)
       for (int i = 0; i < C; i++) beta[i] = i < m ? read_one(p.beta, batch, t + i, hv) : 0;
     if (D == SCALAR) scalar_decay(batch, hv, t, m);
@@ -65,13 +65,11 @@ struct Chunk {
   }
 
   void load_rows(const View& x, int64_t batch, int64_t t, int m, int64_t h, float* out,
-                 float* inverse) {
+                 bool normalise) {
     for (int i = 0; i < m; i++) {
       float* row = out + i * Kp;
       read_row(x, batch, t + i, h, 0, K, Kp, row);
-      if (!inverse) continue;
-      inverse[i] = 1 / __builtin_sqrtf(dot(row, row, Kp) + L2_EPS);
-      scale_into(inverse[i], row, row, Kp);
+      if (normalise) scale_into(inverse_norm(row, Kp), row, row, Kp);
     }
     std::memset(out + m * Kp, 0, sizeof(float) * (C - m) * Kp);
   }
@@ -149,9 +147,9 @@ struct Chunk {
   }
 
   void load_values(int64_t n, int64_t hv, int64_t t, int m, int panel) {
-    const int width = PANEL < p.V - panel * PANEL ? PANEL : int(p.V - panel * PANEL);
     for (int i = 0; i < m; i++)
-      read_row(p.v, p.bounds ? 0 : n, t + i, hv, panel * PANEL, width, PANEL, values + i * PANEL);
+      read_row(p.v, batch_of(p, n), t + i, hv, panel * PANEL, width_of(p, panel), PANEL,
+               values + i * PANEL);
     std::memset(values + m * PANEL, 0, sizeof(float) * (C - m) * PANEL);
   }
 
@@ -196,30 +194,25 @@ struct Chunk {
 
   void output(int64_t n, int64_t hv, int64_t t, int m, int panel) {
     product<KEEP>(C, PANEL, R * C, scores, R * C, 1, values, PANEL, read, PANEL);
-    const int width = PANEL < p.V - panel * PANEL ? PANEL : int(p.V - panel * PANEL);
     for (int i = 0; i < m; i++) {
       scale_into(p.scale, read + i * PANEL, read + i * PANEL, PANEL);
-      write_row(p.o, p.bounds ? 0 : n, t + i, hv, panel * PANEL, width, read + i * PANEL);
+      write_row(p.o, batch_of(p, n), t + i, hv, panel * PANEL, width_of(p, panel),
+                read + i * PANEL);
     }
   }
 };
 
 // A state [K, V] as panels [K, PANEL] of zero-filled columns, and back.
 static void pack_panel(const Problem& p, const float* S, int panel, float* out) {
-  const int64_t width = PANEL < p.V - panel * PANEL ? PANEL : p.V - panel * PANEL;
+  const int width = width_of(p, panel);
   for (int64_t k = 0; k < p.K; k++)
-    for (int64_t w = 0; w < PANEL; w++)
+    for (int w = 0; w < PANEL; w++)
       out[k * PANEL + w] = S && w < width ? S[k * p.V + panel * PANEL + w] : 0;
 }
 
 static void unpack_panel(const Problem& p, const float* S, int panel, float* out) {
-  const int64_t width = PANEL < p.V - panel * PANEL ? PANEL : p.V - panel * PANEL;
   for (int64_t k = 0; k < p.K; k++)
-    std::memcpy(out + k * p.V + panel * PANEL, S + k * PANEL, sizeof(float) * width);
-}
-
-FLA_INLINE int64_t state_of(const Problem& p, int64_t n, int64_t hv) {
-  return (n * p.HV + hv) * p.K * p.V;
+    std::memcpy(out + k * p.V + panel * PANEL, S + k * PANEL, sizeof(float) * width_of(p, panel));
 }
 
 FLA_INLINE float* checkpoint(const Problem& p, int64_t n, int64_t t, int64_t hv) {

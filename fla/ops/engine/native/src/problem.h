@@ -50,6 +50,13 @@ struct Task {
 };
 
 inline int panels(const Problem& p) { return int((p.V + PANEL - 1) / PANEL); }
+inline int width_of(const Problem& p, int panel) {  // its columns that are real
+  return p.V - panel * PANEL < PANEL ? int(p.V - panel * PANEL) : PANEL;
+}
+inline int64_t batch_of(const Problem& p, int64_t n) { return p.bounds ? 0 : n; }
+inline int64_t state_of(const Problem& p, int64_t n, int64_t hv) {
+  return (n * p.HV + hv) * p.K * p.V;
+}
 inline int64_t begin_of(const Problem& p, int64_t n) { return p.bounds ? p.bounds[n] : 0; }
 inline int64_t end_of(const Problem& p, int64_t n) { return p.bounds ? p.bounds[n + 1] : p.T; }
 inline int64_t first_block(const Problem& p, int64_t n) {

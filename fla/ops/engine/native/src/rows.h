@@ -89,6 +89,10 @@ static void write_row(const View& x, int64_t b, int64_t t, int64_t h, int64_t c,
     convert_out((uint16_t*)x.data + at, x.channel, n, y, float_to_f16);
 }
 
+FLA_INLINE float inverse_norm(const float* x, int n) {
+  return 1 / __builtin_sqrtf(dot(x, x, n) + L2_EPS);
+}
+
 FLA_INLINE float read_one(const View& x, int64_t b, int64_t t, int64_t h) {
   float y;
   read_row(x, b, t, h, 0, 1, 1, &y);

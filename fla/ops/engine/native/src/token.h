@@ -28,12 +28,12 @@ struct Token {
   }
 
   void load_token(int64_t n, int64_t h, int64_t hv, int64_t t) {
-    const int64_t batch = p.bounds ? 0 : n;
+    const int64_t batch = batch_of(p, n);
     read_row(p.q, batch, t, h, 0, K, Kp, q);
     read_row(p.k, batch, t, h, 0, K, Kp, k);
     if (p.l2norm) {
-      scale_into(1 / __builtin_sqrtf(dot(q, q, Kp) + L2_EPS), q, q, Kp);
-      scale_into(1 / __builtin_sqrtf(dot(k, k, Kp) + L2_EPS), k, k, Kp);
+      scale_into(inverse_norm(q, Kp), q, q, Kp);
+      scale_into(inverse_norm(k, Kp), k, k, Kp);
     }
     read_row(p.v, batch, t, hv, 0, int(p.V), Vp, v);
     if (E == DELTA) read_row(p.beta, batch, t, hv, 0, int(p.V), Vp, beta);
@@ -107,7 +107,7 @@ int64_t tokens(const Problem& p, Task task, float* workspace) {
   if (!workspace) return arena.used;
   const int64_t n = task.sequence;
   for (int64_t hv = task.head; hv < task.last; hv++) {
-    const int64_t at = (n * p.HV + hv) * p.K * p.V, begin = begin_of(p, n), end = end_of(p, n);
+    const int64_t at = state_of(p, n, hv), begin = begin_of(p, n), end = end_of(p, n);
     float* S = p.final_state + at;
     if (!p.initial)
       std::memset(S, 0, sizeof(float) * p.K * p.V);
@@ -116,7 +116,7 @@ int64_t tokens(const Problem& p, Task task, float* workspace) {
     for (int64_t t = begin; t < end; t++) {
       token.load_token(n, hv / (p.HV / p.H), hv, t);
       token.step(t == begin && p.initial ? p.initial + at : S, S, tail);
-      write_row(p.o, p.bounds ? 0 : n, t, hv, 0, int(p.V), token.o);
+      write_row(p.o, batch_of(p, n), t, hv, 0, int(p.V), token.o);
     }
   }
   return arena.used;
