@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fla.modules.convolution import causal_conv1d
-from fla.ops.engine import chunk as plain
+from fla.ops.engine.chunk import chunk
+from fla.ops.engine.columns import chunk_columns
 from fla.ops.engine.dispatch import unavailable, use_backend
 from fla.ops.engine.native import library, ops
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
@@ -32,6 +33,9 @@ NATIVE = [
 ]
 every_op = pytest.mark.parametrize("op", NATIVE, ids=lambda op: op.title)
 DECAYS, ERASES = ("none", "scalar", "vector"), ("none", "delta", "delta with b", "low rank")
+COLUMNS = ("columns", "none")
+FAMILY = [*((decay, erase) for decay in DECAYS for erase in ERASES), COLUMNS]
+family = pytest.mark.parametrize(("decay", "erase"), FAMILY)
 
 
 def problem(decay, erase, B=2, T=70, H=2, HV=4, K=24, V=40, seed=0, extreme=False):
@@ -46,9 +50,10 @@ def problem(decay, erase, B=2, T=70, H=2, HV=4, K=24, V=40, seed=0, extreme=Fals
 
     x = dict(q=normal(B, T, H, K), k=unit(B, T, H, K), v=normal(B, T, HV, V))
     if decay != "none":
-        x["g"] = -normal(B, T, HV, *([K] if decay == "vector" else [])).abs()
+        channels = dict(scalar=[], vector=[K], columns=[V])[decay]
+        g = x["gv" if decay == "columns" else "g"] = -normal(B, T, HV, *channels).abs()
         if extreme:
-            x["g"][:, 3::7], x["g"][:, 5::11] = -torch.inf, -1e4
+            g[:, 3::7], g[:, 5::11] = -torch.inf, -1e4
     if erase.startswith("delta"):
         x["beta"] = normal(B, T, HV).sigmoid()
     if erase in ("delta with b", "low rank"):
@@ -67,6 +72,16 @@ def run(function, x, dtype=torch.float32, **options):
     return {"o": o, "final": final} | gradients([o, final], leaf)
 
 
+def plain(gv=None, **x):
+    """The chunk form in torch; with gv, whose heads it wants alike, that of columns."""
+    if gv is None:
+        return chunk(**x)
+    x = {n: y for n, y in x.items() if n not in ("l2norm", "read_before")}
+    groups = gv.shape[2] // x["q"].shape[2]
+    x |= {n: x[n].repeat_interleave(groups, 2) for n in ("q", "k")}
+    return chunk_columns(**x, g=gv)
+
+
 def compare(got, want, what, tolerance=3e-6):
     """Within 25 units of fp32 rounding of the largest value, as plain fp32 is; small and odd shapes are given 1e-5."""
     for name, y in want.items():
@@ -79,13 +94,14 @@ def compare(got, want, what, tolerance=3e-6):
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
-@pytest.mark.parametrize("erase", ERASES)
-@pytest.mark.parametrize("decay", DECAYS)
+@family
 def test_the_family_is_the_torch_form(decay, erase, before):
     """Values, states and every gradient, with resets and decays of -1e4 among them."""
     x = problem(decay, erase, extreme=True)
+    if before and decay == "columns":
+        pytest.skip("torch's form of it has no such read either")
     options = dict(state=torch.randn(2, 4, 24, 40), l2norm=erase == "delta", read_before=before)
-    want = run(plain.chunk, x, torch.float64, **options)
+    want = run(plain, x, torch.float64, **options)
     compare(run(ops.chunk, x, **options), want, f"{decay} {erase}")
     with torch.no_grad():
         options["initial_state"] = options.pop("state")
@@ -95,7 +111,7 @@ def test_the_family_is_the_torch_form(decay, erase, before):
 
 def test_a_wrong_kernel_would_be_noticed():
     x = problem("scalar", "delta")
-    want = run(plain.chunk, x, torch.float64)
+    want = run(plain, x, torch.float64)
     x["g"] = x["g"] * 1.0001
     with pytest.raises(AssertionError, match="is off by"):
         compare(run(ops.chunk, x), want, "scalar delta")
@@ -136,18 +152,18 @@ def test_every_instruction_set(isa, monkeypatch):
     lib = library.library()
     number = next(i for i in range(lib.fla_isa_count()) if lib.fla_isa_name(i).decode() == isa)
     monkeypatch.setattr(library, "instruction_set", lambda: number)
-    for decay in DECAYS:
-        for erase in ERASES:
-            x = problem(decay, erase, K=33, V=37, extreme=True)
-            want = run(plain.chunk, x, torch.float64)
-            compare(run(ops.chunk, x), want, f"{isa} {decay} {erase}")
-            o, _ = ops.recurrent(**x, scale=0.3)
-            compare({"o": o}, {"o": want["o"]}, f"{isa} {decay} {erase} tokens")
+    for decay, erase in FAMILY:
+        x = problem(decay, erase, K=33, V=37, extreme=True)
+        want = run(plain, x, torch.float64)
+        compare(run(ops.chunk, x), want, f"{isa} {decay} {erase}")
+        o, _ = ops.recurrent(**x, scale=0.3)
+        compare({"o": o}, {"o": want["o"]}, f"{isa} {decay} {erase} tokens")
 
 
+@pytest.mark.parametrize(("decay", "erase"), [("vector", "delta"), COLUMNS])
 @pytest.mark.parametrize("heads", [1, 2, 5])
-def test_results_do_not_depend_on_the_number_of_threads(heads):
-    x = problem("vector", "delta", B=1, T=200, H=heads, HV=heads, K=64, V=160)
+def test_results_do_not_depend_on_the_number_of_threads(heads, decay, erase):
+    x = problem(decay, erase, B=1, T=200, H=heads, HV=heads, K=64, V=160)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 4):
@@ -162,13 +178,12 @@ def test_results_do_not_depend_on_the_number_of_threads(heads):
 
 @given(
     B=st.integers(1, 3), T=st.integers(0, 70), H=st.integers(1, 3), groups=st.integers(1, 3),
-    K=st.integers(1, 40), V=st.integers(1, 70), decay=st.sampled_from(DECAYS),
-    erase=st.sampled_from(ERASES), layout=st.sampled_from(["head first", "sliced", "offset", "expanded"]),
+    K=st.integers(1, 40), V=st.integers(1, 70), member=st.sampled_from(FAMILY), layout=st.sampled_from(["head first", "sliced", "offset", "expanded"]),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_any_shape_and_layout_in_memory(B, T, H, groups, K, V, decay, erase, layout):
-    x = problem(decay, erase, B, T, H, H * groups, K, V)
-    want = run(plain.chunk, x, torch.float64)
+def test_any_shape_and_layout_in_memory(B, T, H, groups, K, V, member, layout):
+    x = problem(*member, B, T, H, H * groups, K, V)
+    want = run(plain, x, torch.float64)
 
     def lay(y):
         if layout == "head first":
@@ -181,7 +196,7 @@ def test_any_shape_and_layout_in_memory(B, T, H, groups, K, V, decay, erase, lay
 
     if layout == "expanded" and "beta" in x:
         x["beta"] = x["beta"][:, :1].expand_as(x["beta"])
-        want = run(plain.chunk, x, torch.float64)
+        want = run(plain, x, torch.float64)
         o, _ = ops.chunk(**x, scale=0.3)
         compare({"o": o}, {"o": want["o"]}, layout, 1e-5)
         return
@@ -191,13 +206,16 @@ def test_any_shape_and_layout_in_memory(B, T, H, groups, K, V, decay, erase, lay
     compare({"o": o, "final": final} | gradients([o, final], leaves), want, layout, 1e-5)
 
 
-@given(lengths=st.lists(st.integers(0, 90), min_size=1, max_size=6), erase=st.sampled_from(ERASES))
+members = st.sampled_from([*(("vector", erase) for erase in ERASES), COLUMNS])
+
+
+@given(lengths=st.lists(st.integers(0, 90), min_size=1, max_size=6), member=members)
 @settings(max_examples=25, deadline=None, derandomize=True)
-def test_any_boundaries(lengths, erase):
+def test_any_boundaries(lengths, member):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    x = problem("vector", erase, B=1, T=int(bounds[-1]), K=12, V=20)
+    x = problem(*member, B=1, T=int(bounds[-1]), K=12, V=20)
     state = torch.randn(len(lengths), 4, 12, 20)
-    want = run(plain.chunk, x, torch.float64, cu_seqlens=bounds, state=state)
+    want = run(plain, x, torch.float64, cu_seqlens=bounds, state=state)
     compare(run(ops.chunk, x, cu_seqlens=bounds, state=state), want, f"{lengths}", 1e-5)
 
 
@@ -271,7 +289,18 @@ def test_short_convolution_layouts_dtypes_and_operators():
 def test_registered_operators():
     x = problem("scalar", "delta", T=20)
     tensors = [x[n].requires_grad_() for n in ("q", "k", "v", "g", "beta")]
-    arguments = (*tensors, None, None, torch.randn(2, 4, 24, 40), None, 0.3, True, False, True)
+    arguments = (
+        *tensors,
+        None,
+        None,
+        None,
+        torch.randn(2, 4, 24, 40),
+        None,
+        0.3,
+        True,
+        False,
+        True,
+    )
     torch.library.opcheck(torch.ops.fla.native_chunk, arguments)
     detached = [y.detach() for y in tensors]
     arguments = (*detached, None, None, None, None, None, 0.3, True, False)
@@ -421,5 +450,5 @@ def test_a_native_backward_that_is_not_there_is_refused_where_it_was_asked_for()
     compare({"o": got}, {"o": want.double()}, "beta per channel")
     x["q"].requires_grad_()
     assert fused_recurrent_gated_delta_rule(**x)[0].requires_grad
-    with pytest.raises(ValueError, match="gradients through a decay or beta per value channel"):
+    with pytest.raises(ValueError, match="gradients through a beta per value channel"):
         fused_recurrent_gated_delta_rule(**x, backend="native")

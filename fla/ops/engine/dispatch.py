@@ -26,8 +26,8 @@ _chosen: str | None = None
 
 # operators whose kernels are torch's alone
 _FAMILIES = (
-    "abc", "deltaformer", "deltaformer_attn", "gated_oja_rule", "gsa", "hgrn", "log_linear_attn",
-    "mamba", "rwkv4", "titans_linear", "ttt_linear",
+    "deltaformer", "deltaformer_attn", "hgrn", "log_linear_attn", "mamba", "rwkv4",
+    "titans_linear", "ttt_linear",
 )  # fmt: skip
 TOKEN_FORM = "fused_recurrent_"
 TORCH_ONLY = frozenset(
@@ -156,7 +156,7 @@ FORMS = {
 NATIVE_FORMS = {
     False: "chunks of 16 tokens in C++ ({}); backward by hand",
     True: "token by token in C++ ({}); with gradients as the chunk form, or as torch's token form "
-    "where decay or beta is per value channel",
+    "where beta is per value channel, or a decay of value channels has other gates beside it",
 }
 
 

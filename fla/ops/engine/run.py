@@ -164,9 +164,11 @@ def _chunk(op: str, options: Options, backend: str, **inputs: Any) -> tuple[Tens
     """The chunk form for the decays that were given."""
     check_chunk_size(op, options.chunk_size)
     gk, gv = inputs.pop("gk"), inputs.pop("gv")
-    if gv is not None:
-        inputs |= dict(g=gv, chunk_size=options.chunk_size)
-        return chunk_columns(**{n: x for n, x in inputs.items() if x is not None})
+    if gv is not None:  # comes alone
+        inputs = {n: x for n, x in inputs.items() if x is not None}
+        if backend == "native":
+            return native.chunk(**inputs, gv=gv)
+        return chunk_columns(**inputs, g=gv, chunk_size=options.chunk_size)
     inputs |= dict(
         g=_row_decay(inputs["g"], gk), l2norm=options.l2norm, read_before=options.read_before
     )
@@ -185,17 +187,19 @@ def _native_tokens(op: str, options: Options, **inputs: Any) -> tuple[Tensor, Te
     tensors = (x for x in inputs.values() if isinstance(x, Tensor))
     if not any(x.requires_grad for x in tensors):
         return native.recurrent(**inputs)
-    beta, gv = inputs["beta"], inputs.pop("gv")
-    if gv is None and (beta is None or beta.dim() == 3):
+    beta, gv = inputs["beta"], inputs["gv"]
+    alone = all(inputs[name] is None for name in ("g", "beta", "a", "b"))
+    if (alone and not options.read_before) if gv is not None else beta is None or beta.dim() == 3:
         return native.chunk(**inputs)
     if requested(options.backend)[0] == "native":
         raise ValueError(
-            f"{op}: backend 'native' was asked for, but gradients through a decay or beta per "
-            "value channel have no native kernel; use backend='torch', or let fla choose"
+            f"{op}: backend 'native' was asked for, but gradients through a beta per value "
+            "channel, or a decay of value channels beside other gates, have no native kernel; use "
+            "backend='torch', or let fla choose"
         )
     g = inputs.pop("g")
     kind = "g" if g is None or g.dim() == 3 else "gk"
-    return recurrent(**inputs, gv=gv, **{kind: g})
+    return recurrent(**inputs, **{kind: g})
 
 
 ChunkForm = Callable[..., tuple[Tensor, Tensor]]

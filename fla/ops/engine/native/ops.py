@@ -20,6 +20,7 @@ NO_DECAY, SCALAR, VECTOR = range(3)
 NO_ERASE, DELTA, LOW_RANK = range(3)
 VIEWS = library.VIEWS[:-1]  # of inputs
 OFFSETS = [getattr(Problem, name).offset for name in VIEWS]
+TASKS = 4  # of a backward pass, where it can
 
 
 def chunk(
@@ -28,6 +29,7 @@ def chunk(
     v: Tensor,
     g: Tensor | None = None,
     beta: Tensor | None = None,
+    gv: Tensor | None = None,
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
@@ -37,8 +39,10 @@ def chunk(
     l2norm: bool = False,
     read_before: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `fla.ops.engine.chunk.chunk`, for dtypes below fp64 on a CPU; the state is fp32."""
-    inputs = (q, k, v, g, beta, a, b, initial_state)
+    """As `fla.ops.engine.chunk.chunk`, or with gv, which comes alone, `chunk_columns`; for dtypes
+    below fp64 on a CPU. The state is fp32.
+    """
+    inputs = (q, k, v, g, beta, gv, a, b, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, final, _ = torch.ops.fla.native_chunk(
         *inputs, cu_seqlens, float(scale), l2norm, read_before, save
@@ -142,6 +146,7 @@ def _chunk(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor | None,
+    gv: Tensor | None,
     a: Tensor | None,
     b: Tensor | None,
     initial_state: Tensor | None,
@@ -152,12 +157,9 @@ def _chunk(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final state, and where `save` the first state of every block of tokens."""
-    o, final, states = _empty_outputs(
-        q, k, v, g, beta, a, b, initial_state, cu_seqlens, scale, l2norm, read_before, save
-    )
-    p, alive = _problem(
-        (q, k, v, g, beta, None, a, b), cu_seqlens, len(final), (scale, l2norm, read_before)
-    )
+    tensors, options = (q, k, v, g, beta, gv, a, b), (scale, l2norm, read_before)
+    o, final, states = _empty_outputs(*tensors, initial_state, cu_seqlens, *options, save)
+    p, alive = _problem(tensors, cu_seqlens, len(final), options)
     _state(initial_state, p, "initial", alive)
     p.o, p.final_state = view(o), final.data_ptr()
     p.states = states.data_ptr() if save else None
@@ -167,7 +169,7 @@ def _chunk(
 
 @_chunk.register_fake
 def _empty_outputs(
-    q, k, v, g, beta, a, b, initial_state, cu_seqlens, scale, l2norm, read_before, save
+    q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, scale, l2norm, read_before, save
 ):
     sequences, T = _count(q, cu_seqlens), q.shape[1]
     o = q.new_empty(v.shape)
@@ -186,6 +188,7 @@ def _chunk_backward(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor | None,
+    gv: Tensor | None,
     a: Tensor | None,
     b: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -193,42 +196,61 @@ def _chunk_backward(
     scale: float,
     l2norm: bool,
     read_before: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g, beta, a, b (empty where absent) and of the initial state."""
-    tensors = (q, k, v, g, beta, a, b)
-    *grads, dstate = _empty_gradients(
-        do, dfinal, *tensors, cu_seqlens, states, scale, l2norm, read_before
-    )
-    p, alive = _problem(
-        (q, k, v, g, beta, None, a, b), cu_seqlens, len(dstate), (scale, l2norm, read_before)
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g, beta, gv, a, b (empty where absent) and of the initial state."""
+    tensors, options = (q, k, v, g, beta, gv, a, b), (scale, l2norm, read_before)
+    *grads, dstate = _empty_gradients(do, dfinal, *tensors, cu_seqlens, states, *options)
+    p, alive = _problem(tensors, cu_seqlens, len(dstate), options)
     _state(dfinal, p, "dfinal", alive)
-    targets = [x if x.dtype in TYPES else torch.empty_like(x, dtype=torch.float32) for x in grads]
-    for name, x, grad in zip(library.GRADIENTS, tensors, targets, strict=True):
-        setattr(p, name, view(None if x is None else grad))
+    p.parts = _parts(len(dstate), q.shape[2], v.shape[3])
+    targets = [
+        _target(x, 1 if name in PER_VALUE_CHANNEL else p.parts)
+        for name, x in zip(VIEWS, grads, strict=True)
+    ]
+    for name, x, target in zip(VIEWS, tensors, targets, strict=True):
+        if x is not None:
+            setattr(p, "dg" if name == "gv" else f"d{name}", view(target))
     do = _wide(do)
     p.o, p.states, p.dinitial = view(do), states.data_ptr(), dstate.data_ptr()
     library.call("fla_backward", p)
     for grad, target in zip(grads, targets, strict=True):
-        if target is not grad:
-            grad.copy_(target)
+        if target is not grad and grad.numel():
+            grad.copy_(target.view(-1, *grad.shape).sum(0))
     return *grads, dstate
+
+
+PER_VALUE_CHANNEL = ("v", "gv")  # whose gradients are no sums over the channels of v
+
+
+def _parts(sequences: int, heads: int, V: int) -> int:
+    """Parts of the value channels in a backward pass: several where there are few heads to spread
+    over cores, though two parts cost 1.4 times as much as one. By shape alone, for sums whose order
+    no number of threads changes.
+    """
+    return max(1, min(-(-V // PANEL) // 2, TASKS // max(1, sequences * heads)))
+
+
+def _target(grad: Tensor, parts: int) -> Tensor:
+    """Where the kernels write a gradient: itself, or as many in fp32 to be summed."""
+    if parts == 1 and grad.dtype in TYPES:
+        return grad
+    B, *rest = grad.shape
+    return torch.empty(parts * B, *rest, dtype=torch.float32)
 
 
 @_chunk_backward.register_fake
 def _empty_gradients(
-    do, dfinal, q, k, v, g, beta, a, b, cu_seqlens, states, scale, l2norm, read_before
+    do, dfinal, q, k, v, g, beta, gv, a, b, cu_seqlens, states, scale, l2norm, read_before
 ):
-    inputs = (
-        q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, beta, a, b)
-    )
+    tensors = (q, k, v, g, beta, gv, a, b)
+    inputs = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
     shape = (_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
     return *inputs, q.new_empty(shape, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
     *tensors, initial_state, cu_seqlens, _, _, _, save = inputs
-    ctx.options = inputs[9:-1]
+    ctx.options = inputs[-4:-1]
     ctx.set_materialize_grads(False)
     ctx.state_dtype = None if initial_state is None else initial_state.dtype
     if save:

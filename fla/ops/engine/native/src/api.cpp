@@ -102,8 +102,9 @@ int run_tasks(Run kernel, const P& p, int64_t count, int threads, Split split) {
   return status;
 }
 
-// Splits `heads` heads of every sequence and, where those are few, `all` panels of each.
-int run(Kernel Kernels::*which, const Problem* p, int isa, int threads, int64_t heads, int all) {
+// Splits `heads` heads of every sequence, and the panels of each into `parts`; 0: as many as threads
+// lack heads.
+int run(Kernel Kernels::*which, const Problem* p, int isa, int threads, int64_t heads, int parts) {
   if (isa < 0 || isa >= ISA_COUNT || !ISAS[isa].runs()) return NO_SUCH_ISA;
   const int64_t total = p->N * heads;
   if (!total) return DONE;
@@ -115,12 +116,14 @@ int run(Kernel Kernels::*which, const Problem* p, int isa, int threads, int64_t 
   each = each < fit ? each : fit;
   each = each < 1 ? 1 : each < heads ? each : heads;
   const int64_t groups = (heads + each - 1) / each, missing = threads / (p->N * groups);
-  const int parts = missing < 1 ? 1 : missing < all ? int(missing) : all;
+  const int all = panels(*p);
+  if (!parts) parts = missing < 1 ? 1 : missing < all ? int(missing) : all;
   const int64_t count = p->N * groups * parts;
+  const auto cut = [=](int64_t part) { return int((part * all + parts - 1) / parts); };
   return run_tasks(ISAS[isa].kernels->*which, *p, count, threads, [=](int64_t i) {
     const int64_t part = i % parts, group = i / parts % groups, end = (group + 1) * each;
     return Task{i / parts / groups, group * each, end < heads ? end : heads,
-                int(part * all / parts), int((part + 1) * all / parts)};
+                cut(part), cut(part + 1), int(part)};
   });
 }
 
@@ -130,7 +133,7 @@ int run_conv(ConvKernel Kernels::*which, const Conv* p, int isa, int threads) {
   const int64_t blocks = (p->D + CHANNELS - 1) / CHANNELS;
   if (double(p->bounds ? p->T : p->N * p->T) * double(p->D * p->W) < ALONE) threads = 1;
   return run_tasks(ISAS[isa].kernels->*which, *p, p->N * blocks, threads,
-                   [=](int64_t i) { return Task{i / blocks, i % blocks, 0, 0, 0}; });
+                   [=](int64_t i) { return Task{i / blocks, i % blocks, 0, 0, 0, 0}; });
 }
 
 }  // namespace
@@ -148,11 +151,11 @@ EXPORT int fla_isa_runs(int i) { return ISAS[i].runs(); }
 EXPORT int64_t fla_problem_size() { return sizeof(Problem); }
 
 EXPORT int fla_forward(const Problem* p, int isa, int threads) {
-  return run(&Kernels::forward, p, isa, threads, p->HV, panels(*p));
+  return run(&Kernels::forward, p, isa, threads, p->HV, 0);
 }
 
 EXPORT int fla_backward(const Problem* p, int isa, int threads) {
-  return run(&Kernels::backward, p, isa, threads, p->H, 1);
+  return run(&Kernels::backward, p, isa, threads, p->H, p->parts);
 }
 
 EXPORT int64_t fla_conv_size() { return sizeof(Conv); }

@@ -14,7 +14,8 @@ struct Backward {
 
   const Problem& p;
   Forward chunk;
-  const int K, Kp, count;
+  const int K, Kp, first, count;  // panels
+  const int64_t part;             // the first row of this part's sums over value channels
   const int64_t size;           // floats of a state's panel
   float *states, *solutions;    // of the block's chunks: [CHUNKS, count, K, PANEL], [.., C, PANEL]
   float *X, *m;                 // of a panel: [L * C, PANEL], [R * C, PANEL]
@@ -23,8 +24,9 @@ struct Backward {
   float *dq, *dk;               // of the block: [BLOCK, Kp]
   float dbeta[C];
 
-  Backward(const Problem& problem, Arena& arena)
-      : p(problem), chunk(problem, arena, true), K(chunk.K), Kp(chunk.Kp), count(panels(problem)),
+  Backward(const Problem& problem, Task task, Arena& arena)
+      : p(problem), chunk(problem, arena, true), K(chunk.K), Kp(chunk.Kp),
+        first(task.panel), count(task.end - first), part(task.part * (problem.bounds ? 1 : problem.N)),
         size(problem.K * PANEL) {
     states = arena.take(CHUNKS * count * size);
     solutions = arena.take(CHUNKS * count * C * PANEL);
@@ -37,9 +39,10 @@ struct Backward {
     dright = arena.take(R * C * Kp);
     dleftT = arena.take(L * C * Kp);
     drightT = arena.take(R * C * Kp);
-    through = arena.take(Kp);
-    entered = arena.take(L * C * Kp);
-    dg = arena.take(C * Kp);
+    const int width = D == COLUMN ? PANEL : Kp;
+    through = arena.take(width);
+    entered = arena.take(L * C * width);
+    dg = arena.take(C * width);
     dq = arena.take(BLOCK * Kp);
     dk = arena.take(BLOCK * Kp);
   }
@@ -51,7 +54,7 @@ struct Backward {
   // state.
   void block(int64_t n, int64_t h, int64_t hv, int64_t t, int tokens, float* Z) {
     const int chunks = (tokens + C - 1) / C;
-    std::memcpy(states, checkpoint(p, n, t, hv), sizeof(float) * count * size);
+    std::memcpy(states, checkpoint(p, n, t, hv) + first * size, sizeof(float) * count * size);
     for (int c = 0; c < chunks; c++) {
       const int live = tokens - c * C < C ? tokens - c * C : C;
       chunk.prepare(n, h, hv, t + c * C, live);
@@ -71,7 +74,7 @@ struct Backward {
 
   void again(int64_t n, int64_t hv, int64_t t, int live, int c, int x, bool more) {
     if (E == NO_ERASE && !more) return;
-    chunk.load_values(n, hv, t, live, x);
+    chunk.load_values(n, hv, t, live, first + x);
     chunk.write(state(c, x), solution(c, x), false);
     if (!more) return;
     std::memcpy(state(c + 1, x), state(c, x), sizeof(float) * size);
@@ -86,36 +89,84 @@ struct Backward {
     std::memset(through, 0, sizeof(float) * Kp);
     std::memset(dbeta, 0, sizeof(dbeta));
     for (int x = 0; x < count; x++) {
-      float *S = state(c, x), *Zx = Z + x * size, *W = chunk.values;
       load_panel(n, hv, t, live, c, x);
-      product<ZERO>(R * C, PANEL, C, chunk.scores, 1, R * C, X, PANEL, m, PANEL);
-      product<KEEP>(R * C, PANEL, K, chunk.leave, Kp, 1, Zx, PANEL, m, PANEL);
-      if (E == DELTA) solve_delta(solution(c, x));
-      if (E == LOW_RANK) solve_low_rank();
-      for (int i = 0; i < live; i++)
-        write_row(p.dv, batch_of(p, n), t + i, hv, x * PANEL, width_of(p, x), m + i * PANEL);
-      transpose(L * C, PANEL, X, PANEL, XT, L * C);
-      transpose(R * C, PANEL, W, PANEL, WT, R * C);
-      product<KEEP>(L * C, R * C, PANEL, X, PANEL, 1, WT, R * C, dscores, R * C);
-      product<KEEP>(K, L * C, PANEL, S, PANEL, 1, XT, L * C, dleftT, L * C);
-      product<KEEP>(K, R * C, PANEL, Zx, PANEL, 1, WT, R * C, drightT, R * C);
-      if (D != NO_DECAY)
-        for (int k = 0; k < K; k++) through[k] += dot(S + k * PANEL, Zx + k * PANEL, PANEL);
-      product<D == NO_DECAY ? KEEP : SCALED>(K, PANEL, L * C, chunk.enter, 1, Kp, X, PANEL, Zx,
-                                             PANEL, chunk.last);
+      if (D == COLUMN)
+        column_panel(state(c, x), Z + x * size);
+      else
+        row_panel(state(c, x), Z + x * size, solution(c, x));
+      for (int i = 0; i < live; i++) {
+        write_panel(p.dv, n, t + i, hv, x, m + i * PANEL);
+        if (D == COLUMN) write_panel(p.dg, n, t + i, hv, x, dg + i * PANEL);
+      }
     }
     transpose(Kp, L * C, dleftT, L * C, dleft, Kp);
     transpose(Kp, R * C, drightT, R * C, dright, Kp);
   }
 
+  void write_panel(const View& out, int64_t n, int64_t t, int64_t hv, int x, const float* row) {
+    write_row(out, batch_of(p, n), t, hv, (first + x) * PANEL, width_of(p, first + x), row);
+  }
+
+  void row_panel(const float* S, float* Z, const float* y) {
+    const float* W = chunk.values;
+    product<ZERO>(R * C, PANEL, C, chunk.scores, 1, R * C, X, PANEL, m, PANEL);
+    product<KEEP>(R * C, PANEL, K, chunk.leave, Kp, 1, Z, PANEL, m, PANEL);
+    if (E == DELTA) solve_delta(y);
+    if (E == LOW_RANK) solve_low_rank();
+    transpose(L * C, PANEL, X, PANEL, XT, L * C);
+    transpose(R * C, PANEL, W, PANEL, WT, R * C);
+    product<KEEP>(L * C, R * C, PANEL, X, PANEL, 1, WT, R * C, dscores, R * C);
+    product<KEEP>(K, L * C, PANEL, S, PANEL, 1, XT, L * C, dleftT, L * C);
+    product<KEEP>(K, R * C, PANEL, Z, PANEL, 1, WT, R * C, drightT, R * C);
+    if (D != NO_DECAY)
+      for (int k = 0; k < K; k++) through[k] += dot(S + k * PANEL, Z + k * PANEL, PANEL);
+    product<D == NO_DECAY ? KEEP : BY_ROW>(K, PANEL, L * C, chunk.enter, 1, Kp, X, PANEL, Z, PANEL,
+                                           chunk.last);
+  }
+
+  // The same where the columns decay, with their dg; m is the gradient of what tokens wrote as it
+  // stands after ever earlier tokens.
+  void column_panel(const float* S, float* Z) {
+    chunk.spread(nullptr);
+    const float *written = chunk.after(C - 1), *last = chunk.prefix + C * PANEL;
+    product<ZERO>(C, PANEL, K, chunk.right, Kp, 1, Z, PANEL, m, PANEL);
+    product<ZERO>(C, PANEL, K, chunk.left, Kp, 1, S, PANEL, chunk.read, PANEL);
+    for (int w = 0; w < PANEL; w += LANES) {
+      vf all = vf{};
+      for (int k = 0; k < K; k++) all += load(S + k * PANEL + w) * load(Z + k * PANEL + w);
+      store(through + w, all * load(last + w));
+    }
+    for (int i = C - 1; i >= 0; i--) column_token(i);
+    transpose(C, PANEL, entered, PANEL, XT, C);
+    transpose(C, PANEL, written, PANEL, WT, C);
+    product<KEEP>(K, C, PANEL, S, PANEL, 1, XT, C, dleftT, C);
+    product<KEEP>(K, C, PANEL, Z, PANEL, 1, WT, C, drightT, C);
+    product<BY_COLUMN>(K, PANEL, C, chunk.left, 1, Kp, entered, PANEL, Z, PANEL, last);
+  }
+
+  void column_token(int i) {
+    const float *y = chunk.after(i), *x = X + i * PANEL;
+    float *enter = entered + i * PANEL, *d = dg + i * PANEL;
+    multiply_into(chunk.prefix + (i + 1) * PANEL, x, enter, PANEL);
+    for (int w = 0; w < PANEL; w += LANES)
+      store(through + w, load(through + w) + load(enter + w) * load(chunk.read + i * PANEL + w));
+    for (int j = 0; j <= i; j++) {
+      dscores[i * C + j] += dot(x, y + j * PANEL, PANEL);
+      axpy(chunk.scores[i * C + j], x, m + j * PANEL, PANEL);
+    }
+    std::memcpy(d, through, sizeof(float) * PANEL);
+    for (int j = 0; j < i; j++) pass(i, y + j * PANEL, m + j * PANEL, d);
+  }
+
   // The gradient of o into X, and what the right rows wrote into `chunk.values`.
   void load_panel(int64_t n, int64_t hv, int64_t t, int live, int c, int x) {
     for (int i = 0; i < live; i++) {
-      read_row(p.o, batch_of(p, n), t + i, hv, x * PANEL, width_of(p, x), PANEL, X + i * PANEL);
+      read_row(p.o, batch_of(p, n), t + i, hv, (first + x) * PANEL, width_of(p, first + x), PANEL,
+               X + i * PANEL);
       scale_into(p.scale, X + i * PANEL, X + i * PANEL, PANEL);
     }
     std::memset(X + live * PANEL, 0, sizeof(float) * (C - live) * PANEL);
-    if (E != DELTA) chunk.load_values(n, hv, t, live, x);
+    if (E != DELTA) chunk.load_values(n, hv, t, live, first + x);
     for (int i = 0; i < C; i++) {
       if (E == DELTA)
         scale_into(chunk.beta[i], solution(c, x) + i * PANEL, chunk.values + i * PANEL, PANEL);
@@ -205,23 +256,26 @@ struct Backward {
       for (int l = 0; l < L; l++) {
         const int row = i + chunk.early[l];
         if (row < C) axpy(1, entered + (l * C + row) * Kp, through, Kp);
-        if (!chunk.early[l]) vector_row(l, i, chunk.seen(l, i), chunk.keys_after(i));
+        if (!chunk.early[l]) vector_row(l, i, chunk.seen(l, i), chunk.after(i));
       }
       float* d = dg + i * Kp;
       std::memcpy(d, through, sizeof(float) * Kp);
       for (int r = 0; r < R; r++)
-        for (int j = r * C; j < r * C + i; j++) pass(chunk.keys_after(i) + j * Kp, i, j, d);
+        for (int j = r * C; j < r * C + i; j++)
+          pass(i, chunk.after(i) + j * Kp, dright + j * Kp, d);
       for (int l = 0; l < L; l++)
-        if (chunk.early[l]) vector_row(l, i, i, chunk.keys_after(i ? i - 1 : 0));
+        if (chunk.early[l]) vector_row(l, i, i, chunk.after(i ? i - 1 : 0));
     }
   }
 
-  void pass(const float* y, int i, int j, float* d) {  // right row j back through token i's decay
-    const float* f = chunk.factors + i * Kp;
-    for (int k = 0; k < Kp; k += LANES) {
-      const vf grad = load(dright + j * Kp + k);
-      store(d + k, load(d + k) + load(y + k) * grad);
-      store(dright + j * Kp + k, grad * load(f + k));
+  // the gradient of row y, as it stands after token i, back through its decay
+  void pass(int i, const float* y, float* dy, float* d) {
+    const int width = D == COLUMN ? PANEL : Kp;
+    const float* f = chunk.factors + i * width;
+    for (int w = 0; w < width; w += LANES) {
+      const vf grad = load(dy + w);
+      store(d + w, load(d + w) + load(y + w) * grad);
+      store(dy + w, grad * load(f + w));
     }
   }
 
@@ -236,7 +290,7 @@ struct Backward {
   }
 
   void put(int64_t n, int64_t hv, int64_t t, int live, int c) {
-    const int64_t batch = batch_of(p, n);
+    const int64_t batch = part + batch_of(p, n);
     for (int i = 0; i < live; i++) {
       float *to_q = dq + (c * C + i) * Kp, *to_k = dk + (c * C + i) * Kp;
       axpy(1, dleft + i * Kp, to_q, Kp);
@@ -253,28 +307,28 @@ struct Backward {
   // The block's gradients of q and k, back through the norm.
   void finish(int64_t n, int64_t h, int64_t t, int tokens) {
     for (int i = 0; i < tokens; i++) {
-      finish_row(p.q, p.dq, batch_of(p, n), t + i, h, dq + i * Kp);
-      finish_row(p.k, p.dk, batch_of(p, n), t + i, h, dk + i * Kp);
+      finish_row(p.q, p.dq, n, t + i, h, dq + i * Kp);
+      finish_row(p.k, p.dk, n, t + i, h, dk + i * Kp);
     }
   }
 
-  void finish_row(const View& x, const View& dx, int64_t batch, int64_t t, int64_t h, float* d) {
+  void finish_row(const View& x, const View& dx, int64_t n, int64_t t, int64_t h, float* d) {
     if (p.l2norm) {
       float* unit = dleft;
-      read_row(x, batch, t, h, 0, K, Kp, unit);
+      read_row(x, batch_of(p, n), t, h, 0, K, Kp, unit);
       const float inverse = inverse_norm(unit, Kp);
       scale_into(inverse, unit, unit, Kp);
       axpy(-dot(unit, d, Kp), unit, d, Kp);
       scale_into(inverse, d, d, Kp);
     }
-    write_row(dx, batch, t, h, 0, K, d);
+    write_row(dx, part + batch_of(p, n), t, h, 0, K, d);
   }
 };
 
 template <Decay D, Erase E>
 int64_t backward(const Problem& p, Task task, float* workspace) {
   Arena arena{workspace};
-  Backward<D, E> back(p, arena);
+  Backward<D, E> back(p, task, arena);
   const int64_t groups = p.H ? p.HV / p.H : 1, whole = back.count * back.size;
   const int64_t first = task.head * groups, last = task.last * groups;  // value heads
   float* Z = arena.take((last - first) * whole);
@@ -282,7 +336,7 @@ int64_t backward(const Problem& p, Task task, float* workspace) {
   const int64_t n = task.sequence, begin = begin_of(p, n), end = end_of(p, n);
   for (int64_t hv = first; hv < last; hv++)
     for (int x = 0; x < back.count; x++)
-      pack_panel(p, p.dfinal ? p.dfinal + state_of(p, n, hv) : nullptr, x,
+      pack_panel(p, p.dfinal ? p.dfinal + state_of(p, n, hv) : nullptr, task.panel + x,
                  Z + (hv - first) * whole + x * back.size);
   for (int64_t block = (end - begin + BLOCK - 1) / BLOCK; block-- > 0;) {
     const int64_t t = begin + block * BLOCK;
@@ -297,7 +351,7 @@ int64_t backward(const Problem& p, Task task, float* workspace) {
   }
   for (int64_t hv = first; hv < last; hv++)
     for (int x = 0; x < back.count; x++)
-      unpack_panel(p, Z + (hv - first) * whole + x * back.size, x,
+      unpack_panel(p, Z + (hv - first) * whole + x * back.size, task.panel + x,
                    p.dinitial + state_of(p, n, hv));
   return arena.used;
 }

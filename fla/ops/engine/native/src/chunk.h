@@ -15,35 +15,37 @@ struct Chunk {
   static constexpr int C = CHUNK, L = E == NO_ERASE ? 1 : 2, R = E == LOW_RANK ? 2 : 1;
 
   const Problem& p;
-  const int K, Kp;
-  const bool keep;        // keep the decayed keys of every token, which the backward pass reads
+  const int K, Kp, width;  // width: channels of a vector decay
+  const bool keep;        // keep what decays as it stands after every token, for a backward pass
   const bool early[2];    // whether left rows q, b read before their token's decay
   float *left, *enter, *right, *leave, *scores, *last;
-  float *factors;           // VECTOR: of every token, [C, Kp]
-  float *prefix;            // VECTOR [C + 1, Kp], SCALAR [C + 1]: decay from the chunk's start
+  float *factors;           // VECTOR and COLUMN: of every token, [C, width]
+  float *prefix;            // [C + 1, width]: decay from the chunk's start
   float *pair;              // SCALAR: row i + 1 holds the decay from writes to after token i
-  float *keys;              // VECTOR: right rows decayed to after each token
+  float *decayed;           // after each token, VECTOR: right rows; COLUMN: what they wrote
   float *transposed;        // right rows by channel
   float *values, *read;     // a panel: what right rows write, what left rows read
   float beta[C];
 
   Chunk(const Problem& problem, Arena& arena, bool keep)
-      : p(problem), K(int(p.K)), Kp((K + PAD - 1) / PAD * PAD), keep(keep),
+      : p(problem), K(int(p.K)), Kp((K + PAD - 1) / PAD * PAD),
+        width(D == VECTOR ? Kp : D == COLUMN ? PANEL : 1), keep(keep),
         early{p.before != 0, E == LOW_RANK || p.b.data != nullptr} {
     left = arena.take(L * C * Kp);
     right = arena.take(R * C * Kp);
-    enter = D == NO_DECAY ? left : arena.take(L * C * Kp);
-    leave = D == NO_DECAY ? right : D == SCALAR ? arena.take(R * C * Kp) : nullptr;
+    enter = D == SCALAR || D == VECTOR ? arena.take(L * C * Kp) : left;
+    leave = D == SCALAR ? arena.take(R * C * Kp) : right;
     scores = arena.take(L * C * R * C);
     last = arena.take(Kp);
-    factors = D == VECTOR ? arena.take(C * Kp) : nullptr;
-    prefix = arena.take((C + 1) * (D == VECTOR ? Kp : 1));
+    const bool vector = D == VECTOR || D == COLUMN, in_place = D == COLUMN && !keep;
+    factors = vector ? arena.take(C * width) : nullptr;
+    prefix = arena.take((C + 1) * width);
     pair = D == SCALAR ? arena.take((C + 1) * C) : nullptr;
-    keys = D == VECTOR ? arena.take((keep ? C : 1) * R * C * Kp) : nullptr;
     transposed = D == VECTOR ? nullptr : arena.take(R * Kp * C);
     values = arena.take(R * C * PANEL);
     read = arena.take(L * C * PANEL);
-    if (D == VECTOR && keys) leave = keys + (keep ? (C - 1) * R * C * Kp : 0);
+    decayed = in_place ? values : vector ? arena.take((keep ? C : 1) * R * C * width) : nullptr;
+    if (D == VECTOR && decayed) leave = after(C - 1);
   }
 
   // The first m tokens from t on, of head h of q and k and head hv of the others.
@@ -92,14 +94,20 @@ struct Chunk {
     for (int k = 0; k < Kp; k += LANES) store(last + k, splat(prefix[C]));
   }
 
-  void vector_decay(int64_t batch, int64_t hv, int64_t t, int m) {
-    for (int k = 0; k < Kp; k += LANES) store(prefix + k, splat(1));
+  // n channels of x from channel c on
+  void load_factors(const View& x, int64_t batch, int64_t t, int m, int64_t hv, int64_t c, int n) {
+    for (int w = 0; w < width; w += LANES) store(prefix + w, splat(1));
     for (int i = 0; i < C; i++) {
-      float* f = factors + i * Kp;
-      if (i < m) read_row(p.g, batch, t + i, hv, 0, K, Kp, f);
-      for (int k = 0; k < Kp; k += LANES) store(f + k, i < m ? exponential(load(f + k)) : splat(1));
-      multiply_into(f, prefix + i * Kp, prefix + (i + 1) * Kp, Kp);
+      float* f = factors + i * width;
+      if (i < m) read_row(x, batch, t + i, hv, c, n, width, f);
+      for (int w = 0; w < width; w += LANES)
+        store(f + w, i < m ? exponential(load(f + w)) : splat(1));
+      multiply_into(f, prefix + i * width, prefix + (i + 1) * width, width);
     }
+  }
+
+  void vector_decay(int64_t batch, int64_t hv, int64_t t, int m) {
+    load_factors(p.g, batch, t, m, hv, 0, K);
     for (int i = 0; i < L * C; i++)
       multiply_into(prefix + (i % C + !early[i / C]) * Kp, left + i * Kp, enter + i * Kp, Kp);
     std::memcpy(last, prefix + C * Kp, sizeof(float) * Kp);
@@ -121,21 +129,27 @@ struct Chunk {
       }
   }
 
-  float* keys_after(int i) const { return keys + (keep ? int64_t(i) * R * C * Kp : 0); }
+  float* after(int i) const { return decayed + (keep ? int64_t(i) * R * C * width : 0); }
+
+  // `rows`, the right ones or what they wrote, through the decay of token i, and row i itself
+  void pass_token(int i, const float* rows) {
+    float *now = after(i), *old = after(i ? i - 1 : 0);
+    for (int r = 0; r < R; r++) {
+      for (int j = r * C; j < r * C + i; j++)
+        multiply_into(factors + i * width, old + j * width, now + j * width, width);
+      const int at = (r * C + i) * width;
+      if (now != rows) std::memcpy(now + at, rows + at, sizeof(float) * width);
+    }
+  }
 
   void vector_scores() {
     std::memset(scores, 0, sizeof(float) * L * C * R * C);
     for (int i = 0; i < C; i++) {
-      float *now = keys_after(i), *old = keys_after(i ? i - 1 : 0);
       for (int l = 0; l < L; l++)
-        if (early[l]) row_scores(l, i, i, old);
-      for (int r = 0; r < R; r++) {
-        for (int j = r * C; j < r * C + i; j++)
-          multiply_into(factors + i * Kp, old + j * Kp, now + j * Kp, Kp);
-        std::memcpy(now + (r * C + i) * Kp, right + (r * C + i) * Kp, sizeof(float) * Kp);
-      }
+        if (early[l]) row_scores(l, i, i, after(i ? i - 1 : 0));
+      pass_token(i, right);
       for (int l = 0; l < L; l++)
-        if (!early[l]) row_scores(l, i, seen(l, i), now);
+        if (!early[l]) row_scores(l, i, seen(l, i), after(i));
     }
   }
 
@@ -151,6 +165,18 @@ struct Chunk {
       read_row(p.v, batch_of(p, n), t + i, hv, panel * PANEL, width_of(p, panel), PANEL,
                values + i * PANEL);
     std::memset(values + m * PANEL, 0, sizeof(float) * (C - m) * PANEL);
+    if (D == COLUMN)
+      load_factors(p.gv, batch_of(p, n), t, m, hv, panel * PANEL, width_of(p, panel));
+  }
+
+  // COLUMN: what tokens wrote, decayed; what queries read of it is added to `out`.
+  void spread(float* out) {
+    for (int i = 0; i < C; i++) {
+      pass_token(i, values);
+      if (out)
+        product<KEEP>(1, PANEL, i + 1, scores + i * C, C, 1, after(i), PANEL, out + i * PANEL,
+                      PANEL);
+    }
   }
 
   // What the chunk writes, from v in `values` and the erase rows of `read`; y is kept for a backward
@@ -185,15 +211,23 @@ struct Chunk {
       product<ZERO>(L * C - first, PANEL, K, enter + first * Kp, Kp, 1, S, PANEL,
                     read + first * PANEL, PANEL);
     if (E != NO_ERASE) solve(y);
+    if (D != COLUMN) return;
+    for (int i = 0; queries && i < C; i++)
+      multiply_into(prefix + (i + 1) * PANEL, read + i * PANEL, read + i * PANEL, PANEL);
+    spread(queries ? read : nullptr);
   }
 
   void advance(float* S) {
-    product<D == NO_DECAY ? KEEP : SCALED>(K, PANEL, R * C, leave, 1, Kp, values, PANEL, S, PANEL,
+    if (D == COLUMN)
+      return product<BY_COLUMN>(K, PANEL, C, leave, 1, Kp, after(C - 1), PANEL, S, PANEL,
+                                prefix + C * PANEL);
+    product<D == NO_DECAY ? KEEP : BY_ROW>(K, PANEL, R * C, leave, 1, Kp, values, PANEL, S, PANEL,
                                            last);
   }
 
   void output(int64_t n, int64_t hv, int64_t t, int m, int panel) {
-    product<KEEP>(C, PANEL, R * C, scores, R * C, 1, values, PANEL, read, PANEL);
+    if (D != COLUMN)
+      product<KEEP>(C, PANEL, R * C, scores, R * C, 1, values, PANEL, read, PANEL);
     for (int i = 0; i < m; i++) {
       scale_into(p.scale, read + i * PANEL, read + i * PANEL, PANEL);
       write_row(p.o, batch_of(p, n), t + i, hv, panel * PANEL, width_of(p, panel),

@@ -38,7 +38,14 @@ struct Tokens {
   static int64_t run(const Problem& p, Task task, float* w) { return tokens<D, E>(p, task, w); }
 };
 
-extern const Kernels kernels = {Dispatch<Forward>::run, Dispatch<Backwards>::run,
-                                Dispatch<Tokens>::run, conv_forward, conv_backward};
+static int64_t chunks(const Problem& p, Task task, float* w) {
+  return p.gv.data ? forward<COLUMN, NO_ERASE>(p, task, w) : Dispatch<Forward>::run(p, task, w);
+}
+static int64_t chunks_backward(const Problem& p, Task task, float* w) {
+  return p.gv.data ? backward<COLUMN, NO_ERASE>(p, task, w) : Dispatch<Backwards>::run(p, task, w);
+}
+
+extern const Kernels kernels = {chunks,       chunks_backward, Dispatch<Tokens>::run,
+                                conv_forward, conv_backward};
 
 }  // namespace FLA_ISA

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 enum Type : int32_t { F32 = 0, BF16 = 1, F16 = 2 };
-enum Decay : int32_t { NO_DECAY = 0, SCALAR = 1, VECTOR = 2 };
+enum Decay : int32_t { NO_DECAY = 0, SCALAR = 1, VECTOR = 2, COLUMN = 3 };  // COLUMN: by `gv`
 enum Erase : int32_t { NO_ERASE = 0, DELTA = 1, LOW_RANK = 2 };
 
 struct View {  // [B, T, heads, channels], or [B, T, heads]; strides in elements
@@ -15,16 +15,18 @@ struct View {  // [B, T, heads, channels], or [B, T, heads]; strides in elements
 
 // In memory order as in Python. B = 1 where `bounds` is given; N sequences. An absent view has no
 // data. `states` holds the first state of every block of BLOCK tokens: a sequence's first block is
-// number bounds[n] / BLOCK + n, or n * ceil(T / BLOCK).
+// number bounds[n] / BLOCK + n, or n * ceil(T / BLOCK). A backward pass goes over the value channels
+// in `parts` parts. Each has its own rows of the gradients that sum over them, all but dv and that of
+// gv: batch b of part i is row i * B + b.
 struct Problem {
-  View q, k, v, g, beta, gv, a, b, o;  // gv and a beta per value channel: token by token alone
-  View dq, dk, dv, dg, dbeta, da, db;  // `o` is the gradient of o in a backward pass
+  View q, k, v, g, beta, gv, a, b, o;  // chunk by chunk gv comes alone, and beta is one per token
+  View dq, dk, dv, dg, dbeta, da, db;  // `o` is the gradient of o in a backward pass, dg also of gv
   const float *initial, *dfinal;       // [N, HV, K, V]
   float *final_state, *dinitial, *states;
   const int64_t* bounds;
   int64_t N, T, H, HV, K, V;
   float scale;
-  int32_t decay, erase, l2norm, before;
+  int32_t decay, erase, l2norm, before, parts;
 };
 
 // A short convolution of x [B, T, D]; `y` is its gradient in a backward pass. Rows of D channels:
@@ -46,7 +48,7 @@ constexpr float L2_EPS = 1e-6f;
 // token often a page away.
 struct Task {
   int64_t sequence, head, last;
-  int panel, end;
+  int panel, end, part;
 };
 
 inline int panels(const Problem& p) { return int((p.V + PANEL - 1) / PANEL); }

@@ -55,7 +55,8 @@ FLA_INLINE vf exponential(vf x) {
   return x != x ? x : p;
 }
 
-enum Start { ZERO, KEEP, SCALED };  // what a product is added to: nothing, C, or C times a row factor
+// what a product is added to: nothing, C, or C times a factor of each row or of each column
+enum Start { ZERO, KEEP, BY_ROW, BY_COLUMN };
 
 // C[rows, VECTORS registers] (+)= A B; A(i, k) = a[i * a_row + k * a_col]. C is added last: sums of
 // products are short, and rounded once into what may be a large state.
@@ -82,7 +83,8 @@ FLA_INLINE void tile(int inner, const float* a, int64_t a_row, int64_t a_col, co
     for (int j = 0; j < VECTORS; j++) {
       float* at = c + i * ldc + j * LANES;
       if (START == KEEP) acc[i][j] += load(at);
-      if (START == SCALED) acc[i][j] += load(at) * factor[i];
+      if (START == BY_ROW) acc[i][j] += load(at) * factor[i];
+      if (START == BY_COLUMN) acc[i][j] += load(at) * load(factor + j * LANES);
       store(at, acc[i][j]);
     }
 }
@@ -104,12 +106,13 @@ struct Rest<0, VECTORS, START> {
 template <int VECTORS, Start START>
 static void columns(int rows, int inner, const float* a, int64_t a_row, int64_t a_col,
                     const float* b, int64_t ldb, float* c, int64_t ldc, const float* factor) {
+  const int step = START == BY_ROW;
   int i = 0;
   for (; i + TILE_ROWS <= rows; i += TILE_ROWS)
     tile<TILE_ROWS, VECTORS, START>(inner, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc,
-                                    factor + i);
+                                    factor + i * step);
   Rest<TILE_ROWS - 1, VECTORS, START>::run(rows - i, inner, a + i * a_row, a_row, a_col, b, ldb,
-                                           c + i * ldc, ldc, factor + i);
+                                           c + i * ldc, ldc, factor + i * step);
 }
 
 constexpr int INNER = 128;  // products of a sum, at most
@@ -124,11 +127,13 @@ static void product(int rows, int width, int inner, const float* a, int64_t a_ro
     return product<KEEP>(rows, width, inner - INNER, a + INNER * a_col, a_row, a_col,
                          b + INNER * ldb, ldb, c, ldc);
   }
+  const int step = START == BY_COLUMN;
   int j = 0;
   for (; j + TILE_VECTORS * LANES <= width; j += TILE_VECTORS * LANES)
-    columns<TILE_VECTORS, START>(rows, inner, a, a_row, a_col, b + j, ldb, c + j, ldc, factor);
+    columns<TILE_VECTORS, START>(rows, inner, a, a_row, a_col, b + j, ldb, c + j, ldc,
+                                 factor + j * step);
   for (; j < width; j += LANES)
-    columns<1, START>(rows, inner, a, a_row, a_col, b + j, ldb, c + j, ldc, factor);
+    columns<1, START>(rows, inner, a, a_row, a_col, b + j, ldb, c + j, ldc, factor + j * step);
 }
 
 // below, n is a multiple of PAD
