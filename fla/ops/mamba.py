@@ -29,6 +29,7 @@ from torch import Tensor
 from fla.ops.engine.checks import check_log_decay, check_sequences, check_tensors
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.gates import wide
+from fla.ops.engine.native.selective import selective_scan as native_scan
 from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
 from fla.ops.engine.selective import selective_scan
 from fla.ops.mamba2 import step_sizes
@@ -90,10 +91,11 @@ def chunk_mamba(
     check_tensors(op, A=(A, "D N"), initial_state=(initial_state, "sequences D N"))
     check_sequences(op, sizes["B"], cu_seqlens, initial_state)
     check_chunk_size(op, chunk_size)
-    resolve(op, x.device, backend)
+    chosen = resolve(op, x.device, backend, x.dtype)
     check_log_decay(op, A=A)
     dt = step_sizes(dt, dt_bias, dt_softplus, (0.0, float("inf")))
-    y, final = selective_scan(x, dt, wide(A), B, C, initial_state, cu_seqlens, chunk_size)
+    inputs = (x, dt, wide(A), B, C, initial_state, cu_seqlens)
+    y, final = native_scan(*inputs) if chosen == "native" else selective_scan(*inputs, chunk_size)
     if D is not None:
         y = (wide(y) + wide(D) * wide(x)).to(y.dtype)
     return y, final if output_final_state else None

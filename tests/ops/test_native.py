@@ -15,11 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fla.modules.convolution import causal_conv1d
+from fla.ops.engine import selective
 from fla.ops.engine.chunk import chunk
 from fla.ops.engine.columns import chunk_columns
-from fla.ops.engine.dispatch import unavailable, use_backend
+from fla.ops.engine.dispatch import explain, unavailable, use_backend
 from fla.ops.engine.native import library, ops
+from fla.ops.engine.native.selective import selective_scan as native_scan
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from fla.ops.gsa import chunk_gsa
+from fla.ops.mamba import chunk_mamba
 from fla.ops.registry import OPS
 from tests.helpers import error, gradients
 from tests.ops import properties as P
@@ -219,6 +223,69 @@ def test_any_boundaries(lengths, member):
     compare(run(ops.chunk, x, cu_seqlens=bounds, state=state), want, f"{lengths}", 1e-5)
 
 
+def scan_problem(B=2, T=130, D=40, K=5, seed=0):
+    """Arguments of the engine's selective scan in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    x, dt, A = normal(B, T, D), normal(B, T, D).sigmoid(), -normal(D, K).exp()
+    return dict(x=x, dt=dt, A=A, B=normal(B, T, K), C=normal(B, T, K))
+
+
+def run_scan(function, x, dtype=torch.float32, state=None, **options):
+    leaves = x if state is None else x | {"initial_state": state}
+    leaves = {n: y.to(dtype).detach().requires_grad_() for n, y in leaves.items()}
+    y, final = function(**leaves, **options)
+    return {"y": y, "final": final} | gradients([y, final], leaves)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 140), min_size=1, max_size=4), D=st.integers(1, 300),
+    K=st.integers(1, 20), packed=st.booleans(), state=st.booleans(), sliced=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_selective_scan(lengths, D, K, packed, state, sliced):
+    N, bounds = len(lengths), torch.tensor([0, *lengths]).cumsum(0)
+    x = scan_problem(1, sum(lengths), D, K) if packed else scan_problem(N, lengths[0], D, K)
+    options = dict(cu_seqlens=bounds) if packed else {}
+    options |= dict(state=torch.randn(N, D, K)) if state else {}
+    want = run_scan(selective.selective_scan, x, torch.float64, **options)
+    if sliced:  # every second channel, the others NaN
+        wide = {n: torch.stack([y, torch.full_like(y, torch.nan)], -1) for n, y in x.items()}
+        x = {n: y.flatten(-2)[..., ::2] for n, y in wide.items()}
+    compare(run_scan(native_scan, x, **options), want, "scan", 1e-5)
+
+
+@pytest.mark.parametrize("isa", library.instruction_sets() if not library.MISSING else [])
+def test_selective_scan_of_every_instruction_set_and_number_of_threads(isa, monkeypatch):
+    number = [n.decode() for n in map(library.library().fla_isa_name, range(3))].index(isa)
+    monkeypatch.setattr(library, "instruction_set", lambda: number)
+    x, before = scan_problem(D=300), torch.get_num_threads()
+    first = run_scan(native_scan, x)
+    compare(first, run_scan(selective.selective_scan, x, torch.float64), isa)
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(y, first[n]) for n, y in run_scan(native_scan, x).items())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_selective_scan_dtypes_and_operator():
+    x = scan_problem(T=20)
+    half = {n: y.bfloat16() for n, y in x.items()} | {"A": x["A"], "dt": x["dt"].double()}
+    y, final = native_scan(**half)
+    want, state = native_scan(**{n: y.float() for n, y in half.items()})
+    assert y.dtype == torch.bfloat16 and torch.equal(y, want.bfloat16())
+    assert torch.equal(final, state)
+    results = run_scan(native_scan, half, torch.bfloat16)
+    assert {y.dtype for n, y in results.items() if n != "final"} == {torch.bfloat16}
+    leaves = [y.requires_grad_() for y in x.values()]
+    torch.library.opcheck(torch.ops.fla.native_scan, (*leaves, torch.randn(2, 40, 5), None, True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lower_dtypes_are_read_and_rounded_to_nearest(dtype):
     x = {n: y.to(dtype) for n, y in problem("scalar", "delta").items()}
@@ -346,6 +413,16 @@ def test_several_python_threads_at_once():
         t.join()
     for a, b in zip(got, want, strict=True):
         assert all(torch.equal(a[n], b[n]) for n in b)
+
+
+def test_explain_says_what_runs():
+    x = torch.randn(1, 9, 8)
+    assert "channels side by side" in explain(causal_conv1d, x, torch.randn(8, 4)).form
+    assert "channels side by side" in explain(chunk_mamba, x).form
+    q = x.view(1, 9, 2, 4)
+    assert "chunks of 16 tokens" in explain(chunk_gsa, q).form
+    asked = explain(chunk_gated_delta_rule, q, backend="torch")
+    assert asked.rejected["native"] == "another was asked for"
 
 
 def test_the_state_given_is_not_touched():

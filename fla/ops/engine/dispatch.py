@@ -26,8 +26,8 @@ _chosen: str | None = None
 
 # operators whose kernels are torch's alone
 _FAMILIES = (
-    "deltaformer", "deltaformer_attn", "hgrn", "log_linear_attn", "mamba", "rwkv4",
-    "titans_linear", "ttt_linear",
+    "deltaformer", "deltaformer_attn", "hgrn", "log_linear_attn", "rwkv4", "titans_linear",
+    "ttt_linear",
 )  # fmt: skip
 TOKEN_FORM = "fused_recurrent_"
 TORCH_ONLY = frozenset(
@@ -142,6 +142,7 @@ FORMS = {
     "fused_recurrent_mesa_net": "token form with an exact solve, under plain autograd",
     "deltaformer_attn": "exact blocks of rows, formed again in the backward",
     "fused_recurrent_deltaformer": "exact blocks of one row, formed again in the backward",
+    "causal_conv1d": "one product per tap, under plain autograd",
     **dict.fromkeys(
         ("chunk_ttt_linear", "chunk_titans_linear"), "mini-batches in turn, under plain autograd"
     ),
@@ -153,11 +154,18 @@ FORMS = {
 }
 
 
+SCAN_FORM = "channels side by side, token by token, in C++ ({}); backward by hand"
 NATIVE_FORMS = {
-    False: "chunks of 16 tokens in C++ ({}); backward by hand",
-    True: "token by token in C++ ({}); with gradients as the chunk form, or as torch's token form "
-    "where beta is per value channel, or a decay of value channels has other gates beside it",
+    **dict.fromkeys(("chunk_mamba", "fused_recurrent_mamba", "causal_conv1d"), SCAN_FORM),
+    "fused_recurrent_": "token by token in C++ ({}); with gradients as the chunk form, or as torch's "
+    "token form where beta is per value channel, or a decay of value channels is not alone",
+    "": "chunks of 16 tokens in C++ ({}); backward by hand",
 }
+
+
+def _form(name: str, forms: dict[str, str]) -> str | None:
+    beginnings = (f for f in forms if f[-1:] in ("_", "") and name.startswith(f))
+    return forms.get(name) or forms.get(next(beginnings, name))
 
 
 def explain(op: Callable, *args: object, **kwargs: object) -> Explanation:
@@ -170,10 +178,7 @@ def explain(op: Callable, *args: object, **kwargs: object) -> Explanation:
         'torch'
     """
     name = op.__name__
-    form = FORMS.get(name) or next(
-        (text for prefix, text in FORMS.items() if prefix[-1] == "_" and name.startswith(prefix)),
-        None,
-    )
+    form = _form(name, FORMS)
     if form is None:
         raise ValueError(
             f"explain: {name} is not an operator of fla.ops; pass a function such as "
@@ -192,7 +197,7 @@ def explain(op: Callable, *args: object, **kwargs: object) -> Explanation:
         b: unavailable(b, tensor.device, name, tensor.dtype) for b in BACKENDS if b != backend
     }
     if backend == "native":
-        form = NATIVE_FORMS[name.startswith(TOKEN_FORM)].format(library.instruction_set_name())
+        form = str(_form(name, NATIVE_FORMS)).format(library.instruction_set_name())
     return Explanation(
         op=name,
         backend=backend,
@@ -202,7 +207,7 @@ def explain(op: Callable, *args: object, **kwargs: object) -> Explanation:
         compute=str(compute_dtype(tensor.dtype)).removeprefix("torch."),
         why=f"it was asked for by {origin}" if choice else "it is the first available backend",
         rejected={
-            b: reason or "not needed: an earlier backend is available"
+            b: reason or ("another was asked for" if choice else "an earlier one is available")
             for b, reason in others.items()
         },
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-BLOCK, PANEL = 64, 32
+BLOCK, PANEL, CHANNELS = 64, 32, 128
 OUT_OF_MEMORY = 1
 VIEWS = ("q", "k", "v", "g", "beta", "gv", "a", "b", "o")
 GRADIENTS = ("dq", "dk", "dv", "dg", "dbeta", "da", "db")
@@ -53,6 +53,22 @@ class Conv(Structure):
     ]
 
 
+class Scan(Structure):
+    _fields_ = [
+        *((name, View) for name in ("x", "dt", "B", "C", "y", "dx", "ddt")),
+        *((name, c_void_p) for name in ("A", "initial", "dfinal", "final_state", "dinitial")),
+        *((name, c_void_p) for name in ("states", "dA", "dB", "dC", "bounds")),
+        *((name, c_int64) for name in ("N", "T", "D", "K")),
+    ]
+
+
+PROBLEMS: dict[str, tuple[type[Structure], tuple[str, ...]]] = {  # and the functions that take them
+    "fla_problem_size": (Problem, ("fla_forward", "fla_backward", "fla_token")),
+    "fla_conv_size": (Conv, ("fla_conv_forward", "fla_conv_backward")),
+    "fla_scan_size": (Scan, ("fla_scan_forward", "fla_scan_backward")),
+}
+
+
 def view(x: Tensor | None) -> View:
     """`[B, T, heads]` or `[B, T, heads, channels]` as it lies in memory."""
     if x is None:
@@ -73,22 +89,22 @@ def library() -> ctypes.CDLL:
         raise OSError("it was not built")
     lib = ctypes.CDLL(path)
     try:
-        _declare(lib)
+        ours = _declare(lib)
     except AttributeError as error:
         raise OSError(f"{path} was built from other sources ({error})") from None
-    sizes = (lib.fla_problem_size(), lib.fla_conv_size())
-    if sizes != (ctypes.sizeof(Problem), ctypes.sizeof(Conv)):
+    if not ours:
         raise OSError(f"{path} was built from other sources")
     return lib
 
 
-def _declare(lib: ctypes.CDLL) -> None:
+def _declare(lib: ctypes.CDLL) -> bool:
+    """Whether its structures are those above."""
     lib.fla_isa_name.restype = ctypes.c_char_p
-    lib.fla_problem_size.restype = lib.fla_conv_size.restype = c_int64
-    for name in ("fla_forward", "fla_backward", "fla_token"):
-        getattr(lib, name).argtypes = [POINTER(Problem), c_int, c_int]
-    for name in ("fla_conv_forward", "fla_conv_backward"):
-        getattr(lib, name).argtypes = [POINTER(Conv), c_int, c_int]
+    for size, (problem, functions) in PROBLEMS.items():
+        getattr(lib, size).restype = c_int64
+        for name in functions:
+            getattr(lib, name).argtypes = [POINTER(problem), c_int, c_int]
+    return all(getattr(lib, size)() == ctypes.sizeof(p) for size, (p, _) in PROBLEMS.items())
 
 
 def _missing() -> str | None:
@@ -127,7 +143,7 @@ def instruction_set() -> int:
     return next(i for i in range(lib.fla_isa_count()) if lib.fla_isa_name(i) == name)
 
 
-def call(function: str, problem: Problem | Conv) -> None:
+def call(function: str, problem: Problem | Conv | Scan) -> None:
     """Run one of the library's functions on torch's number of threads."""
     status = getattr(library(), function)(
         ctypes.byref(problem), instruction_set(), torch.get_num_threads()

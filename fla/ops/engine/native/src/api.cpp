@@ -48,6 +48,7 @@ enum Status { DONE = 0, OUT_OF_MEMORY = 1, NO_SUCH_ISA = 2 };
 
 constexpr int64_t CACHE = 1 << 19;      // bytes of states that go through the tokens together
 constexpr double ALONE = 1e5;           // multiply-adds not worth a second thread
+constexpr int64_t EXPONENTIAL = 16;     // multiply-adds that one takes
 
 // torch's threads are OpenMP's. Between its operators they spin for a while, so threads of our own
 // would share the cores with them: where OpenMP is in the process, its threads run our tasks. They do
@@ -104,7 +105,7 @@ int run_tasks(Run kernel, const P& p, int64_t count, int threads, Split split) {
 
 // Splits `heads` heads of every sequence, and the panels of each into `parts`; 0: as many as threads
 // lack heads.
-int run(Kernel Kernels::*which, const Problem* p, int isa, int threads, int64_t heads, int parts) {
+int run(Kernel<Problem> Kernels::*which, const Problem* p, int isa, int threads, int64_t heads, int parts) {
   if (isa < 0 || isa >= ISA_COUNT || !ISAS[isa].runs()) return NO_SUCH_ISA;
   const int64_t total = p->N * heads;
   if (!total) return DONE;
@@ -127,11 +128,12 @@ int run(Kernel Kernels::*which, const Problem* p, int isa, int threads, int64_t 
   });
 }
 
-// Blocks of channels of every sequence.
-int run_conv(ConvKernel Kernels::*which, const Conv* p, int isa, int threads) {
+// Blocks of channels of every sequence; `each`: multiply-adds of a channel and token.
+template <class P>
+int run_channels(Kernel<P> Kernels::*which, const P* p, int isa, int threads, int64_t each) {
   if (isa < 0 || isa >= ISA_COUNT || !ISAS[isa].runs()) return NO_SUCH_ISA;
   const int64_t blocks = (p->D + CHANNELS - 1) / CHANNELS;
-  if (double(p->bounds ? p->T : p->N * p->T) * double(p->D * p->W) < ALONE) threads = 1;
+  if (double(p->bounds ? p->T : p->N * p->T) * double(p->D * each) < ALONE) threads = 1;
   return run_tasks(ISAS[isa].kernels->*which, *p, p->N * blocks, threads,
                    [=](int64_t i) { return Task{i / blocks, i % blocks, 0, 0, 0, 0}; });
 }
@@ -161,11 +163,21 @@ EXPORT int fla_backward(const Problem* p, int isa, int threads) {
 EXPORT int64_t fla_conv_size() { return sizeof(Conv); }
 
 EXPORT int fla_conv_forward(const Conv* p, int isa, int threads) {
-  return run_conv(&Kernels::conv_forward, p, isa, threads);
+  return run_channels(&Kernels::conv_forward, p, isa, threads, p->W);
 }
 
 EXPORT int fla_conv_backward(const Conv* p, int isa, int threads) {
-  return run_conv(&Kernels::conv_backward, p, isa, threads);
+  return run_channels(&Kernels::conv_backward, p, isa, threads, p->W);
+}
+
+EXPORT int64_t fla_scan_size() { return sizeof(Scan); }
+
+EXPORT int fla_scan_forward(const Scan* p, int isa, int threads) {
+  return run_channels(&Kernels::scan_forward, p, isa, threads, EXPONENTIAL * p->K);
+}
+
+EXPORT int fla_scan_backward(const Scan* p, int isa, int threads) {
+  return run_channels(&Kernels::scan_backward, p, isa, threads, EXPONENTIAL * p->K);
 }
 
 EXPORT int fla_token(const Problem* p, int isa, int threads) {

@@ -19,8 +19,8 @@ struct ConvTask {
   float *ring, *weight, *bias;
 
   ConvTask(const Conv& problem, Task task, Arena& arena)
-      : p(problem), n(task.sequence), batch(p.bounds ? 0 : n), begin(p.bounds ? p.bounds[n] : 0),
-        end(p.bounds ? p.bounds[n + 1] : p.T), first(task.head * CHANNELS), W(int(p.W)),
+      : p(problem), n(task.sequence), batch(batch_of(p, n)), begin(begin_of(p, n)),
+        end(end_of(p, n)), first(task.head * CHANNELS), W(int(p.W)),
         count(int(p.D - first < CHANNELS ? p.D - first : CHANNELS)),
         width((count + PAD - 1) / PAD * PAD) {
     ring = arena.take(W * CHANNELS);

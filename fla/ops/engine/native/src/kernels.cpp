@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "conv.h"
+#include "selective.h"
 #include "token.h"
 
 namespace FLA_ISA {
@@ -46,6 +47,7 @@ static int64_t chunks_backward(const Problem& p, Task task, float* w) {
 }
 
 extern const Kernels kernels = {chunks,       chunks_backward, Dispatch<Tokens>::run,
-                                conv_forward, conv_backward};
+                                conv_forward, conv_backward,   scan_forward,
+                                scan_backward};
 
 }  // namespace FLA_ISA

@@ -4,11 +4,11 @@
 #pragma once
 #include "problem.h"
 
-typedef int64_t (*Kernel)(const Problem&, Task, float*);
-
-typedef int64_t (*ConvKernel)(const Conv&, Task, float*);
+template <class P>
+using Kernel = int64_t (*)(const P&, Task, float*);
 
 struct Kernels {
-  Kernel forward, backward, token;
-  ConvKernel conv_forward, conv_backward;
+  Kernel<Problem> forward, backward, token;
+  Kernel<Conv> conv_forward, conv_backward;
+  Kernel<Scan> scan_forward, scan_backward;
 };

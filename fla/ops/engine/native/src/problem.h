@@ -40,6 +40,17 @@ struct Conv {
   int32_t silu;
 };
 
+// A selective scan of x, dt [B, T, D] with B, C [B, T, K]; `y` is its gradient in a backward pass.
+// A is [K, D], a state [N, K, D], `states` as above; dA [N, K, D], dB and dC
+// [blocks of CHANNELS, B, T, K].
+struct Scan {
+  View x, dt, B, C, y, dx, ddt;
+  const float *A, *initial, *dfinal;
+  float *final_state, *dinitial, *states, *dA, *dB, *dC;
+  const int64_t* bounds;
+  int64_t N, T, D, K;
+};
+
 constexpr int CHUNK = 16, BLOCK = 64, PANEL = 32, CHANNELS = 128;
 constexpr float L2_EPS = 1e-6f;
 
@@ -55,12 +66,18 @@ inline int panels(const Problem& p) { return int((p.V + PANEL - 1) / PANEL); }
 inline int width_of(const Problem& p, int panel) {  // its columns that are real
   return p.V - panel * PANEL < PANEL ? int(p.V - panel * PANEL) : PANEL;
 }
-inline int64_t batch_of(const Problem& p, int64_t n) { return p.bounds ? 0 : n; }
 inline int64_t state_of(const Problem& p, int64_t n, int64_t hv) {
   return (n * p.HV + hv) * p.K * p.V;
 }
-inline int64_t begin_of(const Problem& p, int64_t n) { return p.bounds ? p.bounds[n] : 0; }
-inline int64_t end_of(const Problem& p, int64_t n) { return p.bounds ? p.bounds[n + 1] : p.T; }
-inline int64_t first_block(const Problem& p, int64_t n) {
+
+// of sequence n of any problem
+template <class P>
+int64_t batch_of(const P& p, int64_t n) { return p.bounds ? 0 : n; }
+template <class P>
+int64_t begin_of(const P& p, int64_t n) { return p.bounds ? p.bounds[n] : 0; }
+template <class P>
+int64_t end_of(const P& p, int64_t n) { return p.bounds ? p.bounds[n + 1] : p.T; }
+template <class P>
+int64_t first_block(const P& p, int64_t n) {
   return p.bounds ? p.bounds[n] / BLOCK + n : n * ((p.T + BLOCK - 1) / BLOCK);
 }
