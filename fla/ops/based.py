@@ -24,7 +24,6 @@ On the one equation: `f(q . k) = phi(q) . phi(k)`, so linear attention: S_t = S_
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -130,7 +129,7 @@ def _based(
     values = torch.cat([wide(v), wide(v).new_ones(*v.shape[:-1], 1)], -1)
     o, final = run(
         op,
-        replace(options, scale=1.0),
+        options._replace(scale=1.0),
         taylor_features(wide(q) * scale),
         taylor_features(wide(k)),
         values,

@@ -115,11 +115,11 @@ def _gates(
             "use_beta_sigmoid_in_kernel=True or "
             "pass beta in [0, 2]"
         )
-    check_shapes(op, v=(v, "B T HV V"), g=(g, "B T HV"))
-    if use_gate:
+    if use_gate or beta is None:
         check_shapes(
             op, v=(v, "B T HV V"), g=(g, "B T HV"), A_log=(A_log, "HV"), dt_bias=(dt_bias, "HV")
         )
+    if use_gate:
         g = naive_gdn_gate(g, A_log, dt_bias)
     if beta is None:
         beta = v.new_ones(v.shape[:3])

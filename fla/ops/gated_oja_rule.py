@@ -24,7 +24,6 @@ On the one equation: transpose the state. M = S^T is KDA with keys v and values 
 v under a decay of the state's columns.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,7 +85,7 @@ def _oja(
     keys = (wide(v) * wide(gv).exp()).to(v.dtype)
     read, final = run(
         op,
-        replace(options, scale=1.0, read_before=True),
+        options._replace(scale=1.0, read_before=True),
         keys,
         v,
         k,
@@ -99,7 +98,7 @@ def _oja(
     u = (wide(beta).unsqueeze(-1) * (wide(k) - wide(read))).to(k.dtype)
     o, _ = run(
         op,
-        replace(options, output_final_state=False),
+        options._replace(output_final_state=False),
         q,
         u,
         v,

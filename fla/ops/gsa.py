@@ -27,7 +27,6 @@ On the one equation: two passes of vector decay without erase. In the first it i
 state that decay.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -143,7 +142,7 @@ def _gsa(
     scale = sizes["K"] ** -0.5 if options.scale is None else options.scale
     logits, S = run(
         op,
-        replace(options, scale=scale),
+        options._replace(scale=scale),
         q,
         k,
         s,
@@ -155,7 +154,7 @@ def _gsa(
     p = wide(logits).softmax(-1).to(v.dtype)
     o, R = run(
         op,
-        replace(options, scale=1.0),
+        options._replace(scale=1.0),
         p,
         s,
         v,

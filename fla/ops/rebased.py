@@ -21,8 +21,6 @@ On the one equation: `(q . k)^2 = phi(q) . phi(k)`, so linear attention: S_t = S
 [v_t, 1]^T.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -83,7 +81,7 @@ def _rebased(
     values = torch.cat([wide(v), wide(v).new_ones(*v.shape[:-1], 1)], -1)
     o, final = run(
         op,
-        replace(options, scale=1.0),
+        options._replace(scale=1.0),
         pairs(wide(q) * options.scale),
         pairs(wide(k)),
         values,

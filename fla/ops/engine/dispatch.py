@@ -74,7 +74,7 @@ def resolve(
     """
     choice, origin = requested(backend)
     if choice is None:
-        return next(b for b in BACKENDS if unavailable(b, device, op, dtype) is None)
+        return _first_available(op, device, dtype)
     reason = unavailable(choice, device, op, dtype)
     if reason is not None:
         raise ValueError(
@@ -83,6 +83,18 @@ def resolve(
             f"backend='torch', or unset it and let fla choose"
         )
     return choice
+
+
+_first: dict[tuple[str, torch.device, torch.dtype | None], str] = {}
+
+
+def _first_available(op: str, device: torch.device, dtype: torch.dtype | None) -> str:
+    backend = _first.get((op, device, dtype))
+    if backend is None:
+        backend = next(b for b in BACKENDS if unavailable(b, device, op, dtype) is None)
+        if not torch.compiler.is_compiling():
+            _first[op, device, dtype] = backend
+    return backend
 
 
 @contextmanager
@@ -157,7 +169,7 @@ FORMS = {
 SCAN_FORM = "channels side by side, token by token, in C++ ({}); backward by hand"
 NATIVE_FORMS = {
     **dict.fromkeys(("chunk_mamba", "fused_recurrent_mamba", "causal_conv1d"), SCAN_FORM),
-    "fused_recurrent_": "token by token in C++ ({}); with gradients as the chunk form, or as torch's "
+    "fused_recurrent_": "token by token in C++ ({}); with gradients as the chunk form, or torch's "
     "token form where beta is per value channel, or a decay of value channels is not alone",
     "": "chunks of 16 tokens in C++ ({}); backward by hand",
 }

@@ -5,9 +5,8 @@ of the form.
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +26,7 @@ from fla.ops.engine.native import ops as native
 from fla.ops.engine.token import recurrent
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """The non-tensor arguments shared by the operators of the family."""
 
     scale: float | None = None

@@ -289,7 +289,7 @@ def _tokens(
 ) -> tuple[Tensor, Tensor]:
     """o and the final state."""
     N = _count(q, cu_seqlens)
-    o = q.new_empty(v.shape)
+    o = torch.empty(v.shape, dtype=q.dtype)
     final = torch.empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
     p, alive = _problem((q, k, v, g, beta, gv, a, b), cu_seqlens, N, (scale, l2norm, read_before))
     _state(initial_state, p, "initial", alive)
