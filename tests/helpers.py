@@ -23,9 +23,11 @@ def assert_same(x: Tensor, reference: Tensor, what: str, rtol: float = 1e-11) ->
     assert error(x, reference) <= bound, f"{what}: off by {error(x, reference):.2e} > {bound:.2e}"
 
 
-def assert_within_budget(x: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
-    """`err(x) <= 2 err(plain torch in that dtype) + eps max|exact|`, both errors against fp64."""
-    budget = 2 * error(plain, exact) + torch.finfo(x.dtype).eps * exact.abs().max().item()
+def assert_within_budget(
+    x: Tensor, plain: Tensor, exact: Tensor, what: str, units: int = 1
+) -> None:
+    """`err(x) <= 2 err(plain torch in that dtype) + units eps max|exact|`, both errors against fp64."""
+    budget = 2 * error(plain, exact) + units * torch.finfo(x.dtype).eps * exact.abs().max().item()
     assert error(x, exact) <= budget, (
         f"{what}: error {error(x, exact):.2e} over its budget {budget:.2e}"
     )

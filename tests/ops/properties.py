@@ -143,7 +143,7 @@ def check_batch_mates_do_not_matter(op: OpCase) -> None:
         assert torch.equal(x[1:2], z), f"{op.name} result {i} depends on the batch-mates"
 
 
-def check_error_budget(op: OpCase, dtype: torch.dtype, T: int = 130) -> None:
+def check_error_budget(op: OpCase, dtype: torch.dtype, T: int = 130, units: int = 1) -> None:
     """At most twice the error of the plain recurrence in the same dtype, both against fp64;
     states in fp32."""
     inputs = op.inputs(1, T, 2, 32, 24, dtype=dtype)
@@ -153,10 +153,10 @@ def check_error_budget(op: OpCase, dtype: torch.dtype, T: int = 130) -> None:
         o, *states = op.call(form, inputs)
         assert o.dtype == dtype and all(x.dtype in (torch.float32, torch.long) for x in states)
         for i, x in enumerate([o, *(x for x in states if x.is_floating_point())]):
-            assert_within_budget(x, plain[i], exact[i], f"{op.name} {dtype} result {i}")
+            assert_within_budget(x, plain[i], exact[i], f"{op.name} {dtype} result {i}", units)
 
 
-def check_gradient_budget(op: OpCase, dtype: torch.dtype, T: int = 130) -> None:
+def check_gradient_budget(op: OpCase, dtype: torch.dtype, T: int = 130, units: int = 1) -> None:
     """The same budget for every gradient of the chunk form; plain torch is the worse of the two plain forms, since
     rounding is met in another order chunk by chunk than token by token.
     """
@@ -173,7 +173,7 @@ def check_gradient_budget(op: OpCase, dtype: torch.dtype, T: int = 130) -> None:
     for name, grad in grads(inputs, lambda x: op.call(op.chunk, x)).items():
         assert grad.dtype == dtype
         plain = max((p[name] for p in plains), key=lambda p, e=exact[name]: error(p, e))
-        assert_within_budget(grad, plain, exact[name], f"{op.name} {dtype} d{name}")
+        assert_within_budget(grad, plain, exact[name], f"{op.name} {dtype} d{name}", units)
 
 
 def check_strides_do_not_matter(op: OpCase) -> None:

@@ -81,7 +81,7 @@ def test_wrong_states_and_boundaries_are_named(op, form):
 
 @every_op
 @every_form
-def test_wrong_choices(op, form):
+def test_wrong_choices(op, form, no_interpreter):
     function = getattr(op, form)
     good = arguments(op, function)
     with pytest.raises(ValueError, match="backend is 'cuda'; expected one of"):
@@ -154,7 +154,7 @@ def test_arguments_that_cannot_be_honoured():
         linear_attn.chunk_linear_attn(q, k, v, initial_state=(q, k), normalize=False)
 
 
-def test_explicit_choices_are_kept_or_raise(monkeypatch):
+def test_explicit_choices_are_kept_or_raise(monkeypatch, no_interpreter):
     x = OPS[-1].inputs(1, 10, 2, 8, 6)
     with (
         dispatch.use_backend("triton"),

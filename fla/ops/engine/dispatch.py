@@ -12,11 +12,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fla.ops.engine.chunk import CHUNK_SIZE, compute_dtype
+from fla.ops.engine.kernels import ops as triton_ops
 from fla.ops.engine.native import library
 from fla.ops.engine.token import SEGMENT
 
@@ -24,36 +26,48 @@ BACKENDS = ("triton", "native", "torch")
 _chosen: str | None = None
 
 
-# operators whose kernels are torch's alone
-_FAMILIES = (
+# operators whose kernels are torch's alone, and those that have native kernels but none in Triton
+_TORCH = (
     "deltaformer", "deltaformer_attn", "hgrn", "log_linear_attn", "rwkv4", "titans_linear",
     "ttt_linear",
 )  # fmt: skip
-TOKEN_FORM = "fused_recurrent_"
-TORCH_ONLY = frozenset(
-    form + name
-    for form in (TOKEN_FORM, "fused_chunk_", "chunk_", "parallel_", "")
-    for name in _FAMILIES
-) | {"fused_recurrent_mesa_net"}
+_NOT_TRITON = ("abc", "causal_conv1d", "gated_oja_rule", "gsa", "mamba")
+_FORMS = ("fused_recurrent_", "fused_chunk_", "chunk_", "parallel_", "")
+_WITHOUT = {
+    "native": frozenset(form + name for form in _FORMS for name in _TORCH)
+    | {"fused_recurrent_mesa_net"}
+}
+_WITHOUT["triton"] = _WITHOUT["native"].union(
+    form + name for form in _FORMS for name in _NOT_TRITON
+)
 
 
 def unavailable(
-    backend: str, device: torch.device, op: str = "", dtype: torch.dtype | None = None
+    backend: str,
+    device: torch.device,
+    op: str = "",
+    dtype: torch.dtype | None = None,
+    key_channels: int = 0,
 ) -> str | None:
-    """Why a backend cannot run (an operator, of a dtype) on a device, or None where it can."""
+    """Why a backend cannot run (an operator, of a dtype, with an erase of so many key channels) on
+    a device, or None where it can.
+    """
     if backend == "torch":
         return None
-    if backend == "triton":
-        return "this version of fla holds no Triton kernels yet"
-    if backend == "native":
-        if device.type != "cpu":
-            return f"the native kernels are for CPU tensors, not for {device.type}"
-        if dtype == torch.float64:
-            return "fp64 is computed by torch"
-        if op in TORCH_ONLY or op.startswith("naive_"):
-            return f"{op} has no native kernel yet"
-        return library.MISSING
-    raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if backend == "native" and device.type != "cpu":
+        return f"the native kernels are for CPU tensors, not for {device.type}"
+    missing = library.MISSING if backend == "native" else triton_ops.missing(device)
+    if missing is not None:
+        return missing
+    if dtype == torch.float64:
+        return "fp64 is computed by torch"
+    if op in _WITHOUT[backend] or op.startswith("naive_"):
+        return f"{op} has no {'native' if backend == 'native' else 'Triton'} kernel yet"
+    if backend == "triton" and key_channels > triton_ops.K_MOST:
+        return f"the Triton kernels hold at most {triton_ops.K_MOST} key channels of an erase"
+    return None
 
 
 def requested(backend: str | None = None) -> tuple[str | None, str]:
@@ -67,15 +81,19 @@ def requested(backend: str | None = None) -> tuple[str | None, str]:
 
 
 def resolve(
-    op: str, device: torch.device, backend: str | None = None, dtype: torch.dtype | None = None
+    op: str,
+    device: torch.device,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    key_channels: int = 0,
 ) -> str:
     """The backend that runs `op` on `device`. An explicit choice that cannot run raises
     `ValueError`.
     """
     choice, origin = requested(backend)
     if choice is None:
-        return _first_available(op, device, dtype)
-    reason = unavailable(choice, device, op, dtype)
+        return _first_available(op, device, dtype, key_channels)
+    reason = unavailable(choice, device, op, dtype, key_channels)
     if reason is not None:
         raise ValueError(
             f"{op}: backend {choice!r} was asked for by {origin} but cannot run on {device}: "
@@ -85,15 +103,18 @@ def resolve(
     return choice
 
 
-_first: dict[tuple[str, torch.device, torch.dtype | None], str] = {}
+_first: dict[tuple, str] = {}
 
 
-def _first_available(op: str, device: torch.device, dtype: torch.dtype | None) -> str:
-    backend = _first.get((op, device, dtype))
+def _first_available(*call: Any) -> str:
+    """Of (op, device, dtype, key channels). Triton's interpreter is never chosen on a CPU."""
+    backend = _first.get(call)
     if backend is None:
-        backend = next(b for b in BACKENDS if unavailable(b, device, op, dtype) is None)
+        op, device, *kind = call
+        order = BACKENDS[1:] if device.type == "cpu" else BACKENDS
+        backend = next(b for b in order if unavailable(b, device, op, *kind) is None)
         if not torch.compiler.is_compiling():
-            _first[op, device, dtype] = backend
+            _first[call] = backend
     return backend
 
 
@@ -173,11 +194,19 @@ NATIVE_FORMS = {
     "token form where beta is per value channel, or a decay of value channels is not alone",
     "": "chunks of 16 tokens in C++ ({}); backward by hand",
 }
+TRITON_FORMS = {
+    "fused_recurrent_": "token by token in Triton; with gradients as the chunk form, or torch's "
+    "token form where beta is per value channel, or there is a decay of value channels",
+    "": "chunks of 64 tokens in Triton; backward by hand",
+}
 
 
 def _form(name: str, forms: dict[str, str]) -> str | None:
     beginnings = (f for f in forms if f[-1:] in ("_", "") and name.startswith(f))
     return forms.get(name) or forms.get(next(beginnings, name))
+
+
+ERASES = {"beta", "a", "b"}  # arguments of operators that erase
 
 
 def explain(op: Callable, *args: object, **kwargs: object) -> Explanation:
@@ -203,11 +232,11 @@ def explain(op: Callable, *args: object, **kwargs: object) -> Explanation:
             f"explain: no tensor among the arguments of {name}; pass the tensors of the call"
         )
     choice, origin = requested(bound.get("backend"))  # type: ignore[arg-type]
-    kind = (tensor.device, bound.get("backend"), tensor.dtype)
-    backend = resolve(name, *kind)  # type: ignore[arg-type]
-    others = {
-        b: unavailable(b, tensor.device, name, tensor.dtype) for b in BACKENDS if b != backend
-    }
+    kind: Any = (tensor.dtype, tensor.shape[-1] if bound.keys() & ERASES else 0)
+    backend = resolve(name, tensor.device, bound.get("backend"), *kind)  # type: ignore[arg-type]
+    others = {b: unavailable(b, tensor.device, name, *kind) for b in BACKENDS if b != backend}
+    if backend == "triton":
+        form = str(_form(name, TRITON_FORMS))
     if backend == "native":
         form = str(_form(name, NATIVE_FORMS)).format(library.instruction_set_name())
     return Explanation(

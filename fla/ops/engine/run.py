@@ -22,8 +22,11 @@ from fla.ops.engine.checks import (
 from fla.ops.engine.chunk import CHUNK_SIZE, chunk
 from fla.ops.engine.columns import chunk_columns
 from fla.ops.engine.dispatch import requested, resolve
+from fla.ops.engine.kernels import ops as triton
 from fla.ops.engine.native import ops as native
 from fla.ops.engine.token import recurrent
+
+KERNELS: dict[str, Any] = {"native": native, "triton": triton}
 
 
 class Options(NamedTuple):
@@ -69,7 +72,9 @@ def run(
         if kinds is not None and len(_checked) < CHECKED:
             _checked.add(kinds)
     cu_seqlens = host_boundaries(op, cu_seqlens, cu_seqlens_cpu)
-    backend = resolve(op, q.device, options.backend, q.dtype)
+    erases = beta is not None or a is not None
+    kind = (q.dtype, q.shape[3] if erases else 0)
+    backend = resolve(op, q.device, options.backend, *kind)
     if options.state_v_first and initial_state is not None:
         initial_state = initial_state.mT
     inputs: dict[str, Any] = dict(q=q, k=k, v=v, **gates)
@@ -86,8 +91,8 @@ def run(
     with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
         if op.startswith("fused_recurrent_"):
             inputs |= dict(l2norm=options.l2norm, read_before=options.read_before)
-            if backend == "native":
-                o, final = _native_tokens(op, options, **inputs)
+            if backend in KERNELS:
+                o, final = _tokens(op, options, backend, **inputs)
             else:
                 o, final = recurrent(**inputs)
         else:
@@ -170,29 +175,33 @@ def _chunk(op: str, options: Options, backend: str, **inputs: Any) -> tuple[Tens
     inputs |= dict(
         g=_row_decay(inputs["g"], gk), l2norm=options.l2norm, read_before=options.read_before
     )
-    if backend == "native":
-        return native.chunk(**inputs)
+    if backend in KERNELS:
+        return KERNELS[backend].chunk(**inputs)
     return chunk(**inputs, chunk_size=options.chunk_size)
 
 
-def _native_tokens(op: str, options: Options, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """Token by token in C++; with gradients the chunk form, which alone has a backward there, and
-    torch where that cannot express the call.
+def _tokens(op: str, options: Options, backend: str, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """Token by token in kernels; with gradients the chunk form, which alone has a backward there,
+    and torch where that cannot express the call.
     """
+    kernels = KERNELS[backend]
     inputs["g"] = _row_decay(inputs["g"], inputs.pop("gk"))
     if not torch.is_grad_enabled():
-        return native.recurrent(**inputs)
+        return kernels.recurrent(**inputs)
     tensors = (x for x in inputs.values() if isinstance(x, Tensor))
     if not any(x.requires_grad for x in tensors):
-        return native.recurrent(**inputs)
+        return kernels.recurrent(**inputs)
     beta, gv = inputs["beta"], inputs["gv"]
     alone = all(inputs[name] is None for name in ("g", "beta", "a", "b"))
-    if (alone and not options.read_before) if gv is not None else beta is None or beta.dim() == 3:
+    if gv is None and (beta is None or beta.dim() == 3):
+        del inputs["gv"]
+        return kernels.chunk(**inputs)
+    if gv is not None and backend == "native" and alone and not options.read_before:
         return native.chunk(**inputs)
-    if requested(options.backend)[0] == "native":
+    if requested(options.backend)[0] == backend:
         raise ValueError(
-            f"{op}: backend 'native' was asked for, but gradients through a beta per value "
-            "channel, or a decay of value channels beside other gates, have no native kernel; use "
+            f"{op}: backend {backend!r} was asked for, but it has no kernel for gradients through "
+            "a beta per value channel, or a decay of value channels beside other gates; use "
             "backend='torch', or let fla choose"
         )
     g = inputs.pop("g")
@@ -206,7 +215,9 @@ ChunkForm = Callable[..., tuple[Tensor, Tensor]]
 def chunk_form(op: str, backend: str, chunk_size: int) -> ChunkForm:
     """The engine's chunk form on a backend, for operators that are built of several runs of it."""
     check_chunk_size(op, chunk_size)
-    return native.chunk if backend == "native" else partial(chunk, chunk_size=chunk_size)
+    if backend in KERNELS:
+        return KERNELS[backend].chunk
+    return partial(chunk, chunk_size=chunk_size)
 
 
 def _flip_packed(state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:

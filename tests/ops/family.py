@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: MIT
+"""Problems for every member of the engine's family, how to run one with all its gradients, and how to compare."""
+
+import torch
+
+from fla.ops.engine.chunk import chunk
+from fla.ops.engine.columns import chunk_columns
+from tests.helpers import error, gradients
+
+DECAYS, ERASES = ("none", "scalar", "vector"), ("none", "delta", "delta with b", "low rank")
+COLUMNS = ("columns", "none")
+FAMILY = [*((decay, erase) for decay in DECAYS for erase in ERASES), COLUMNS]
+
+
+def problem(decay, erase, B=2, T=70, H=2, HV=4, K=24, V=40, seed=0, extreme=False):
+    """Arguments of the engine's chunk form in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def unit(*shape):
+        return torch.nn.functional.normalize(normal(*shape), dim=-1)
+
+    x = dict(q=normal(B, T, H, K), k=unit(B, T, H, K), v=normal(B, T, HV, V))
+    if decay != "none":
+        channels = dict(scalar=[], vector=[K], columns=[V])[decay]
+        g = x["gv" if decay == "columns" else "g"] = -normal(B, T, HV, *channels).abs()
+        if extreme:
+            g[:, 3::7], g[:, 5::11] = -torch.inf, -1e4
+    if erase.startswith("delta"):
+        x["beta"] = normal(B, T, HV).sigmoid()
+    if erase in ("delta with b", "low rank"):
+        x["b"] = unit(B, T, HV, K)
+    if erase == "low rank":
+        x["a"] = -x["b"] * normal(B, T, HV, 1).sigmoid()
+    return x
+
+
+def run(function, x, dtype=torch.float32, **options):
+    """o, the final state and all gradients, by name."""
+    x = {n: y.to(dtype).requires_grad_() for n, y in x.items()}
+    state = options.pop("state", None)
+    leaf = dict(x) if state is None else x | {"state": state.to(dtype).requires_grad_()}
+    o, final = function(**x, scale=0.3, initial_state=leaf.get("state"), **options)
+    return {"o": o, "final": final} | gradients([o, final], leaf)
+
+
+def plain(gv=None, **x):
+    """The chunk form in torch; with gv, whose heads it wants alike, that of columns."""
+    if gv is None:
+        return chunk(**x)
+    x = {n: y for n, y in x.items() if n not in ("l2norm", "read_before")}
+    groups = gv.shape[2] // x["q"].shape[2]
+    x |= {n: x[n].repeat_interleave(groups, 2) for n in ("q", "k")}
+    return chunk_columns(**x, g=gv)
+
+
+def compare(got, want, what, tolerance=3e-6):
+    """Within 25 units of fp32 rounding of the largest value, as plain fp32 is; small and odd shapes are given 1e-5."""
+    for name, y in want.items():
+        if not y.numel():
+            assert got[name].shape == y.shape
+            continue
+        assert got[name].isfinite().all(), f"{what}: {name} is not finite"
+        close = error(got[name], y) <= tolerance * max(1e-3, y.abs().max().item())
+        assert close, f"{what}: {name} is off by {error(got[name], y):.2e} of {y.abs().max():.2e}"

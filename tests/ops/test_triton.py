@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""The Triton kernels against the torch form, values and gradients: on a GPU where there is one, else in Triton's
+interpreter, which `tests/conftest.py` turns on."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fla.ops.engine import token
+from fla.ops.engine.chunk import chunk
+from fla.ops.engine.dispatch import explain, unavailable, use_backend
+from fla.ops.engine.kernels import ops
+from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+from fla.ops.gsa import chunk_gsa
+from fla.ops.registry import OPS
+from tests.ops import properties as P
+from tests.ops.family import DECAYS, ERASES, compare, problem, run
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TRITON = [
+    op
+    for op in OPS
+    if not any(unavailable("triton", DEVICE, form.__name__) for form in (op.chunk, op.token))
+]
+SMALL = dict(B=1, T=70, H=1, HV=2, K=20, V=24)
+family = [(decay, erase) for decay in DECAYS for erase in ERASES]
+members = pytest.mark.parametrize(("decay", "erase"), family)
+
+
+def on_device(x):
+    return {n: y.to(DEVICE) for n, y in x.items()}
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
+@members
+def test_the_family_is_the_torch_form(decay, erase, before):
+    x = on_device(problem(decay, erase, **SMALL))
+    state = torch.randn(1, 2, 20, 24).to(DEVICE)
+    options = dict(state=state, l2norm=erase == "delta", read_before=before)
+    want = run(chunk, x, torch.float64, **options)
+    compare(run(ops.chunk, x, **options), want, f"{decay} {erase}", 1e-5)
+
+
+@members
+def test_extreme_decays(decay, erase):
+    """Resets and decays of -1e4 among ordinary ones."""
+    x = on_device(problem(decay, erase, **SMALL, extreme=True))
+    want = run(chunk, x, torch.float64)
+    compare(run(ops.chunk, x), want, f"{decay} {erase}", 1e-5)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
+@members
+def test_token_by_token(decay, erase, before):
+    x = on_device(problem(decay, erase, **SMALL, extreme=True))
+    state = torch.randn(1, 2, 20, 24).to(DEVICE)
+    options = dict(scale=0.3, initial_state=state, l2norm=True, read_before=before)
+    want = dict(zip(("o", "final"), chunk(**wide(x), **options), strict=True))
+    got = dict(zip(("o", "final"), ops.recurrent(**x, **options), strict=True))
+    compare(got, want, f"{decay} {erase}", 1e-5)
+
+
+def wide(x):
+    return {n: y.double() for n, y in x.items()}
+
+
+def test_tokens_with_a_decay_of_columns_and_a_rate_per_channel():
+    x = on_device(problem("vector", "delta", **SMALL))
+    x["gv"], x["beta"] = -torch.rand_like(x["v"]), torch.rand_like(x["v"])
+    gk = dict(gk=x["g"], g=None)
+    want = token.recurrent(**wide(x) | {"gk": gk["gk"].double(), "g": None}, scale=0.3)
+    got = ops.recurrent(**x, scale=0.3)
+    compare(dict(o=got[0], final=got[1]), dict(o=want[0], final=want[1]), "columns", 1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[0, 5, 0, 66], [1], [0], [64]], ids=str)
+def test_boundaries(lengths):
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
+    shape = SMALL | dict(T=sum(lengths))
+    for decay, erase in (("scalar", "delta"), ("vector", "low rank")):
+        x = on_device(problem(decay, erase, **shape))
+        options = dict(cu_seqlens=bounds, state=torch.randn(len(lengths), 2, 20, 24).to(DEVICE))
+        want = run(chunk, x, torch.float64, **options)
+        compare(run(ops.chunk, x, **options), want, f"{lengths} {decay}", 1e-5)
+
+
+def test_a_wrong_kernel_would_be_noticed():
+    x = on_device(problem("scalar", "delta", **SMALL))
+    want = run(chunk, x, torch.float64)
+    x["g"] = x["g"] * 1.0001
+    with pytest.raises(AssertionError, match="is off by"):
+        compare(run(ops.chunk, x), want, "scalar delta", 1e-5)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the problems are a CPU's")
+@pytest.mark.parametrize("op", TRITON, ids=lambda op: op.title)
+def test_every_operator(op):
+    """Forward and gradients of the public functions, in fp32; fp16, which the interpreter has too, forward. An
+    exponential in fp32 is good to 2.5 units here as on GPUs, so 4 are given."""
+    with use_backend("triton"):
+        P.check_error_budget(op, torch.float32, T=40, units=4)
+        P.check_gradient_budget(op, torch.float32, T=40, units=4)
+        P.check_error_budget(op, torch.float16, T=40)
+
+
+@pytest.mark.parametrize(("K", "V"), [(16, 128), (33, 100), (130, 8), (256, 40)])
+def test_other_widths(K, V):
+    x = on_device(problem("scalar", "delta", **SMALL | dict(K=K, V=V, T=65)))
+    compare(run(ops.chunk, x), run(chunk, x, torch.float64), f"{K} {V}", 1e-5)
+
+
+def test_key_channels_without_an_erase_come_in_tiles():
+    x = on_device(problem("scalar", "none", **SMALL | dict(K=300, T=20)))
+    state = torch.randn(1, 2, 300, 24).to(DEVICE)
+    want = run(chunk, x, torch.float64, state=state)
+    compare(run(ops.chunk, x, state=state), want, "300 channels", 1e-5)
+
+
+def test_registered_operators():
+    x = on_device(problem("scalar", "delta", **SMALL | dict(T=20)))
+    tensors = [x[n].requires_grad_() for n in ("q", "k", "v", "g", "beta")]
+    state = torch.randn(1, 2, 20, 24).to(DEVICE)
+    arguments = (*tensors, None, None, state, None, 0.3, True, False)
+    torch.library.opcheck(torch.ops.fla.triton_chunk, arguments)
+    detached = [y.detach() for y in tensors]
+    arguments = (*detached, None, None, None, None, None, 0.3, True, False)
+    torch.library.opcheck(torch.ops.fla.triton_tokens, arguments)
+
+
+def test_what_they_cannot_do_is_said():
+    x = torch.randn(1, 4, 1, 8, device=DEVICE)
+    why = explain(chunk_gated_delta_rule, x.double()).rejected
+    assert why["triton"] == "fp64 is computed by torch"
+    broad = torch.randn(1, 4, 1, 300, device=DEVICE)
+    call = dict(q=broad, beta=broad[..., 0])
+    assert "at most 256 key" in explain(chunk_gated_delta_rule, **call).rejected["triton"]
+    with use_backend("triton"), pytest.raises(ValueError, match="at most 256 key channels"):
+        chunk_gated_delta_rule(broad, broad, broad, beta=broad[..., 0])
+    with use_backend("triton"), pytest.raises(ValueError, match="chunk_gsa has no Triton kernel"):
+        chunk_gsa(x, x, x, s=x)
+    assert explain(chunk_gated_delta_rule, x, backend="triton").backend == "triton"
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="is about machines without a GPU")
+def test_a_cpu_tensor_never_meets_the_interpreter_by_itself():
+    x = torch.randn(1, 4, 1, 8)
+    assert explain(chunk_gated_delta_rule, x).backend != "triton"
+
+
+def test_a_cpu_tensor_is_refused(no_interpreter):
+    x = torch.randn(1, 4, 1, 8)
+    with pytest.raises(ValueError, match="for GPU tensors, not for cpu"):
+        chunk_gated_delta_rule(x, x, x, beta=x[..., 0], backend="triton")
