@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN ?= runs/demo
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check sanitize bench clean
+.PHONY: demo test check sanitize kernels bench clean
 
 demo: $(VENV)/.ready
 	$(PY) -m fla.cli train --config examples/demo.yaml --output_dir $(RUN)
@@ -19,6 +19,9 @@ check: $(VENV)/.ready
 
 sanitize: $(VENV)/.ready
 	scripts/sanitize.sh $(PY)
+
+kernels: $(VENV)/.ready
+	$(PY) -m scripts.compile_kernels
 
 bench: $(VENV)/.ready
 	$(PY) -m benchmarks.ops

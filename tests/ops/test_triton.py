@@ -2,6 +2,8 @@
 """The Triton kernels against the torch form, values and gradients: on a GPU where there is one, else in Triton's
 interpreter, which `tests/conftest.py` turns on."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ pytest.importorskip("triton")
 from fla.ops.engine import token
 from fla.ops.engine.chunk import chunk
 from fla.ops.engine.dispatch import explain, unavailable, use_backend
-from fla.ops.engine.kernels import ops
+from fla.ops.engine.kernels import launch, ops, selfcheck
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from fla.ops.gsa import chunk_gsa
 from fla.ops.registry import OPS
@@ -115,6 +117,35 @@ def test_key_channels_without_an_erase_come_in_tiles():
     state = torch.randn(1, 2, 300, 24).to(DEVICE)
     want = run(chunk, x, torch.float64, state=state)
     compare(run(ops.chunk, x, state=state), want, "300 channels", 1e-5)
+
+
+def test_a_first_use_that_goes_wrong_is_noticed_and_replaced(monkeypatch):
+    monkeypatch.setenv("FLA_TRITON_CHECK", "1")
+    monkeypatch.setattr(selfcheck, "_found", {})
+    x = on_device(problem("scalar", "delta", **SMALL | dict(T=20)))
+    want, _ = chunk(**x, scale=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        o, _ = ops.chunk(**x, scale=0.3)
+        ops.recurrent(**x, scale=0.3)
+    compare(dict(o=o), dict(o=want.double()), "sound", 1e-5)
+    assert list(selfcheck._found.values()) == [True, True]
+
+    for name, broken, said in (
+        ("gradients", lambda *a: 1 / 0, r"do not run \(ZeroDivisionError"),
+        ("output", lambda call, *a: torch.zeros(call.shape), "are off by 1.0e.00 .* in o"),
+    ):
+        selfcheck._found.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(launch.Call, name, broken)
+            with pytest.warns(RuntimeWarning, match=said):
+                o, _ = ops.chunk(**x, scale=0.3)
+            assert torch.equal(o, want)
+            ops.chunk(**x, scale=0.3)  # and says so once
+            monkeypatch.setenv("FLA_TRITON_CHECK", "0")
+            if name == "output":
+                assert not ops.chunk(**x, scale=0.3)[0].any()
+            monkeypatch.setenv("FLA_TRITON_CHECK", "1")
 
 
 def test_registered_operators():

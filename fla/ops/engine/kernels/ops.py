@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla.ops.engine import chunk as plain
+from fla.ops.engine import token
+from fla.ops.engine.kernels.selfcheck import kind_of, trusted
+
 K_MOST = 256  # key channels where there is an erase; a program holds them all
 INPUTS = ("q", "k", "v", "g", "beta", "a", "b")
 
@@ -54,8 +58,12 @@ def chunk(
     """As `fla.ops.engine.chunk.chunk`, for dtypes below fp64, with an erase for K up to 256; the
     state is fp32.
     """
+    inputs: Any = dict(q=q, k=k, v=v, g=g, beta=beta, a=a, b=b)
+    if not trusted(kind_of(inputs, read_before, True), chunk, interpreted()):
+        options: Any = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+        return plain.chunk(**inputs, **options, l2norm=l2norm, read_before=read_before)
     return torch.ops.fla.triton_chunk(
-        q, k, v, g, beta, a, b, initial_state, cu_seqlens, float(scale), l2norm, read_before
+        *inputs.values(), initial_state, cu_seqlens, float(scale), l2norm, read_before
     )
 
 
@@ -76,8 +84,14 @@ def recurrent(
     read_before: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `fla.ops.engine.token.recurrent`, without gradients: beta may be per value channel."""
+    inputs: Any = dict(q=q, k=k, v=v, g=g, beta=beta, gv=gv, a=a, b=b)
+    if not trusted(kind_of(inputs, read_before, False), recurrent, interpreted()):
+        kind = "g" if g is None or g.dim() == 3 else "gk"
+        inputs[kind] = inputs.pop("g")
+        options: Any = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+        return token.recurrent(**inputs, **options, l2norm=l2norm, read_before=read_before)
     return torch.ops.fla.triton_tokens(
-        q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, float(scale), l2norm, read_before
+        *inputs.values(), initial_state, cu_seqlens, float(scale), l2norm, read_before
     )
 
 
