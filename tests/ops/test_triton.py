@@ -106,6 +106,14 @@ def test_every_operator(op):
         P.check_error_budget(op, torch.float16, T=40)
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the problems are a CPU's")
+@pytest.mark.parametrize("name", ["gated_delta_rule", "kda", "dplr_delta_rule", "gla"])
+def test_gradients_in_fp16(name):
+    op = next(op for op in TRITON if op.chunk.__name__ == f"chunk_{name}")
+    with use_backend("triton"):
+        P.check_gradient_budget(op, torch.float16, T=40, units=4)
+
+
 @pytest.mark.parametrize(("K", "V"), [(16, 128), (33, 100), (130, 8), (256, 40)])
 def test_other_widths(K, V):
     x = on_device(problem("scalar", "delta", **SMALL | dict(K=K, V=V, T=65)))

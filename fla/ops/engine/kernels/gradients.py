@@ -71,7 +71,7 @@ def state_gradient_kernel(
         one, total = logs(g, first, live, hv, HV, C) if DECAY == SCALAR else (0.0, 0.0)
         all = tl.sum(one) if DECAY == SCALAR else 0.0
         grad = load_rows(do, first, live, hv, HV, V, column, C, BV)
-        grad = (grad * scale).to(dtype)
+        grad = (grad.to(tl.float32) * scale).to(dtype)
         keys = leave(load_rows(k, first, live, hk, HK, K, channel, C, BK), total, all, DECAY)
         weights = load_square(attention, number * C * width, 0, 0, width, C, C)
         m = tl.dot(tl.trans(weights), grad, input_precision=PRECISION)
@@ -127,7 +127,7 @@ def score_gradient_kernel(
     for column in range(0, V, BV):
         grad = load_rows(do, first, live, hv, HV, V, column, C, BV)
         values = load_rows(v, first, live, hv, HV, V, column, C, BV)
-        grad = (grad * scale).to(values.dtype)
+        grad = (grad.to(tl.float32) * scale).to(values.dtype)
         if ERASE == NO_ERASE:
             of_q = tl.dot(grad, tl.trans(values), of_q, input_precision=PRECISION)
         else:
@@ -207,7 +207,7 @@ def edge_kernel(
         through += tl.sum(S.to(tl.float32) * Z, 1)
         S, Z = tl.trans(S), tl.trans(Z)
         grad = load_rows(do, first, live, hv, HV, V, column, C, BV)
-        of_q = tl.dot((grad * scale).to(S.dtype), S, of_q, input_precision=PRECISION)
+        of_q = tl.dot((grad.to(tl.float32) * scale).to(S.dtype), S, of_q, input_precision=PRECISION)
         if ERASE != NO_ERASE:
             u = load_rows(written, first, live, hv, HV, V, column, C, BV)
             r = load_rows(solved, first, live, hv, HV, V, column, C, BV)
