@@ -9,13 +9,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from fla.ops.engine import token
+from fla.ops.engine import dispatch, token
 from fla.ops.engine.chunk import chunk
 from fla.ops.engine.dispatch import explain, unavailable, use_backend
 from fla.ops.engine.kernels import launch, ops, selfcheck
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from fla.ops.gsa import chunk_gsa
 from fla.ops.registry import OPS
+from tests.helpers import gradients
 from tests.ops import properties as P
 from tests.ops.family import DECAYS, ERASES, compare, problem, run
 
@@ -156,6 +157,24 @@ def test_a_first_use_that_goes_wrong_is_noticed_and_replaced(monkeypatch):
             monkeypatch.setenv("FLA_TRITON_CHECK", "1")
 
 
+@pytest.mark.parametrize("found", ["absent", "3.4.1"])
+def test_without_a_triton_that_runs_the_mend_is_named(found, monkeypatch):
+    monkeypatch.setattr(ops, "find_spec", lambda name: None if found == "absent" else name)
+    monkeypatch.setattr(ops, "version", lambda name: found)
+    said = "Triton is not installed" if found == "absent" else "Triton 3.4.1 is too old"
+    monkeypatch.setattr(ops, "_missing", ops._missing.__wrapped__)
+    device = torch.device("cuda", 0)
+    reason = unavailable("triton", device, "chunk_gated_delta_rule")
+    assert reason == f"{said}; pip install 'triton>=3.5'"
+    monkeypatch.setattr(dispatch, "_first", {})
+    ops.warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=said):
+        assert dispatch.resolve("chunk_gated_delta_rule", device) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.resolve("chunk_kda", device) == "torch"  # once
+
+
 def test_registered_operators():
     x = on_device(problem("scalar", "delta", **SMALL | dict(T=20)))
     tensors = [x[n].requires_grad_() for n in ("q", "k", "v", "g", "beta")]
@@ -165,6 +184,20 @@ def test_registered_operators():
     detached = [y.detach() for y in tensors]
     arguments = (*detached, None, None, None, None, None, 0.3, True, False)
     torch.library.opcheck(torch.ops.fla.triton_tokens, arguments)
+
+
+def test_compiles_without_a_break():
+    x = on_device(problem("scalar", "delta", **SMALL | dict(T=20)))
+
+    def step(x):
+        return chunk_gated_delta_rule(**x, backend="triton")[0]
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = {n: y.detach().requires_grad_() for n, y in x.items()}
+        o = function(leaves)
+        results.append({"o": o.detach()} | gradients([o], leaves))
+    assert all(torch.equal(y, results[1][n]) for n, y in results[0].items())
 
 
 def test_what_they_cannot_do_is_said():

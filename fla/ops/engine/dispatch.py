@@ -113,6 +113,8 @@ def _first_available(*call: Any) -> str:
         op, device, *kind = call
         order = BACKENDS[1:] if device.type == "cpu" else BACKENDS
         backend = next(b for b in order if unavailable(b, device, op, *kind) is None)
+        if device.type == "cuda" and triton_ops.missing(device) is not None:
+            triton_ops.warn_once(triton_ops.missing(device))
         if not torch.compiler.is_compiling():
             _first[call] = backend
     return backend

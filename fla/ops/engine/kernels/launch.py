@@ -174,14 +174,14 @@ class Call:
     def grid(self, tiles: int = 1) -> tuple[int, int, int]:
         return self.chunks, self.HV, tiles
 
-    def tiles(self, stage: str, **own: int) -> dict[str, int]:
+    def tiles(self, stage: str, *sizes: str) -> dict[str, int]:
+        """The launch parameters of a stage, with the sizes its kernel takes."""
         small = shared_memory(self.v.device) < AMPLE
         tight = small or self.erase == LOW_RANK or (stage == "state" and self.K > 128)
         tiles = TILES.get(f"tight {stage}" if tight else stage, TILES[stage])
-        sizes = dict(BK=_power(self.K, tiles.keys), BV=_power(self.V, tiles.values))
-        return {name: sizes[name] for name in ("BK", "BV") if name in own} | dict(
-            num_warps=tiles.warps, num_stages=tiles.stages
-        )
+        both = dict(BK=_power(self.K, tiles.keys), BV=_power(self.V, tiles.values))
+        warps = dict(num_warps=tiles.warps, num_stages=tiles.stages)
+        return {name: both[name] for name in sizes} | warps
 
     @cached_property
     def rows(self) -> dict[str, Tensor]:
@@ -195,7 +195,7 @@ class Call:
             name: self.new(len(self.v), self.HV, self.K) for name, x in raw.items() if x is not None
         }
         out["last"] = self.new(self.chunks, self.HV, self.K, dtype=torch.float32)
-        sizes = self.tiles("edges", BK=1)
+        sizes = self.tiles("edges", "BK")
         kind = {name: self.kind[name] for name in ("ERASE", "EARLY", "OWN", "C")}
         vector.edges_kernel[self.grid(triton.cdiv(self.K, sizes["BK"]))](
             self.q, self.k, self.b, self.a, self.g, out["q"], out["k"], out["b"], out.get("a"),
@@ -205,7 +205,7 @@ class Call:
         return out
 
     @cached_property
-    def system(self) -> "System":
+    def system(self) -> System:
         C, erase = CHUNK, self.erase
         attention = self.new(self.chunks, self.HV, C, self.width * C)
         inverse = None if erase == NO_ERASE else self.new(self.chunks, self.HV, C, C)
@@ -219,12 +219,12 @@ class Call:
             scores.scores_kernel[self.grid()](
                 self.q, self.k, self.a, self.b, self.g, self.beta, attention, inverse, mixed,
                 below, *where, *heads, self.K, DECAY=self.decay, KEEP=keep, **self.kind,
-                **self.tiles("scores", BK=1),
+                **self.tiles("scores", "BK"),
             )  # fmt: skip
             return System(attention, inverse, mixed, below)
         vector.vector_scores_kernel[self.grid(C // parts.BLOCK.value)](
             self.q, self.k, self.a, self.b, self.g, attention, below, *where, *heads, self.K,
-            **self.kind, **self.tiles("vector", BK=1),
+            **self.kind, **self.tiles("vector", "BK"),
         )  # fmt: skip
         if erase != NO_ERASE:
             scores.solve_kernel[self.grid()](
@@ -239,7 +239,7 @@ class Call:
         written = None if self.erase == NO_ERASE else torch.empty_like(self.v)
         final = self.new(self.sequences, self.HV, self.K, self.V, dtype=torch.float32)
         inverse, mixed = self.system.inverse, self.system.mixed
-        rows, sizes = self.rows, self.tiles("state", BK=1, BV=1)
+        rows, sizes = self.rows, self.tiles("state", "BK", "BV")
         kind = {name: self.kind[name] for name in ("ERASE", "OWN", "C", "PRECISION")}
         state.state_kernel[self.state_grid(sizes)](
             rows["k"], rows["b"], rows.get("a"), self.v, self.g, self.beta, rows["last"], inverse,
@@ -254,7 +254,7 @@ class Call:
         return self.sequences * self.HV, values, keys
 
     def output(self, states: Tensor, written: Tensor | None) -> Tensor:
-        o, rows, sizes = torch.empty_like(self.v), self.rows, self.tiles("output", BK=1, BV=1)
+        o, rows, sizes = torch.empty_like(self.v), self.rows, self.tiles("output", "BK", "BV")
         kind = {name: self.kind[name] for name in ("ERASE", "EARLY", "C", "PRECISION")}
         state.output_kernel[self.grid(triton.cdiv(self.V, sizes["BV"]))](
             rows["q"], self.v, written, self.g, self.system.attention, states, o, self.cuts.starts,
@@ -269,7 +269,7 @@ class Call:
         """Z behind every chunk, r, dv, and the gradient of the initial state."""
         states_grad = self.new(self.chunks, self.HV, self.K, self.V)
         solved = None if self.erase == NO_ERASE else torch.empty_like(self.v)
-        rows, sizes = self.rows, self.tiles("state", BK=1, BV=1)
+        rows, sizes = self.rows, self.tiles("state", "BK", "BV")
         grid = self.state_grid(sizes)
         dv = self.new(grid[2], *self.v.shape, dtype=None if grid[2] == 1 else torch.float32)
         dinitial = self.new(self.sequences, self.HV, self.K, self.V, dtype=torch.float32)
@@ -293,7 +293,7 @@ class Call:
         """In fp32 and per value head those of q, k, b, a; those of g and beta."""
         wide, HV, plane = torch.float32, self.HV, len(self.v) * self.HV
         vectors, scalar = self.decay == VECTOR, self.decay == SCALAR
-        sizes = self.tiles("gradients", BK=1, BV=1)
+        sizes = self.tiles("gradients", "BK", "BV")
         tiles = triton.cdiv(self.K, sizes["BK"])
         dg = None
         if self.g is not None:  # one number a token: the chunk's own part, and one of every tile
@@ -305,12 +305,12 @@ class Call:
         gradients.score_gradient_kernel[self.grid()](
             do, self.v, self.beta, written, solved, self.system.attention, self.system.below,
             scores_grad, rate, dg[0] if scalar else None, *where, self.scale, HV, self.V,
-            self.decay, **self.kind, **self.tiles("gradients", BV=1),
+            self.decay, **self.kind, **self.tiles("gradients", "BV"),
         )  # fmt: skip
         names = ["q", "k", *(["b"] if height == 2 else []), *(["a"] if self.width == 2 else [])]
         out = {name: self.new(len(self.v), HV, self.K, dtype=wide) for name in names}
         sinks = [out.get(name) for name in "qkba"]
-        dlast = self.new(self.chunks, HV, self.K, dtype=wide)
+        dlast = self.new(self.chunks, HV, self.K, dtype=wide) if vectors else None
         rows = self.rows
         gradients.edge_kernel[self.grid(tiles)](
             rows["q"], rows["k"], rows["b"], rows.get("a"), do, self.v, self.g, self.beta,
@@ -318,7 +318,7 @@ class Call:
             dg[1:] if scalar else None, dlast, *where, self.scale, plane, rows["k"].shape[1],
             rows["b"].shape[1], HV, self.K, self.V, self.decay, **self.kind, **sizes,
         )  # fmt: skip
-        sizes = self.tiles("vector" if vectors else "rows", BK=1)
+        sizes = self.tiles("vector" if vectors else "rows", "BK")
         tiles = triton.cdiv(self.K, sizes["BK"])
         dbeta = None if rate is None else self.new(tiles, *rate.shape, dtype=wide)
         shared = (

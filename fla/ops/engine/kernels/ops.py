@@ -6,7 +6,10 @@ plain torch, registered with fake kernels and one backward. Triton is imported w
 from __future__ import annotations
 
 import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,14 +21,27 @@ from fla.ops.engine import token
 from fla.ops.engine.kernels.selfcheck import kind_of, trusted
 
 K_MOST = 256  # key channels where there is an erase; a program holds them all
+OLDEST = "3.5"
 INPUTS = ("q", "k", "v", "g", "beta", "a", "b")
 
 
 @cache
 def _missing() -> str | None:
     if find_spec("triton") is None:
-        return "Triton is not installed; pip install triton"
+        return f"Triton is not installed; pip install 'triton>={OLDEST}'"
+    if tuple(map(int, version("triton").split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
+        return f"Triton {version('triton')} is too old; pip install 'triton>={OLDEST}'"
     return None
+
+
+@cache
+def warn_once(reason: str) -> None:
+    warnings.warn(f"fla: torch's form runs on this GPU: {reason}", RuntimeWarning, stacklevel=6)
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """Triton starts kernels on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def interpreted() -> bool:
@@ -121,9 +137,10 @@ def _chunk(
     """o and the final state."""
     from fla.ops.engine.kernels.launch import Call
 
-    call = Call((q, k, v, g, beta, a, b), cu_seqlens, scale, l2norm, read_before)
-    states, written, final = call.run_states(_state(initial_state))
-    return call.output(states, written), final
+    with _on(q.device):
+        call = Call((q, k, v, g, beta, a, b), cu_seqlens, scale, l2norm, read_before)
+        states, written, final = call.run_states(_state(initial_state))
+        return call.output(states, written), final
 
 
 @_chunk.register_fake
@@ -155,8 +172,9 @@ def _chunk_backward(
     from fla.ops.engine.kernels.launch import Call
 
     tensors = (q, k, v, g, beta, a, b)
-    call = Call(tensors, cu_seqlens, scale, l2norm, read_before, backward=True)
-    found, dstate = call.gradients(do, _state(initial_state), _state(dfinal))
+    with _on(q.device):
+        call = Call(tensors, cu_seqlens, scale, l2norm, read_before, backward=True)
+        found, dstate = call.gradients(do, _state(initial_state), _state(dfinal))
     grads: Any = (
         q.new_empty(0) if x is None else found[name].to(x.dtype)
         for name, x in zip(INPUTS, tensors, strict=True)
@@ -214,8 +232,9 @@ def _tokens(
     from fla.ops.engine.kernels import launch
 
     tensors = (q, k, v, g, beta, gv, a, b)
-    state = _state(initial_state)
-    return launch.tokens(tensors, state, cu_seqlens, scale, l2norm, read_before)
+    with _on(q.device):
+        state = _state(initial_state)
+        return launch.tokens(tensors, state, cu_seqlens, scale, l2norm, read_before)
 
 
 @_tokens.register_fake
