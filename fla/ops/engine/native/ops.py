@@ -90,8 +90,9 @@ def _template(
 ) -> Problem:
     q, _, v, g, beta, _, a, _ = tensors
     _, T, H, K = q.shape
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
     return Problem(
-        **{name: view(x) for name, x in zip(VIEWS, tensors, strict=True)},
+        **{name: view(x) for name, x in zip(VIEWS, tensors, strict=True)}, o=view(o),
         N=sequences, T=T, H=H, HV=v.shape[2], K=K, V=v.shape[3], scale=options[0],
         decay=NO_DECAY if g is None else SCALAR if g.dim() == 3 else VECTOR,
         erase=LOW_RANK if a is not None else NO_ERASE if beta is None else DELTA,
@@ -105,8 +106,8 @@ def _problem(
     sequences: int,
     options: tuple[float, bool, bool],
 ) -> tuple[Problem, list[Any]]:
-    """The problem, and what must live as long as it."""
-    alive: list[Any] = [_wide(x) for x in tensors]
+    """The problem, with room for an o like v but contiguous, and what must live as long as it."""
+    alive: list[Any] = [x if x is None or x.dtype in TYPES else x.float() for x in tensors]
     kinds = [x if x is None else (x.shape, x.stride(), x.dtype) for x in alive]
     key = (*kinds, sequences, options)
     template = _templates.get(key)
@@ -289,13 +290,13 @@ def _tokens(
 ) -> tuple[Tensor, Tensor]:
     """o and the final state."""
     N = _count(q, cu_seqlens)
-    o = torch.empty(v.shape, dtype=q.dtype)
     final = torch.empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
     p, alive = _problem((q, k, v, g, beta, gv, a, b), cu_seqlens, N, (scale, l2norm, read_before))
+    o = torch.empty_like(alive[2], memory_format=torch.contiguous_format)
     _state(initial_state, p, "initial", alive)
-    p.o, p.final_state = view(o), final.data_ptr()
+    p.o.data, p.final_state = o.data_ptr(), final.data_ptr()
     library.call("fla_token", p)
-    return o, final
+    return o if o.dtype == q.dtype else o.to(q.dtype), final
 
 
 _tokens_op = torch.library.custom_op("fla::native_tokens", mutates_args=(), device_types="cpu")(
