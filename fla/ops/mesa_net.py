@@ -34,7 +34,7 @@ from torch import Tensor
 from fla.ops.engine.checks import check_log_decay, check_sequences, check_tensors
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.gates import l2norm, wide
-from fla.ops.engine.layout import boundaries_to_list
+from fla.ops.engine.layout import boundaries_to_list, count_sequences
 from fla.ops.engine.recurrence import per_sequence
 from fla.ops.engine.run import CHUNK_SIZE, ChunkForm, chunk_form
 
@@ -251,7 +251,7 @@ def fused_recurrent_mesa_net(
         q, k = l2norm(q), l2norm(k)
     dtype, K = v.dtype, k.shape[-1]
     states = [x if x is None else wide(x) for x in (h_kk_init, h_kv_init)]
-    N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    N = count_sequences(k, cu_seqlens)
     shapes = ((N, k.shape[2], K, K), (N, k.shape[2], K, v.shape[-1]))
     starts = [wide(k).new_zeros(s) if x is None else x for x, s in zip(states, shapes, strict=True)]
 

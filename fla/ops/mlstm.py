@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fla.ops.engine.checks import check_groups, check_parts, check_sequences, check_tensors
 from fla.ops.engine.gates import wide
+from fla.ops.engine.layout import count_sequences
 from fla.ops.engine.run import CHUNK_SIZE, Options, run
 from fla.ops.engine.segments import lasts, per_segment, repeat_rows, starts
 
@@ -65,7 +66,7 @@ def _stabiliser(
     i: Tensor, log_f: Tensor, m0: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(m_t, m_{t-1}, the last m): `m_t = F_t + max(m_0, max_{j <= t} (i_j - F_j))`."""
-    N = i.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    N = count_sequences(i, cu_seqlens)
     first = i.new_full((N, *i.shape[2:]), -torch.inf) if m0 is None else m0
     F_t = per_segment(lambda x: x.cumsum(1), log_f.double(), cu_seqlens)
     top = per_segment(lambda x: x.cummax(1).values, i.double() - F_t, cu_seqlens)

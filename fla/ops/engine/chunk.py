@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fla.ops.engine.decay import AFTER, BEFORE, DECAYED, ScalarDecay, VectorDecay
-from fla.ops.engine.layout import boundaries_to_list
+from fla.ops.engine.layout import boundaries_to_list, count_sequences
 from fla.ops.engine.plan import Plan, Step, count_chunks, make_plan
 from fla.ops.engine.recurrence import LOG_ZERO
 from fla.ops.engine.step import DELTA, LOW_RANK, NONE, Rows, backward, forward
@@ -369,7 +369,7 @@ def _empty_gradients(
     do, dfinal, q, k, v, g, beta, a, b, cu_seqlens, states, solutions, inverses,
     scale, chunk_size, l2norm, read_before,
 ):  # fmt: skip
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = count_sequences(q, cu_seqlens)
     inputs = (
         q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, beta, a, b)
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fla.ops.engine.chunk import CHUNK_SIZE, _plan, _tokens, compute_dtype
 from fla.ops.engine.decay import AFTER, VectorDecay
+from fla.ops.engine.layout import count_sequences
 from fla.ops.engine.plan import Plan, Step, count_chunks
 from fla.ops.engine.workspace import Workspace
 
@@ -143,7 +144,7 @@ def _columns_backward(
 
 @_columns_backward.register_fake
 def _empty_backward(do, dfinal, q, k, v, g, cu_seqlens, states, scale, chunk_size):
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = count_sequences(q, cu_seqlens)
     inputs = (x.new_empty(x.shape) for x in (q, k, v, g))
     return *inputs, states.new_empty(sequences, *states.shape[1:])
 

@@ -18,6 +18,11 @@ from torch import Tensor
 from fla.ops.engine.checks import check_boundaries
 
 
+def count_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Those of x `[B, T, ...]`: its rows, or the packed ones of its one row."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def boundaries_to_list(cu_seqlens: Tensor, total: int, op: str = "SequenceLayout") -> list[int]:
     """The values of `cu_seqlens` on the host: from 0, never decreasing, up to `total`."""
     bounds = cu_seqlens.tolist()

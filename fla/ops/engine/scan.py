@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fla.ops.engine.chunk import CHUNK_SIZE, compute_dtype
-from fla.ops.engine.layout import boundaries_to_list
+from fla.ops.engine.layout import boundaries_to_list, count_sequences
 from fla.ops.engine.plan import Plan, count_chunks, make_plan
 
 
@@ -119,7 +119,7 @@ def _scan_backward(
 
 @_scan_backward.register_fake
 def _empty_backward(dh, dfinal, x, g, states, cu_seqlens, chunk_size):
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = count_sequences(x, cu_seqlens)
     return x.new_empty(x.shape), g.new_empty(g.shape), states.new_empty(sequences, *x.shape[2:])
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fla.ops.engine.layout import boundaries_to_list
+from fla.ops.engine.layout import boundaries_to_list, count_sequences
 
 
 def per_segment(form: Callable[[Tensor], Tensor], x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -60,7 +60,7 @@ def log_cumulative_sum(
         >>> z.exp().flatten().tolist(), before[0, 0].item()
         ([1.0, 2.0, 3.0], -inf)
     """
-    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    N = count_sequences(x, cu_seqlens)
     first = x.new_full((N, *x.shape[2:]), -torch.inf) if initial is None else initial.to(x)
     z = per_segment(lambda y: y.logcumsumexp(1), x, cu_seqlens)
     if initial is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fla.ops.engine.chunk import CHUNK_SIZE, compute_dtype
-from fla.ops.engine.layout import boundaries_to_list
+from fla.ops.engine.layout import boundaries_to_list, count_sequences
 from fla.ops.engine.plan import Plan, Step, count_chunks, make_plan
 
 
@@ -152,7 +152,7 @@ def _scan_backward(
 
 @_scan_backward.register_fake
 def _empty_backward(dy, dfinal, x, dt, A, B, C, firsts, cu_seqlens, chunk_size):
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = count_sequences(x, cu_seqlens)
     inputs = (t.new_empty(t.shape) for t in (x, dt, A, B, C))
     return *inputs, firsts.new_empty(sequences, *firsts.shape[1:])
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from fla.ops.engine import chunk as plain
 from fla.ops.engine import token
 from fla.ops.engine.kernels.selfcheck import kind_of, trusted
+from fla.ops.engine.layout import count_sequences
 
 K_MOST = 256  # key channels where there is an erase; a program holds them all
 OLDEST = "3.5"
@@ -115,10 +116,6 @@ def _state(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float32).contiguous()
 
 
-def _count(q: Tensor, cu_seqlens: Tensor | None) -> int:
-    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 @torch.library.custom_op("fla::triton_chunk", mutates_args=())
 def _chunk(
     q: Tensor,
@@ -145,7 +142,7 @@ def _chunk(
 
 @_chunk.register_fake
 def _empty(q, k, v, g, beta, a, b, initial_state, cu_seqlens, scale, l2norm, read_before):
-    shape = (_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
+    shape = (count_sequences(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
     return v.new_empty(v.shape), v.new_empty(shape, dtype=torch.float32)
 
 
@@ -188,7 +185,7 @@ def _empty_backward(
 ):
     tensors = (q, k, v, g, beta, a, b)
     inputs = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
-    shape = (_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
+    shape = (count_sequences(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
     return *inputs, q.new_empty(shape, dtype=torch.float32)
 
 
@@ -239,5 +236,5 @@ def _tokens(
 
 @_tokens.register_fake
 def _(q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, scale, l2norm, read_before):
-    shape = (_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
+    shape = (count_sequences(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
     return v.new_empty(v.shape), v.new_empty(shape, dtype=torch.float32)

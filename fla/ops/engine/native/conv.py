@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.layout import boundaries_to_list
+from fla.ops.engine.layout import boundaries_to_list, count_sequences
 from fla.ops.engine.native import library
 from fla.ops.engine.native.library import TYPES, Conv, view
 
@@ -51,7 +51,7 @@ def _conv(
         boundaries_to_list(cu_seqlens, x.shape[1], "causal_conv1d")
         rows["bounds"] = cu_seqlens.to(torch.int64).contiguous()
     pointers = {name: None if y is None else y.data_ptr() for name, y in rows.items()}
-    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    N = count_sequences(x, cu_seqlens)
     x = x if x.dtype in TYPES else x.float()
     p = Conv(x=_view(x), N=N, T=x.shape[1], D=x.shape[2], W=weight.shape[1], silu=silu, **pointers)
     return p, [x, *rows.values()]
@@ -84,7 +84,7 @@ _op = torch.library.custom_op("fla::native_conv", mutates_args=(), device_types=
 
 @_op.register_fake
 def _(x, weight, bias, history, cu_seqlens, silu):
-    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    N = count_sequences(x, cu_seqlens)
     final = x.new_empty((N, x.shape[2], weight.shape[1]), dtype=torch.float32)
     return x.new_empty(x.shape), final
 
@@ -116,7 +116,7 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(dy, dfinal, x, weight, bias, history, cu_seqlens, silu):
-    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    N = count_sequences(x, cu_seqlens)
     wide = torch.float32
     state = x.new_empty((N, *weight.shape), dtype=wide)
     dweight = weight.new_empty(weight.shape, dtype=wide)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.layout import boundaries_to_list
+from fla.ops.engine.layout import boundaries_to_list, count_sequences
 from fla.ops.engine.native import library
 from fla.ops.engine.native.library import BLOCK, PANEL, TYPES, Problem, view
 
@@ -136,10 +136,6 @@ def _state(x: Tensor | None, p: Problem, name: str, alive: list[Any]) -> None:
         setattr(p, name, x.data_ptr())
 
 
-def _count(q: Tensor, cu_seqlens: Tensor | None) -> int:
-    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 @torch.library.custom_op("fla::native_chunk", mutates_args=(), device_types="cpu")
 def _chunk(
     q: Tensor,
@@ -172,7 +168,7 @@ def _chunk(
 def _empty_outputs(
     q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, scale, l2norm, read_before, save
 ):
-    sequences, T = _count(q, cu_seqlens), q.shape[1]
+    sequences, T = count_sequences(q, cu_seqlens), q.shape[1]
     o = q.new_empty(v.shape)
     final = q.new_empty((sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
     blocks = sequences * -(-T // BLOCK) if cu_seqlens is None else T // BLOCK + sequences
@@ -245,7 +241,7 @@ def _empty_gradients(
 ):
     tensors = (q, k, v, g, beta, gv, a, b)
     inputs = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
-    shape = (_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
+    shape = (count_sequences(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
     return *inputs, q.new_empty(shape, dtype=torch.float32)
 
 
@@ -289,7 +285,7 @@ def _tokens(
     read_before: bool,
 ) -> tuple[Tensor, Tensor]:
     """o and the final state."""
-    N = _count(q, cu_seqlens)
+    N = count_sequences(q, cu_seqlens)
     final = torch.empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
     p, alive = _problem((q, k, v, g, beta, gv, a, b), cu_seqlens, N, (scale, l2norm, read_before))
     o = torch.empty_like(alive[2], memory_format=torch.contiguous_format)
@@ -306,5 +302,5 @@ _tokens_op = torch.library.custom_op("fla::native_tokens", mutates_args=(), devi
 
 @_tokens_op.register_fake
 def _(q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, scale, l2norm, read_before):
-    shape = (_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
+    shape = (count_sequences(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
     return q.new_empty(v.shape), q.new_empty(shape, dtype=torch.float32)

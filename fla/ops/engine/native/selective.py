@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fla.ops.engine.layout import boundaries_to_list
+from fla.ops.engine.layout import boundaries_to_list, count_sequences
 from fla.ops.engine.native import library
 from fla.ops.engine.native.library import BLOCK, CHANNELS, TYPES, Scan
 
@@ -55,7 +55,7 @@ class _Problem(Scan):
         tensors = {n: _wide(y) for n, y in (("x", x), ("dt", dt), ("B", B), ("C", C))}
         super().__init__(
             **{name: _view(y) for name, y in tensors.items()},
-            N=_count(x, bounds), T=x.shape[1], D=x.shape[2], K=A.shape[1],
+            N=count_sequences(x, bounds), T=x.shape[1], D=x.shape[2], K=A.shape[1],
         )  # fmt: skip
         self.alive: list[Tensor] = list(tensors.values())
         self.point(A=_rows(A), bounds=bounds)
@@ -64,10 +64,6 @@ class _Problem(Scan):
         for name, x in tensors.items():
             setattr(self, name, None if x is None else x.data_ptr())
             self.alive += [] if x is None else [x]
-
-
-def _count(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _scan(
@@ -95,7 +91,7 @@ _op = torch.library.custom_op("fla::native_scan", mutates_args=(), device_types=
 @_op.register_fake
 def _empty(x, dt, A, B, C, initial_state, cu_seqlens, save):
     D, K = A.shape
-    sequences, T = _count(x, cu_seqlens), x.shape[1]
+    sequences, T = count_sequences(x, cu_seqlens), x.shape[1]
     final = x.new_empty((sequences, K, D), dtype=torch.float32).mT
     blocks = sequences * -(-T // BLOCK) if cu_seqlens is None else T // BLOCK + sequences
     y = x.new_empty(x.shape, dtype=x.dtype if x.dtype in TYPES else torch.float32)
@@ -130,7 +126,7 @@ def _scan_backward(
 def _empty_backward(dy, dfinal, x, dt, A, B, C, states, cu_seqlens):
     D, K = A.shape
     inputs = (states.new_empty(y.shape) for y in (x, dt, A, B, C))
-    return *inputs, states.new_empty(_count(x, cu_seqlens), K, D).mT
+    return *inputs, states.new_empty(count_sequences(x, cu_seqlens), K, D).mT
 
 
 def _setup_context(ctx, inputs, output):
