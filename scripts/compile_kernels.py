@@ -29,6 +29,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from fla.ops.engine.kernels import launch
+from fla.ops.engine.kernels.convolution import Convolution
 
 # a target, and the bytes of shared memory a program may have there
 TARGETS = {
@@ -138,6 +139,15 @@ def compile_member(decay: str, erase: str, K: int) -> None:
     launch.tokens((q, k, v, g, beta, None, a, b), state, None, 1.0, True, False)
 
 
+def compile_convolution() -> None:
+    x, weight = torch.zeros(128, 64, dtype=torch.bfloat16), torch.zeros(64, 4, dtype=torch.bfloat16)
+    rows = torch.zeros(1, 4, 64)
+    cuts = launch.Cuts.of([0, 128], x.device)
+    call = Convolution(x, weight, None, rows, cuts)
+    call.forward(True)
+    call.backward(x, rows, True)
+
+
 def compile_all(target: str, members: list[tuple[str, str]]) -> list[Kernel]:
     """Every kernel once per member and set of switches."""
     rows: list[Kernel] = []
@@ -160,6 +170,8 @@ def compile_all(target: str, members: list[tuple[str, str]]) -> list[Kernel]:
 
         with compiled_instead(gpu, found):
             compile_member(decay, erase, K)
+            if (decay, erase) == members[0]:
+                compile_convolution()
     return rows
 
 

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from fla.ops.engine.checks import check_sequences, check_shapes
 from fla.ops.engine.dispatch import resolve
+from fla.ops.engine.kernels import conv as triton
 from fla.ops.engine.layout import boundaries_to_list
-from fla.ops.engine.native.conv import convolve
+from fla.ops.engine.native import conv as native
 
 ACTIVATIONS = (None, "silu", "swish")
+CONVOLVE = {"native": native.convolve, "triton": triton.convolve}
 
 
 def causal_conv1d(
@@ -56,8 +58,12 @@ def causal_conv1d(
     N = check_sequences(op, x.shape[0], cu_seqlens, initial_state)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}; expected None, 'silu' or 'swish'")
-    if resolve(op, x.device, backend, x.dtype) == "native":
-        y, final = convolve(x, weight, bias, initial_state, cu_seqlens, activation is not None)
+    chosen = resolve(op, x.device, backend, x.dtype)
+    kernels = CONVOLVE.get(chosen)
+    if kernels is not None and (
+        chosen != "triton" or triton.runs(x, weight, activation is not None)
+    ):
+        y, final = kernels(x, weight, bias, initial_state, cu_seqlens, activation is not None)
         y = y if residual is None else y + residual
         return y, final.to(x.dtype) if output_final_state else None
     _B, T, D = x.shape

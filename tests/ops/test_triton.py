@@ -9,10 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from fla.modules.convolution import causal_conv1d
 from fla.ops.engine import dispatch, token
 from fla.ops.engine.chunk import chunk
 from fla.ops.engine.dispatch import explain, unavailable, use_backend
-from fla.ops.engine.kernels import launch, ops, selfcheck
+from fla.ops.engine.kernels import convolution, launch, ops, selfcheck
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from fla.ops.gsa import chunk_gsa
 from fla.ops.registry import OPS
@@ -155,6 +156,58 @@ def test_a_first_use_that_goes_wrong_is_noticed_and_replaced(monkeypatch):
             if name == "output":
                 assert not ops.chunk(**x, scale=0.3)[0].any()
             monkeypatch.setenv("FLA_TRITON_CHECK", "1")
+
+
+@pytest.mark.parametrize("W", [1, 3, 4])
+@pytest.mark.parametrize("lengths", [[70], [0, 2, 0, 66, 64, 1], [0]], ids=str)
+@pytest.mark.parametrize("extras", [(), ("bias", "history")], ids=str)
+def test_short_convolution(lengths, W, extras):
+    generator = torch.Generator().manual_seed(0)
+    N, D = len(lengths), 70
+    tensors = dict(
+        x=torch.randn(1, sum(lengths), D, generator=generator),
+        weight=torch.randn(D, W, generator=generator),
+    )
+    if extras:
+        tensors["bias"] = torch.randn(D, generator=generator)
+        tensors["initial_state"] = torch.randn(N, D, W, generator=generator)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE) if N > 1 else None
+    results = []
+    for backend, dtype in (("torch", torch.float64), ("triton", torch.float32)):
+        leaves = {n: y.to(DEVICE, dtype).requires_grad_() for n, y in tensors.items()}
+        activation = "silu" if W != 3 else None
+        options = dict(output_final_state=True, cu_seqlens=bounds, activation=activation)
+        y, final = causal_conv1d(**leaves, **options, backend=backend)
+        results.append({"y": y, "final": final} | gradients([y, final], leaves))
+    compare(results[1], results[0], f"convolution {lengths} {W}", 1e-5)
+
+
+def test_short_convolution_of_batches_and_its_operator():
+    x, weight = torch.randn(2, 66, 20, device=DEVICE), torch.randn(20, 4, device=DEVICE)
+    want, _ = causal_conv1d(x.double(), weight.double(), activation="silu", backend="torch")
+    got, _ = causal_conv1d(x, weight, activation="silu", backend="triton")
+    compare({"y": got}, {"y": want}, "a batch", 1e-5)
+    state = torch.randn(2, 20, 4, device=DEVICE)
+    leaves = (x[:, :9].contiguous().requires_grad_(), weight.requires_grad_())
+    torch.library.opcheck(torch.ops.fla.triton_conv, (*leaves, None, state, None, True))
+
+
+def test_a_convolution_that_goes_wrong_is_noticed_and_replaced(monkeypatch):
+    monkeypatch.setenv("FLA_TRITON_CHECK", "1")
+    monkeypatch.setattr(selfcheck, "_found", {})
+    x, weight = torch.randn(1, 9, 20, device=DEVICE), torch.randn(20, 4, device=DEVICE)
+    want, _ = causal_conv1d(x, weight, backend="torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got, _ = causal_conv1d(x, weight, backend="triton")
+    compare({"y": got}, {"y": want.double()}, "sound", 1e-5)
+    selfcheck._found.clear()
+    backward = convolution.Convolution.backward
+    wrong = lambda *a: [2 * y for y in backward(*a)]  # noqa: E731
+    monkeypatch.setattr(convolution.Convolution, "backward", wrong)
+    with pytest.warns(RuntimeWarning, match="short convolution of 4 taps.* the gradient of x"):
+        got, _ = causal_conv1d(x, weight, backend="triton")
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("found", ["absent", "3.4.1"])

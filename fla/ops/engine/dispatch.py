@@ -31,7 +31,7 @@ _TORCH = (
     "deltaformer", "deltaformer_attn", "hgrn", "log_linear_attn", "rwkv4", "titans_linear",
     "ttt_linear",
 )  # fmt: skip
-_NOT_TRITON = ("abc", "causal_conv1d", "gated_oja_rule", "gsa", "mamba")
+_NOT_TRITON = ("abc", "gated_oja_rule", "gsa", "mamba")
 _FORMS = ("fused_recurrent_", "fused_chunk_", "chunk_", "parallel_", "")
 _WITHOUT = {
     "native": frozenset(form + name for form in _FORMS for name in _TORCH)
@@ -197,6 +197,7 @@ NATIVE_FORMS = {
     "": "chunks of 16 tokens in C++ ({}); backward by hand",
 }
 TRITON_FORMS = {
+    "causal_conv1d": "chunks of 64 tokens side by side, in Triton; backward by hand",
     "fused_recurrent_": "token by token in Triton; with gradients as the chunk form, or torch's "
     "token form where beta is per value channel, or there is a decay of value channels",
     "": "chunks of 64 tokens in Triton; backward by hand",

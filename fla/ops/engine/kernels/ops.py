@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fla.ops.engine import chunk as plain
 from fla.ops.engine import token
-from fla.ops.engine.kernels.selfcheck import kind_of, trusted
+from fla.ops.engine.kernels.selfcheck import differs, kind_of, trusted
 from fla.ops.engine.layout import count_sequences
 
 K_MOST = 256  # key channels where there is an erase; a program holds them all
@@ -40,7 +40,7 @@ def warn_once(reason: str) -> None:
     warnings.warn(f"fla: torch's form runs on this GPU: {reason}", RuntimeWarning, stacklevel=6)
 
 
-def _on(device: torch.device) -> AbstractContextManager:
+def on_device(device: torch.device) -> AbstractContextManager:
     """Triton starts kernels on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -76,7 +76,8 @@ def chunk(
     state is fp32.
     """
     inputs: Any = dict(q=q, k=k, v=v, g=g, beta=beta, a=a, b=b)
-    if not trusted(kind_of(inputs, read_before, True), chunk, interpreted()):
+    kind = kind_of(inputs, read_before, True)
+    if not trusted(kind, partial(differs, chunk), interpreted()):
         options: Any = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
         return plain.chunk(**inputs, **options, l2norm=l2norm, read_before=read_before)
     return torch.ops.fla.triton_chunk(
@@ -102,9 +103,9 @@ def recurrent(
 ) -> tuple[Tensor, Tensor]:
     """As `fla.ops.engine.token.recurrent`, without gradients: beta may be per value channel."""
     inputs: Any = dict(q=q, k=k, v=v, g=g, beta=beta, gv=gv, a=a, b=b)
-    if not trusted(kind_of(inputs, read_before, False), recurrent, interpreted()):
-        kind = "g" if g is None or g.dim() == 3 else "gk"
-        inputs[kind] = inputs.pop("g")
+    kind = kind_of(inputs, read_before, False)
+    if not trusted(kind, partial(differs, recurrent), interpreted()):
+        inputs["g" if g is None or g.dim() == 3 else "gk"] = inputs.pop("g")
         options: Any = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
         return token.recurrent(**inputs, **options, l2norm=l2norm, read_before=read_before)
     return torch.ops.fla.triton_tokens(
@@ -134,7 +135,7 @@ def _chunk(
     """o and the final state."""
     from fla.ops.engine.kernels.launch import Call
 
-    with _on(q.device):
+    with on_device(q.device):
         call = Call((q, k, v, g, beta, a, b), cu_seqlens, scale, l2norm, read_before)
         states, written, final = call.run_states(_state(initial_state))
         return call.output(states, written), final
@@ -169,7 +170,7 @@ def _chunk_backward(
     from fla.ops.engine.kernels.launch import Call
 
     tensors = (q, k, v, g, beta, a, b)
-    with _on(q.device):
+    with on_device(q.device):
         call = Call(tensors, cu_seqlens, scale, l2norm, read_before, backward=True)
         found, dstate = call.gradients(do, _state(initial_state), _state(dfinal))
     grads: Any = (
@@ -229,7 +230,7 @@ def _tokens(
     from fla.ops.engine.kernels import launch
 
     tensors = (q, k, v, g, beta, gv, a, b)
-    with _on(q.device):
+    with on_device(q.device):
         state = _state(initial_state)
         return launch.tokens(tensors, state, cu_seqlens, scale, l2norm, read_before)
 

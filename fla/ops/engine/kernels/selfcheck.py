@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,11 +56,13 @@ def kind_of(inputs: dict[str, Tensor | None], read_before: bool, gradients: bool
     return Kind(q.device, q.dtype, decay, erase, read_before, K, V, gradients)
 
 
-_found: dict[Kind, bool] = {}
+_found: dict[Any, bool] = {}
 
 
-def trusted(kind: Kind, form: Form, interpreted: bool) -> bool:
-    """Whether the kernels of a kind give what the torch form gives; checked once."""
+def trusted(kind: Any, difference: Callable[[Any], str | None], interpreted: bool) -> bool:
+    """Whether the kernels of a kind, which has a device and a dtype, give what the torch form
+    gives; checked once.
+    """
     if os.environ.get("FLA_TRITON_CHECK", "0" if interpreted else "1") == "0":
         return True
     if torch.compiler.is_compiling() or (
@@ -70,7 +72,7 @@ def trusted(kind: Kind, form: Form, interpreted: bool) -> bool:
     if kind not in _found:
         _found[kind] = True  # the check itself comes here again
         with torch.autocast(kind.device.type, enabled=False):
-            reason = difference(kind, form)
+            reason = difference(kind)
         if reason is not None:
             _found[kind] = False
             warnings.warn(
@@ -82,18 +84,28 @@ def trusted(kind: Kind, form: Form, interpreted: bool) -> bool:
     return _found[kind]
 
 
-def difference(kind: Kind, form: Form) -> str | None:
-    """How the kernels differ from the torch form on a small problem, or None."""
+def differs(form: Form, kind: Kind) -> str | None:
+    """How the kernels of the recurrence differ from the torch form on a small problem, or None."""
     inputs = _problem(kind)
     exact = {n: x.float() for n, x in inputs.items()}
+    return compare(
+        lambda: _results(form, inputs, kind), lambda: _results(chunk, exact, kind), kind.dtype
+    )
+
+
+def compare(
+    kernels: Callable[[], dict[str, Tensor]],
+    plain: Callable[[], dict[str, Tensor]],
+    dtype: torch.dtype,
+) -> str | None:
+    """What the results of kernels are off by, of those of torch by the same names, or None."""
     try:
-        got = _results(form, inputs, kind)
+        got = kernels()
     except Exception as error:  # whatever a compiler or driver raises
         return f"do not run ({type(error).__name__}: {str(error).splitlines()[0]})"
-    want = _results(chunk, exact, kind)
-    for name, x in want.items():
+    for name, x in plain().items():
         off = ((got[name].float() - x).abs().max() / x.abs().max().clamp(min=1e-3)).item()
-        if not off <= LIMITS[kind.dtype]:
+        if not off <= LIMITS[dtype]:
             return f"are off by {off:.1e} of the largest value in {name}"
     return None
 

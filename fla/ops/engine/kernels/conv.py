@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: MIT
+"""The short convolution in Triton as a torch operator: `convolve`, for
+`fla.modules.convolution`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fla.ops.engine.kernels.ops import interpreted, on_device
+from fla.ops.engine.kernels.selfcheck import TOKENS, compare, trusted
+from fla.ops.engine.layout import count_sequences
+
+
+class Kind(NamedTuple):
+    """What the kernels are compiled for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    W: int
+    silu: bool
+
+    def __str__(self) -> str:
+        return f"a short convolution of {self.W} taps, {self.dtype}, on {self.device}"
+
+
+def runs(x: Tensor, weight: Tensor, silu: bool) -> bool:
+    """Whether the kernels give what torch gives; else torch is to be used."""
+    return trusted(Kind(x.device, x.dtype, weight.shape[1], silu), differs, interpreted())
+
+
+def differs(kind: Kind) -> str | None:
+    """How the kernels differ from torch on a small problem, or None."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, TOKENS, 20), (20, kind.W), (20,))
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    tensors = [x.to(kind.device, kind.dtype) for x in tensors]
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        row = F.pad(x.mT, (kind.W - 1, 0))
+        y = F.conv1d(row, weight.unsqueeze(1), bias, groups=len(weight)).mT
+        return F.silu(y) if kind.silu else y
+
+    def kernels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return convolve(x, weight, bias, None, None, kind.silu)[0]
+
+    def results(form, inputs: list[Tensor]) -> dict[str, Tensor]:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            y = form(*leaves)
+            grads = torch.autograd.grad(y.float().sum(), leaves)
+        names = ("the gradient of x", "that of the weight", "that of the bias")
+        return {"y": y.detach()} | dict(zip(names, grads, strict=True))
+
+    return compare(
+        lambda: results(kernels, tensors),
+        lambda: results(plain, [x.float() for x in tensors]),
+        kind.dtype,
+    )
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """x `[B, T, D]`, weight `[D, W]`, bias `[D]`, history `[N, D, W]`: (y, the last W inputs
+    `[N, D, W]` in fp32). Differentiable in every tensor.
+    """
+    return torch.ops.fla.triton_conv(x, weight, bias, history, cu_seqlens, silu)
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """`[.., D, W]` as contiguous fp32 rows `[.., W, D]`."""
+    return None if x is None else x.mT.to(torch.float32).contiguous()
+
+
+def _call(x, weight, bias, history, cu_seqlens):
+    from fla.ops.engine.kernels.convolution import Convolution
+    from fla.ops.engine.kernels.launch import cuts
+
+    rows = x.flatten(0, 1).contiguous()
+    return Convolution(rows, weight, bias, _rows(history), cuts(x, cu_seqlens))
+
+
+@torch.library.custom_op("fla::triton_conv", mutates_args=())
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    with on_device(x.device):
+        y, final = _call(x, weight, bias, history, cu_seqlens).forward(silu)
+    return y.view(x.shape), final.mT.contiguous()
+
+
+@_convolve.register_fake
+def _(x, weight, bias, history, cu_seqlens, silu):
+    shape = (count_sequences(x, cu_seqlens), *weight.shape)
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("fla::triton_conv_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and history, those of the latter three in fp32."""
+    with on_device(x.device):
+        call = _call(x, weight, bias, history, cu_seqlens)
+        dy = dy.flatten(0, 1).contiguous()
+        dx, dweight, dbias, dhistory = call.backward(dy, _rows(dfinal), silu)
+    return dx.view(x.shape), dweight.mT.contiguous(), dbias, dhistory.mT.contiguous()
+
+
+@_backward_op.register_fake
+def _(dy, dfinal, x, weight, bias, history, cu_seqlens, silu):
+    wide = torch.float32
+    state = x.new_empty((count_sequences(x, cu_seqlens), *weight.shape), dtype=wide)
+    dweight = weight.new_empty(weight.shape, dtype=wide)
+    return x.new_empty(x.shape), dweight, x.new_empty(x.shape[2:], dtype=wide), state
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.silu = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dy, dfinal):
+    x, weight, bias, history, cu_seqlens = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    grads = torch.ops.fla.triton_conv_backward(
+        dy, dfinal, x, weight, bias, history, cu_seqlens, ctx.silu
+    )
+    like = zip(grads, (x, weight, bias, history), strict=True)
+    return *(None if y is None else grad.to(y.dtype) for grad, y in like), None, None
+
+
+_convolve.register_autograd(_backward, setup_context=_setup_context)
