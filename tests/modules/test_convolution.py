@@ -125,7 +125,7 @@ def test_module_keeps_conv1d_weights_and_masks_without_changing_its_input():
         (dict(backend="triton"), "cannot run on cpu"),
     ],
 )
-def test_wrong_arguments(arguments, message):
+def test_wrong_arguments(arguments, message, no_interpreter):
     with pytest.raises(ValueError, match=message):
         causal_conv1d(**{"x": torch.zeros(1, 5, D), "weight": torch.zeros(D, 4), **arguments})
 
