@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fla.ops.engine.kernels import launch
+from fla.ops.engine.kernels import launch, scan
 from fla.ops.engine.kernels.convolution import Convolution
 
 # a target, and the bytes of shared memory a program may have there
@@ -139,13 +139,15 @@ def compile_member(decay: str, erase: str, K: int) -> None:
     launch.tokens((q, k, v, g, beta, None, a, b), state, None, 1.0, True, False)
 
 
-def compile_convolution() -> None:
+def compile_channels() -> None:
+    """The convolution and the vector scan."""
     x, weight = torch.zeros(128, 64, dtype=torch.bfloat16), torch.zeros(64, 4, dtype=torch.bfloat16)
     rows = torch.zeros(1, 4, 64)
     cuts = launch.Cuts.of([0, 128], x.device)
     call = Convolution(x, weight, None, rows, cuts)
     call.forward(True)
     call.backward(x, rows, True)
+    scan.backward(x, x, x, rows[:, 0], rows[:, 0], cuts)
 
 
 def compile_all(target: str, members: list[tuple[str, str]]) -> list[Kernel]:
@@ -171,7 +173,7 @@ def compile_all(target: str, members: list[tuple[str, str]]) -> list[Kernel]:
         with compiled_instead(gpu, found):
             compile_member(decay, erase, K)
             if (decay, erase) == members[0]:
-                compile_convolution()
+                compile_channels()
     return rows
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fla.ops.engine.checks import check_log_decay, check_sequences, check_tensors
 from fla.ops.engine.dispatch import resolve
+from fla.ops.engine.kernels.vector_scan import SCANS
 from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
-from fla.ops.engine.scan import scan
 
 
 def naive_recurrent_hgrn(
@@ -73,8 +73,8 @@ def _hgrn(
     check_sequences(op, sizes["B"], cu_seqlens, initial_state)
     check_log_decay(op, g=g)
     check_chunk_size(op, chunk_size)
-    resolve(op, x.device, backend)
-    h, final = scan(x, g, initial_state, cu_seqlens, chunk_size)
+    form = SCANS[resolve(op, x.device, backend, x.dtype)]
+    h, final = form(x, g, initial_state, cu_seqlens, chunk_size)
     return h, final if output_final_state else None
 
 

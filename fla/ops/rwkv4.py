@@ -28,8 +28,8 @@ from torch import Tensor
 from fla.ops.engine.checks import check_sequences, check_tensors
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.gates import wide
+from fla.ops.engine.kernels.vector_scan import SCANS
 from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
-from fla.ops.engine.scan import scan
 from fla.ops.engine.segments import lasts, per_segment, repeat_rows, starts
 
 
@@ -95,7 +95,7 @@ def chunk_rwkv4(
         raise ValueError(f"{op}: state has shape {list(state.shape)}; [N, 3, 1, C] was expected")
     N = check_sequences(op, sizes["B"], cu_seqlens, state, "state")
     check_chunk_size(op, chunk_size)
-    resolve(op, k.device, backend)
+    form = SCANS[resolve(op, k.device, backend, k.dtype)]
     keys, values = wide(k), wide(v)
     if state is None:
         average, first = None, keys.new_full((N, sizes["C"]), -torch.inf)
@@ -106,7 +106,7 @@ def chunk_rwkv4(
     before = starts(log_b, first.to(log_b), cu_seqlens)
     decay = (before - w.double().exp() - log_b).to(keys.dtype)
     gain = (keys - log_b).exp().to(keys.dtype)
-    means, last = scan(gain * values, decay, average, cu_seqlens, chunk_size)
+    means, last = form(gain * values, decay, average, cu_seqlens, chunk_size)
     zero = last.new_zeros(last.shape) if average is None else average
     new = torch.sigmoid(wide(u) + keys - before).to(keys.dtype)
     o = (1 - new) * starts(means, zero, cu_seqlens) + new * values

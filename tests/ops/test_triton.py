@@ -14,6 +14,7 @@ from fla.ops.engine import dispatch, token
 from fla.ops.engine.chunk import chunk
 from fla.ops.engine.dispatch import explain, unavailable, use_backend
 from fla.ops.engine.kernels import convolution, launch, ops, selfcheck
+from fla.ops.engine.kernels.vector_scan import SCANS
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from fla.ops.gsa import chunk_gsa
 from fla.ops.registry import OPS
@@ -208,6 +209,28 @@ def test_a_convolution_that_goes_wrong_is_noticed_and_replaced(monkeypatch):
     with pytest.warns(RuntimeWarning, match="short convolution of 4 taps.* the gradient of x"):
         got, _ = causal_conv1d(x, weight, backend="triton")
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("lengths", [[70], [0, 2, 0, 66, 64], [0]], ids=str)
+def test_vector_scan(lengths, monkeypatch):
+    """With resets, a first and a last state; its first use is checked too."""
+    monkeypatch.setenv("FLA_TRITON_CHECK", "1")
+    N, T, D = len(lengths), sum(lengths), 70
+    generator = torch.Generator().manual_seed(0)
+    x, g = torch.randn(2, 1, T, D, generator=generator)
+    g = -g.abs()
+    g[:, 3::7] = -torch.inf
+    tensors = dict(x=x, g=g, initial_state=torch.randn(N, D, generator=generator))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE) if N > 1 else None
+    results = []
+    for form, dtype in ((SCANS["torch"], torch.float64), (SCANS["triton"], torch.float32)):
+        leaves = {n: y.to(DEVICE, dtype).requires_grad_() for n, y in tensors.items()}
+        h, final = form(**leaves, cu_seqlens=bounds)
+        results.append({"h": h, "final": final} | gradients([h, final], leaves))
+    compare(results[1], results[0], f"scan {lengths}", 1e-5)
+    if T == 70:
+        leaves = tuple(y.to(DEVICE).requires_grad_() for y in tensors.values())
+        torch.library.opcheck(torch.ops.fla.triton_scan, (*leaves, None))
 
 
 @pytest.mark.parametrize("found", ["absent", "3.4.1"])

@@ -26,20 +26,17 @@ BACKENDS = ("triton", "native", "torch")
 _chosen: str | None = None
 
 
-# operators whose kernels are torch's alone, and those that have native kernels but none in Triton
+# operators whose kernels are torch's alone, and those that have none in one language
 _TORCH = (
-    "deltaformer", "deltaformer_attn", "hgrn", "log_linear_attn", "rwkv4", "titans_linear",
-    "ttt_linear",
+    "deltaformer", "deltaformer_attn", "log_linear_attn", "titans_linear", "ttt_linear"
 )  # fmt: skip
-_NOT_TRITON = ("abc", "gated_oja_rule", "gsa", "mamba")
+_NOT = {"native": ("hgrn", "rwkv4"), "triton": ("abc", "gated_oja_rule", "gsa", "mamba")}
 _FORMS = ("fused_recurrent_", "fused_chunk_", "chunk_", "parallel_", "")
 _WITHOUT = {
-    "native": frozenset(form + name for form in _FORMS for name in _TORCH)
+    backend: frozenset(form + name for form in _FORMS for name in (*_TORCH, *own))
     | {"fused_recurrent_mesa_net"}
+    for backend, own in _NOT.items()
 }
-_WITHOUT["triton"] = _WITHOUT["native"].union(
-    form + name for form in _FORMS for name in _NOT_TRITON
-)
 
 
 def unavailable(
@@ -198,6 +195,10 @@ NATIVE_FORMS = {
 }
 TRITON_FORMS = {
     "causal_conv1d": "chunks of 64 tokens side by side, in Triton; backward by hand",
+    **dict.fromkeys(
+        ("chunk_hgrn", "fused_recurrent_hgrn", "chunk_rwkv4", "fused_recurrent_rwkv4"),
+        "vector scan in Triton, 64 tokens at once; backward by hand",
+    ),
     "fused_recurrent_": "token by token in Triton; with gradients as the chunk form, or torch's "
     "token form where beta is per value channel, or there is a decay of value channels",
     "": "chunks of 64 tokens in Triton; backward by hand",
