@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fla.ops.engine.kernels import launch, scan
+from fla.ops.engine.kernels import launch, scan, selective
 from fla.ops.engine.kernels.convolution import Convolution
 
 # a target, and the bytes of shared memory a program may have there
@@ -130,17 +130,18 @@ def compile_member(decay: str, erase: str, K: int) -> None:
     """All launches of one member, forward, backward and token by token."""
     tensors = problem(decay, erase, K)
     state = torch.zeros(1, 4, K, K)
-    call = launch.Call(tensors, None, 1.0, False, False)
+    l2norm = erase == "delta"
+    call = launch.Call(tensors, None, 1.0, l2norm, False)
     states, written, _ = call.run_states(state)
     call.output(states, written)
-    call = launch.Call(tensors, None, 1.0, False, False, backward=True)
+    call = launch.Call(tensors, None, 1.0, l2norm, False, backward=True)
     call.gradients(torch.zeros_like(tensors[2]), state, state)
     q, k, v, g, beta, a, b = tensors
     launch.tokens((q, k, v, g, beta, None, a, b), state, None, 1.0, True, False)
 
 
 def compile_channels() -> None:
-    """The convolution and the vector scan."""
+    """The convolution, the vector scan and the selective scan."""
     x, weight = torch.zeros(128, 64, dtype=torch.bfloat16), torch.zeros(64, 4, dtype=torch.bfloat16)
     rows = torch.zeros(1, 4, 64)
     cuts = launch.Cuts.of([0, 128], x.device)
@@ -148,6 +149,11 @@ def compile_channels() -> None:
     call.forward(True)
     call.backward(x, rows, True)
     scan.backward(x, x, x, rows[:, 0], rows[:, 0], cuts)
+    A, B = torch.zeros(64, 16), x[:, :16].contiguous()
+    cuts = launch.Cuts.of([0, 128], x.device, selective.CHUNK)
+    inputs = selective.Inputs(x, x.float(), A, B, B)
+    selective.forward(inputs, A[None], cuts, False)
+    selective.backward(inputs, x, A[None], A[None], cuts)
 
 
 def compile_all(target: str, members: list[tuple[str, str]]) -> list[Kernel]:

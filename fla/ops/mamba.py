@@ -23,16 +23,21 @@ On the one equation: V = 1 with a head per channel: vector decay g = D A over K 
 written D x; no erase.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fla.ops.engine.checks import check_log_decay, check_sequences, check_tensors
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.gates import wide
+from fla.ops.engine.kernels.selective_scan import selective_scan as triton_scan
 from fla.ops.engine.native.selective import selective_scan as native_scan
 from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
 from fla.ops.engine.selective import selective_scan
 from fla.ops.mamba2 import step_sizes
+
+SCANS = {"native": native_scan, "triton": triton_scan}
 
 
 def naive_recurrent_mamba(
@@ -95,7 +100,8 @@ def chunk_mamba(
     check_log_decay(op, A=A)
     dt = step_sizes(dt, dt_bias, dt_softplus, (0.0, float("inf")))
     inputs = (x, dt, wide(A), B, C, initial_state, cu_seqlens)
-    y, final = native_scan(*inputs) if chosen == "native" else selective_scan(*inputs, chunk_size)
+    scan = SCANS.get(chosen, partial(selective_scan, chunk_size=chunk_size))
+    y, final = scan(*inputs)
     if D is not None:
         y = (wide(y) + wide(D) * wide(x)).to(y.dtype)
     return y, final if output_final_state else None

@@ -14,7 +14,9 @@ from fla.ops.engine import dispatch, token
 from fla.ops.engine.chunk import chunk
 from fla.ops.engine.dispatch import explain, unavailable, use_backend
 from fla.ops.engine.kernels import convolution, launch, ops, selfcheck
+from fla.ops.engine.kernels.selective_scan import selective_scan
 from fla.ops.engine.kernels.vector_scan import SCANS
+from fla.ops.engine.selective import selective_scan as plain_selective
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from fla.ops.gsa import chunk_gsa
 from fla.ops.registry import OPS
@@ -231,6 +233,30 @@ def test_vector_scan(lengths, monkeypatch):
     if T == 70:
         leaves = tuple(y.to(DEVICE).requires_grad_() for y in tensors.values())
         torch.library.opcheck(torch.ops.fla.triton_scan, (*leaves, None))
+
+
+@pytest.mark.parametrize("lengths", [[35], [0, 2, 0, 17, 16], [0]], ids=str)
+def test_selective_scan(lengths, monkeypatch):
+    """With resets, a first and a last state; its first use is checked too."""
+    monkeypatch.setenv("FLA_TRITON_CHECK", "1" if lengths == [35] else "0")
+    N, T, D, K = len(lengths), sum(lengths), 70, 12
+    generator = torch.Generator().manual_seed(0)
+    x, dt = torch.randn(2, 1, T, D, generator=generator)
+    B, C = torch.randn(2, 1, T, K, generator=generator)
+    A = -torch.rand(D, K, generator=generator)
+    A[::3] = -1e4
+    tensors = dict(x=x, dt=dt.abs() + 0.1, A=A, B=B, C=C)
+    tensors["initial_state"] = torch.randn(N, D, K, generator=generator)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE) if N > 1 else None
+    results = []
+    for form, dtype in ((plain_selective, torch.float64), (selective_scan, torch.float32)):
+        leaves = {n: y.to(DEVICE, dtype).requires_grad_() for n, y in tensors.items()}
+        y, final = form(**leaves, cu_seqlens=bounds)
+        results.append({"y": y, "final": final} | gradients([y, final], leaves))
+    compare(results[1], results[0], f"selective scan {lengths}", 1e-5)
+    if N == 1 and T:
+        leaves = tuple(y.to(DEVICE).requires_grad_() for y in tensors.values())
+        torch.library.opcheck(torch.ops.fla.triton_selective, (*leaves, None))
 
 
 @pytest.mark.parametrize("found", ["absent", "3.4.1"])

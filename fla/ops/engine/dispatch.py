@@ -30,7 +30,7 @@ _chosen: str | None = None
 _TORCH = (
     "deltaformer", "deltaformer_attn", "log_linear_attn", "titans_linear", "ttt_linear"
 )  # fmt: skip
-_NOT = {"native": ("hgrn", "rwkv4"), "triton": ("abc", "gated_oja_rule", "gsa", "mamba")}
+_NOT = {"native": ("hgrn", "rwkv4"), "triton": ("abc", "gated_oja_rule", "gsa")}
 _FORMS = ("fused_recurrent_", "fused_chunk_", "chunk_", "parallel_", "")
 _WITHOUT = {
     backend: frozenset(form + name for form in _FORMS for name in (*_TORCH, *own))
@@ -198,6 +198,10 @@ TRITON_FORMS = {
     **dict.fromkeys(
         ("chunk_hgrn", "fused_recurrent_hgrn", "chunk_rwkv4", "fused_recurrent_rwkv4"),
         "vector scan in Triton, 64 tokens at once; backward by hand",
+    ),
+    **dict.fromkeys(
+        ("chunk_mamba", "fused_recurrent_mamba"),
+        "selective scan in Triton, 16 tokens at once; backward by hand",
     ),
     "fused_recurrent_": "token by token in Triton; with gradients as the chunk form, or torch's "
     "token form where beta is per value channel, or there is a decay of value channels",

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.ops.engine.conv_operator import register, rows
 from fla.ops.engine.kernels.ops import interpreted, on_device
 from fla.ops.engine.kernels.selfcheck import TOKENS, compare, trusted
-from fla.ops.engine.layout import count_sequences
 
 
 class Kind(NamedTuple):
@@ -77,20 +77,14 @@ def convolve(
     return torch.ops.fla.triton_conv(x, weight, bias, history, cu_seqlens, silu)
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
-    """`[.., D, W]` as contiguous fp32 rows `[.., W, D]`."""
-    return None if x is None else x.mT.to(torch.float32).contiguous()
-
-
 def _call(x, weight, bias, history, cu_seqlens):
     from fla.ops.engine.kernels.convolution import Convolution
     from fla.ops.engine.kernels.launch import cuts
 
-    rows = x.flatten(0, 1).contiguous()
-    return Convolution(rows, weight, bias, _rows(history), cuts(x, cu_seqlens))
+    tokens = x.flatten(0, 1).contiguous()
+    return Convolution(tokens, weight, bias, rows(history), cuts(x, cu_seqlens))
 
 
-@torch.library.custom_op("fla::triton_conv", mutates_args=())
 def _convolve(
     x: Tensor,
     weight: Tensor,
@@ -104,13 +98,6 @@ def _convolve(
     return y.view(x.shape), final.mT.contiguous()
 
 
-@_convolve.register_fake
-def _(x, weight, bias, history, cu_seqlens, silu):
-    shape = (count_sequences(x, cu_seqlens), *weight.shape)
-    return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
-
-
-@torch.library.custom_op("fla::triton_conv_backward", mutates_args=())
 def _backward_op(
     dy: Tensor,
     dfinal: Tensor | None,
@@ -125,32 +112,8 @@ def _backward_op(
     with on_device(x.device):
         call = _call(x, weight, bias, history, cu_seqlens)
         dy = dy.flatten(0, 1).contiguous()
-        dx, dweight, dbias, dhistory = call.backward(dy, _rows(dfinal), silu)
+        dx, dweight, dbias, dhistory = call.backward(dy, rows(dfinal), silu)
     return dx.view(x.shape), dweight.mT.contiguous(), dbias, dhistory.mT.contiguous()
 
 
-@_backward_op.register_fake
-def _(dy, dfinal, x, weight, bias, history, cu_seqlens, silu):
-    wide = torch.float32
-    state = x.new_empty((count_sequences(x, cu_seqlens), *weight.shape), dtype=wide)
-    dweight = weight.new_empty(weight.shape, dtype=wide)
-    return x.new_empty(x.shape), dweight, x.new_empty(x.shape[2:], dtype=wide), state
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.silu = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, dy, dfinal):
-    x, weight, bias, history, cu_seqlens = ctx.saved_tensors
-    dy = torch.zeros_like(x) if dy is None else dy
-    grads = torch.ops.fla.triton_conv_backward(
-        dy, dfinal, x, weight, bias, history, cu_seqlens, ctx.silu
-    )
-    like = zip(grads, (x, weight, bias, history), strict=True)
-    return *(None if y is None else grad.to(y.dtype) for grad, y in like), None, None
-
-
-_convolve.register_autograd(_backward, setup_context=_setup_context)
+register("triton_conv", _convolve, _backward_op)

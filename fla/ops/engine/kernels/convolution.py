@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fla.ops.engine.conv_operator import rows
 from fla.ops.engine.kernels.launch import CHUNK, Cuts
 
 CHANNELS, WARPS = 64, 4
@@ -25,7 +26,7 @@ def extended(x, history, r, begin, there, n, D, cols, W: tl.constexpr, HISTORY: 
     rows = tl.load(x + r[:, None] * D + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     if HISTORY:
         at = n * W + W + r - begin
-        before = there & (r < begin)[:, None] & (at >= n * W)[:, None]
+        before = there & (r < begin)[:, None]
         rows += tl.load(history + at[:, None] * D + cols[None, :], mask=before, other=0.0)
     return rows
 
@@ -153,17 +154,12 @@ class Convolution:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, cuts: Cuts
     ):
         self.x, self.bias, self.cuts, self.history = x, bias, cuts, history
-        self.weight = weight.mT.to(torch.float32).contiguous()
+        self.weight = rows(weight)
         self.W, self.D = self.weight.shape
         self.N, self.chunks = len(cuts.first_chunks), len(cuts.starts)
-        self.owners = torch.searchsorted(cuts.first_chunks, self.numbers, right=True) - 1
-        self.where = (cuts.starts, cuts.ends, cuts.bounds[self.owners], self.owners)
+        self.where = (cuts.starts, cuts.ends, cuts.begins, cuts.owners)
         self.kind = dict(W=self.W, BD=CHANNELS, num_warps=WARPS)
         self.reads = dict(BIAS=bias is not None, HISTORY=history is not None, C=CHUNK)
-
-    @property
-    def numbers(self) -> Tensor:
-        return torch.arange(self.chunks, device=self.x.device)
 
     def grid(self, n: int) -> tuple[int, int]:
         return n, triton.cdiv(self.D, CHANNELS)

@@ -24,13 +24,13 @@ from fla.ops.engine.kernels.parts import (
     NO_ERASE,
     SCALAR,
     VECTOR,
-    decay_between,
     load_row,
     load_rows,
     load_square,
     load_state,
     logs,
     lower,
+    score_decays,
     store_row,
     store_rows,
     store_square,
@@ -292,13 +292,7 @@ def rows_kernel(
     keys = load_rows(k, first, live, h, H, K, channel, C, BK)
     of_q = load_rows(dq, first, live, hv, HV, K, channel, C, BK)
     of_k = load_rows(dk, first, live, hv, HV, K, channel, C, BK)
-    if DECAY == SCALAR:
-        one, total = logs(g, first, live, hv, HV, C)
-        by_q = decay_between(total - one if EARLY else total, total, EARLY, C)
-        by_b = decay_between(total - one if OWN else total, total, True, C)
-    else:
-        by_q = lower(EARLY, C).to(tl.float32)
-        by_b = lower(True, C).to(tl.float32)
+    by_q, by_b = score_decays(g, first, live, hv, HV, DECAY, EARLY, OWN, C)
     dtype = Q.dtype
     W = (load_square(scores_grad, number, 0, 0, width, C, C) * by_q).to(dtype)
     of_q = tl.dot(W, keys, of_q, input_precision=PRECISION)

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fla.ops.engine.kernels import gradients, parts, scores, state, token, vector
+from fla.ops.engine.kernels import gradients, parts, scores, state, token, unit, vector
 from fla.ops.engine.layout import boundaries_to_list
 
 CHUNK = 64
@@ -72,39 +72,49 @@ class Cuts:
     Fields:
         bounds: `[N + 1]`, as cu_seqlens.
         first_chunks: `[N]`, number of each sequence's first chunk.
-        starts, ends: `[chunks]`, first token of a chunk and the end of its sequence.
+        starts, ends, begins: `[chunks]`, first token of a chunk, end and begin of its sequence.
+        owners: `[chunks]`, the number of that sequence.
     """
 
     bounds: Tensor
     first_chunks: Tensor
     starts: Tensor
     ends: Tensor
+    begins: Tensor
+    owners: Tensor
 
     @classmethod
-    def of(cls, bounds: list[int], device: torch.device) -> "Cuts":
+    def of(cls, bounds: list[int], device: torch.device, size: int = CHUNK) -> "Cuts":
+        """Of sequences between `bounds`, in chunks of `size` tokens."""
         spans = list(pairwise(bounds))
-        chunks = [(first, end) for begin, end in spans for first in range(begin, end, CHUNK)]
-        counts = torch.tensor([0] + [-(-(end - begin) // CHUNK) for begin, end in spans])
-        rows = torch.tensor(chunks, dtype=torch.int64).view(-1, 2)
+        chunks = [
+            (first, end, begin, n)
+            for n, (begin, end) in enumerate(spans)
+            for first in range(begin, end, size)
+        ]
+        counts = torch.tensor([0] + [-(-(end - begin) // size) for begin, end in spans])
+        rows = torch.tensor(chunks, dtype=torch.int64).view(-1, 4)
         tensors = (torch.tensor(bounds), counts.cumsum(0)[:-1], *rows.unbind(1))
         return cls(*(x.to(device, torch.int64).contiguous() for x in tensors))
 
 
-_dense: dict[tuple[int, int, torch.device], Cuts] = {}
-DENSE = 256
+_kept: dict[tuple, Cuts] = {}
+KEPT = 256
 
 
-def cuts(q: Tensor, cu_seqlens: Tensor | None) -> Cuts:
-    """Those of a call; of dense batches they are kept, so that a second one copies nothing."""
+def cuts(q: Tensor, cu_seqlens: Tensor | None, size: int = CHUNK) -> Cuts:
+    """Those of a call; they are kept, so that the next layer copies nothing to the device."""
     B, T = q.shape[:2]
-    if cu_seqlens is not None:
-        return Cuts.of(boundaries_to_list(cu_seqlens, T, "triton"), q.device)
-    key = (B, T, q.device)
-    if key not in _dense:
-        if len(_dense) >= DENSE:
-            _dense.clear()
-        _dense[key] = Cuts.of([i * T for i in range(B + 1)], q.device)
-    return _dense[key]
+    if cu_seqlens is None:
+        key: tuple = (B, T, q.device, size)
+    else:
+        key = (tuple(boundaries_to_list(cu_seqlens, T, "triton")), q.device, size)
+    if key not in _kept:
+        if len(_kept) >= KEPT:
+            _kept.clear()
+        bounds = [i * T for i in range(B + 1)] if cu_seqlens is None else list(key[0])
+        _kept[key] = Cuts.of(bounds, q.device, size)
+    return _kept[key]
 
 
 def _flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -114,11 +124,18 @@ def _flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     return x.to(dtype or x.dtype).flatten(0, 1).contiguous()
 
 
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows divided by their norms, in fp32, and the inverse norms."""
-    x = x.float()
-    inverse = (x.square().sum(-1, keepdim=True) + L2_EPS).rsqrt()
-    return x * inverse, inverse
+def _rows(x: Tensor) -> tuple[int, dict[str, float]]:
+    """Programs, sizes and switches of the kernels of `unit.py` for the rows of x."""
+    count, BK = x.shape[0] * x.shape[1], triton.next_power_of_2(x.shape[2])
+    R = max(1, 2048 // BK)
+    return triton.cdiv(count, R), dict(EPS=L2_EPS, R=R, BK=BK)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows `[tokens, H, K]` divided by their norms."""
+    out, (grid, sizes) = torch.empty_like(x), _rows(x)
+    unit.unit_kernel[(grid,)](x, out, x.shape[0] * x.shape[1], x.shape[2], **sizes)
+    return out
 
 
 class System(NamedTuple):
@@ -146,10 +163,9 @@ class Call:
         self.backward = backward
         self.shape, self.scale, self.cuts = v.shape, scale, cuts(q, cu_seqlens)
         self.H, self.K, self.HV, self.V = *q.shape[2:], *v.shape[2:]
-        self.norms = [_unit(x) for x in (q, k)] if l2norm else None
-        if self.norms is not None:
-            q, k = (unit.to(v.dtype) for unit, _ in self.norms)
-        self.q, self.k, self.v = _flat(q), _flat(k), _flat(v)
+        self.raw, self.l2norm = dict(q=_flat(q), k=_flat(k)), l2norm
+        q, k = (_unit(x) if l2norm else x for x in self.raw.values())
+        self.q, self.k, self.v = q, k, _flat(v)
         self.g, self.beta = _flat(g), _flat(beta)
         self.a, self.own_b = _flat(a, v.dtype), _flat(b, v.dtype)
         self.kind = dict(
@@ -339,6 +355,16 @@ class Call:
             out["beta"] = rate + dbeta.sum(0)
         return out
 
+    def head_gradient(self, name: str, grad: Tensor, other: Tensor | None = None) -> Tensor:
+        """That of q or k, of the gradients of its rows per value head."""
+        x = self.raw[name]
+        out, (grid, sizes) = torch.empty_like(x), _rows(x)
+        unit.head_gradient_kernel[(grid,)](
+            x, grad, other, out, x.shape[0] * self.H, self.H, self.HV, self.K,
+            OTHER=other is not None, L2NORM=self.l2norm, **sizes,
+        )  # fmt: skip
+        return out
+
     def gradients(
         self, do: Tensor, initial: Tensor | None, dfinal: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
@@ -347,15 +373,8 @@ class Call:
         states, written, _ = self.run_states(initial)
         states_grad, solved, dv, dinitial = self.state_gradients(do, dfinal)
         out = self.row_gradients(do, states, states_grad, written, solved)
-        if self.erase == DELTA and self.own_b is None:
-            out["k"] = out["k"] + out.pop("b")
-        for i, name in enumerate("qk"):
-            grouped = out[name].view(len(self.v), self.H, self.HV // self.H, self.K).sum(2)
-            if self.norms is not None:
-                unit, inverse = (x.flatten(0, 1) for x in self.norms[i])
-                along = (unit * grouped).sum(-1, keepdim=True)
-                grouped = inverse * (grouped - unit * along)
-            out[name] = grouped
+        other = out.pop("b") if self.erase == DELTA and self.own_b is None else None
+        out |= dict(q=self.head_gradient("q", out["q"]), k=self.head_gradient("k", out["k"], other))
         out["v"] = dv
         return {name: x.view(*self.shape[:2], *x.shape[1:]) for name, x in out.items()}, dinitial
 

@@ -113,6 +113,22 @@ def lower(STRICT: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def score_decays(
+    g, first, live, head, heads, DECAY: tl.constexpr, EARLY: tl.constexpr, OWN: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """The decay between what tokens write and what q reads of it, and what b does."""
+    if DECAY == SCALAR:
+        one, total = logs(g, first, live, head, heads, C)
+        of_q = decay_between(total - one if EARLY else total, total, EARLY, C)
+        of_b = decay_between(total - one if OWN else total, total, True, C)
+    else:
+        of_q = lower(EARLY, C).to(tl.float32)
+        of_b = lower(True, C).to(tl.float32)
+    return of_q, of_b
+
+
+@triton.jit
 def invert(N, C: tl.constexpr, PRECISION: tl.constexpr):
     """`(I + N)^-1` of a strictly lower N `[C, C]`: its diagonal blocks by substitution, and from
     their inverse D, with `Y = D (N off the diagonal blocks)`, whose fourth power is zero,

@@ -16,14 +16,11 @@ from fla.ops.engine.kernels.parts import (
     DELTA,
     LOW_RANK,
     NO_ERASE,
-    SCALAR,
-    decay_between,
     invert,
     load_row,
     load_rows,
     load_square,
-    logs,
-    lower,
+    score_decays,
     store_square,
 )
 
@@ -55,13 +52,7 @@ def scores_kernel(
             right = tl.trans(load_rows(a, first, live, hv, HV, K, channel, C, BK))
             qa = tl.dot(left, right, qa, input_precision=PRECISION)
             ba = tl.dot(erase, right, ba, input_precision=PRECISION)
-    if DECAY == SCALAR:
-        one, total = logs(g, first, live, hv, HV, C)
-        of_q = decay_between(total - one if EARLY else total, total, EARLY, C)
-        of_b = decay_between(total - one if OWN else total, total, True, C)
-    else:
-        of_q = lower(EARLY, C).to(tl.float32)
-        of_b = lower(True, C).to(tl.float32)
+    of_q, of_b = score_decays(g, first, live, hv, HV, DECAY, EARLY, OWN, C)
     number = chunk * HV + hv
     width: tl.constexpr = C * (2 if ERASE == LOW_RANK else 1)
     store_square(attention, qk * of_q, number * C * width, 0, 0, width, C, C)

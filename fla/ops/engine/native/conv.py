@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla.ops.engine.conv_operator import register, rows
 from fla.ops.engine.layout import boundaries_to_list, count_sequences
 from fla.ops.engine.native import library
-from fla.ops.engine.native.library import TYPES, Conv, view
+from fla.ops.engine.native.library import Conv, channels, wide
 
 
 def convolve(
@@ -30,11 +31,6 @@ def convolve(
     return torch.ops.fla.native_conv(*arguments)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """`[.., D, W]` as contiguous fp32 rows `[.., W, D]`."""
-    return x.mT.to(torch.float32).contiguous()
-
-
 def _conv(
     x: Tensor,
     weight: Tensor,
@@ -44,22 +40,18 @@ def _conv(
     silu: bool,
 ) -> tuple[Conv, list[Any]]:
     """The problem, and what must live as long as it."""
-    rows = dict(weight=_rows(weight), bias=bias, history=history)
-    rows["bias"] = None if bias is None else bias.to(torch.float32).contiguous()
-    rows["history"] = None if history is None else _rows(history)
+    filled = dict(weight=rows(weight), history=rows(history))
+    filled["bias"] = None if bias is None else bias.to(torch.float32).contiguous()
     if cu_seqlens is not None:
         boundaries_to_list(cu_seqlens, x.shape[1], "causal_conv1d")
-        rows["bounds"] = cu_seqlens.to(torch.int64).contiguous()
-    pointers = {name: None if y is None else y.data_ptr() for name, y in rows.items()}
+        filled["bounds"] = cu_seqlens.to(torch.int64).contiguous()
+    pointers = {name: None if y is None else y.data_ptr() for name, y in filled.items()}
     N = count_sequences(x, cu_seqlens)
-    x = x if x.dtype in TYPES else x.float()
-    p = Conv(x=_view(x), N=N, T=x.shape[1], D=x.shape[2], W=weight.shape[1], silu=silu, **pointers)
-    return p, [x, *rows.values()]
-
-
-def _view(x: Tensor) -> library.View:
-    """`[B, T, D]`: one head of D channels."""
-    return view(x.unsqueeze(2))
+    x = wide(x)
+    p = Conv(
+        x=channels(x), N=N, T=x.shape[1], D=x.shape[2], W=weight.shape[1], silu=silu, **pointers
+    )
+    return p, [x, *filled.values()]
 
 
 def _convolve(
@@ -73,23 +65,12 @@ def _convolve(
     p, alive = _conv(x, weight, bias, history, cu_seqlens, silu)
     y = x.new_empty(x.shape)
     final = torch.empty(p.N, p.W, p.D, dtype=torch.float32)
-    p.y, p.final_history = _view(y), final.data_ptr()
+    p.y, p.final_history = channels(y), final.data_ptr()
     library.call("fla_conv_forward", p)
     del alive
     return y, final.mT.contiguous()
 
 
-_op = torch.library.custom_op("fla::native_conv", mutates_args=(), device_types="cpu")(_convolve)
-
-
-@_op.register_fake
-def _(x, weight, bias, history, cu_seqlens, silu):
-    N = count_sequences(x, cu_seqlens)
-    final = x.new_empty((N, x.shape[2], weight.shape[1]), dtype=torch.float32)
-    return x.new_empty(x.shape), final
-
-
-@torch.library.custom_op("fla::native_conv_backward", mutates_args=(), device_types="cpu")
 def _backward_op(
     dy: Tensor,
     dfinal: Tensor | None,
@@ -105,38 +86,13 @@ def _backward_op(
     dx = x.new_empty(x.shape)
     dweight = torch.empty(p.N, p.W, p.D, dtype=torch.float32)
     dbias, dhistory = dweight.new_empty(p.N, p.D), torch.empty_like(dweight)
-    rows = None if dfinal is None else _rows(dfinal)
-    p.y, p.dx = _view(dy), _view(dx)
-    p.dfinal = None if rows is None else rows.data_ptr()
+    last = rows(dfinal)
+    p.y, p.dx = channels(dy), channels(dx)
+    p.dfinal = None if last is None else last.data_ptr()
     p.dweight, p.dbias, p.dhistory = dweight.data_ptr(), dbias.data_ptr(), dhistory.data_ptr()
     library.call("fla_conv_backward", p)
     del alive
     return dx, dweight.sum(0).mT.contiguous(), dbias.sum(0), dhistory.mT.contiguous()
 
 
-@_backward_op.register_fake
-def _(dy, dfinal, x, weight, bias, history, cu_seqlens, silu):
-    N = count_sequences(x, cu_seqlens)
-    wide = torch.float32
-    state = x.new_empty((N, *weight.shape), dtype=wide)
-    dweight = weight.new_empty(weight.shape, dtype=wide)
-    return x.new_empty(x.shape), dweight, x.new_empty(x.shape[2:], dtype=wide), state
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.silu = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, dy, dfinal):
-    x, weight, bias, history, cu_seqlens = ctx.saved_tensors
-    dy = x.new_zeros(x.shape) if dy is None else dy
-    grads = torch.ops.fla.native_conv_backward(
-        dy, dfinal, x, weight, bias, history, cu_seqlens, ctx.silu
-    )
-    like = zip(grads, (x, weight, bias, history), strict=True)
-    return *(None if y is None else grad.to(y.dtype) for grad, y in like), None, None
-
-
-_op.register_autograd(_backward, setup_context=_setup_context)
+register("native_conv", _convolve, _backward_op, "cpu")

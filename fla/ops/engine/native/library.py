@@ -79,6 +79,16 @@ def view(x: Tensor | None) -> View:
     return View(x.data_ptr(), *strides, TYPES[x.dtype])
 
 
+def channels(x: Tensor) -> View:
+    """`[B, T, D]`: one head of D channels."""
+    return view(x.unsqueeze(2))
+
+
+def wide(x: Tensor) -> Tensor:
+    """What the kernels read: anything but fp32, bf16 and fp16 as fp32."""
+    return x if x.dtype in TYPES else x.float()
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The library; `OSError` where it is not there or not ours."""

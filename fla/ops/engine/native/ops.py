@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fla.ops.engine.layout import boundaries_to_list, count_sequences
 from fla.ops.engine.native import library
-from fla.ops.engine.native.library import BLOCK, PANEL, TYPES, Problem, view
+from fla.ops.engine.native.library import BLOCK, PANEL, TYPES, Problem, view, wide
 
 NO_DECAY, SCALAR, VECTOR = range(3)
 NO_ERASE, DELTA, LOW_RANK = range(3)
@@ -73,11 +73,6 @@ def recurrent(
     if type(q) is Tensor and not torch.compiler.is_compiling():
         return _tokens(*arguments)  # an operator's dispatch costs as much as the step
     return torch.ops.fla.native_tokens(*arguments)
-
-
-def _wide(x: Tensor | None) -> Tensor | None:
-    """A tensor the kernels read: anything but fp32, bf16 and fp16 as fp32."""
-    return x if x is None or x.dtype in TYPES else x.float()
 
 
 # Problems without their pointers, by all that they say: a decode step takes as long as making one.
@@ -207,7 +202,7 @@ def _chunk_backward(
     for name, x, target in zip(VIEWS, tensors, targets, strict=True):
         if x is not None:
             setattr(p, "dg" if name == "gv" else f"d{name}", view(target))
-    do = _wide(do)
+    do = wide(do)
     p.o, p.states, p.dinitial = view(do), states.data_ptr(), dstate.data_ptr()
     library.call("fla_backward", p)
     for grad, target in zip(grads, targets, strict=True):

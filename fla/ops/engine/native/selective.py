@@ -6,9 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fla.ops.engine.conv_operator import rows
 from fla.ops.engine.layout import boundaries_to_list, count_sequences
 from fla.ops.engine.native import library
-from fla.ops.engine.native.library import BLOCK, CHANNELS, TYPES, Scan
+from fla.ops.engine.native.library import BLOCK, CHANNELS, TYPES, Scan, channels, wide
 
 
 def selective_scan(
@@ -29,20 +30,6 @@ def selective_scan(
     return y, final
 
 
-def _view(x: Tensor) -> library.View:
-    """`[B, T, D]`: one head of D channels."""
-    return library.view(x.unsqueeze(2))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in TYPES else x.float()
-
-
-def _rows(x: Tensor | None) -> Tensor | None:
-    """`[.., D, K]` as contiguous fp32 rows `[.., K, D]`: as it lies where it came from here."""
-    return None if x is None else x.mT.to(torch.float32).contiguous()
-
-
 class _Problem(Scan):
     """The structure, and the tensors it points into."""
 
@@ -52,13 +39,13 @@ class _Problem(Scan):
         if bounds is not None:
             boundaries_to_list(bounds, x.shape[1], "selective_scan")
             bounds = bounds.to(torch.int64).contiguous()
-        tensors = {n: _wide(y) for n, y in (("x", x), ("dt", dt), ("B", B), ("C", C))}
+        tensors = {n: wide(y) for n, y in (("x", x), ("dt", dt), ("B", B), ("C", C))}
         super().__init__(
-            **{name: _view(y) for name, y in tensors.items()},
+            **{name: channels(y) for name, y in tensors.items()},
             N=count_sequences(x, bounds), T=x.shape[1], D=x.shape[2], K=A.shape[1],
         )  # fmt: skip
         self.alive: list[Tensor] = list(tensors.values())
-        self.point(A=_rows(A), bounds=bounds)
+        self.point(A=rows(A), bounds=bounds)
 
     def point(self, **tensors: Tensor | None) -> None:
         for name, x in tensors.items():
@@ -79,8 +66,8 @@ def _scan(
     """y, the final state, and where `save` the first state of every block of tokens."""
     y, final, states = _empty(x, dt, A, B, C, initial_state, cu_seqlens, save)
     p = _Problem(x, dt, A, B, C, cu_seqlens)
-    p.point(initial=_rows(initial_state), final_state=final.mT, states=states if save else None)
-    p.y = _view(y)
+    p.point(initial=rows(initial_state), final_state=final.mT, states=states if save else None)
+    p.y = channels(y)
     library.call("fla_scan_forward", p)
     return y, final, states
 
@@ -115,9 +102,9 @@ def _scan_backward(
     dA = states.new_empty(len(dstate), *A.mT.shape)
     dB, dC = states.new_empty(2, -(-x.shape[2] // CHANNELS), *B.shape)
     p = _Problem(x, dt, A, B, C, cu_seqlens)
-    p.point(dfinal=_rows(dfinal), dinitial=dstate.mT, states=states, dA=dA, dB=dB, dC=dC)
-    dy = _wide(dy)
-    p.y, p.dx, p.ddt = _view(dy), _view(dx), _view(ddt)
+    p.point(dfinal=rows(dfinal), dinitial=dstate.mT, states=states, dA=dA, dB=dB, dC=dC)
+    dy = wide(dy)
+    p.y, p.dx, p.ddt = channels(dy), channels(dx), channels(ddt)
     library.call("fla_scan_backward", p)
     return dx, ddt, dA.sum(0).mT.contiguous(), dB.sum(0), dC.sum(0), dstate
 
