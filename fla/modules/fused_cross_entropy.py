@@ -6,11 +6,15 @@ loss = lse(z) - (1 - s) z_target - s mean(z) + zw * lse(z)^2         s: label sm
 lse_square_scale
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+
+from fla.ops.engine.dispatch import resolve_module
+from fla.ops.engine.kernels.ops import interpreted, on_device
+from fla.ops.engine.kernels.selfcheck import differs_from, trusted
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -19,6 +23,86 @@ def shape_logits(logits: Tensor, logit_scale: float, logit_softcapping: float | 
     """The z of the equation, in fp32 (fp64 for fp64)."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     return z if not logit_softcapping else logit_softcapping * torch.tanh(z / logit_softcapping)
+
+
+class LogitShape(NamedTuple):
+    """What makes a loss of logits; see the module's equation."""
+
+    logit_scale: float = 1.0
+    logit_softcapping: float | None = None
+    label_smoothing: float = 0.0
+    lse_square_scale: float = 0.0
+    ignore_index: int = -100
+
+
+class _Triton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, shape: LogitShape):
+        from fla.modules.kernels import cross_entropy
+
+        logits = logits.contiguous()
+        with on_device(logits.device):
+            rows = cross_entropy.forward(logits, target, shape)
+        ctx.save_for_backward(logits, target, *rows)
+        ctx.shape = shape
+        return rows.loss, rows.z_loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor, dz_loss: Tensor):
+        from fla.modules.kernels import cross_entropy
+
+        logits, target, *rows = ctx.saved_tensors
+        grads = (dloss.contiguous(), dz_loss.contiguous())
+        out = torch.empty_like(logits)
+        with on_device(logits.device):
+            cross_entropy.backward(
+                logits, target, cross_entropy.Rows(*rows), *grads, ctx.shape, out
+            )
+        return out, None, None
+
+
+class Kind(NamedTuple):
+    """What the kernels are compiled for."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"a cross entropy, {self.dtype}, on {self.device}"
+
+
+def _differs(kind: Kind) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 5000, generator=generator)
+    shape = LogitShape(1.5, 4.0, 0.1, 0.01, ignore_index=3)
+    inputs = dict(logits=logits.to(kind.device, kind.dtype))
+    inputs["target"] = torch.arange(5, device=kind.device)
+    return differs_from(
+        lambda logits, target: _plain(logits, target, shape),
+        lambda logits, target: _Triton.apply(logits, target, shape),
+        inputs,
+        kind.dtype,
+    )
+
+
+def runs_in_triton(op: str, logits: Tensor) -> bool:
+    """Whether the kernels are to be used, and give what torch gives."""
+    if resolve_module(op, logits) != "triton":
+        return False
+    return trusted(Kind(logits.device, logits.dtype), _differs, interpreted())
+
+
+def _plain(logits: Tensor, target: Tensor, shape: LogitShape) -> tuple[Tensor, Tensor]:
+    z = shape_logits(logits, shape.logit_scale, shape.logit_softcapping)
+    kept = target != shape.ignore_index
+    lse = z.logsumexp(-1)
+    picked = z.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    loss = lse - (1 - shape.label_smoothing) * picked
+    if shape.label_smoothing:
+        loss = loss - shape.label_smoothing * z.mean(-1)
+    z_loss = shape.lse_square_scale * lse.square()
+    return ((loss + z_loss) * kept, z_loss * kept)
 
 
 def cross_entropy_loss(
@@ -33,15 +117,11 @@ def cross_entropy_loss(
     """Loss and z-loss (already part of the loss) of every row: logits `[M, V]`, target `[M]`; 0
     where ignored.
     """
-    z = shape_logits(logits, logit_scale, logit_softcapping)
-    kept = target != ignore_index
-    lse = z.logsumexp(-1)
-    picked = z.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    loss = lse - (1 - label_smoothing) * picked
-    if label_smoothing:
-        loss = loss - label_smoothing * z.mean(-1)
-    z_loss = lse_square_scale * lse.square()
-    return ((loss + z_loss) * kept, z_loss * kept)
+    shape = LogitShape(
+        logit_scale, logit_softcapping, label_smoothing, lse_square_scale, ignore_index
+    )
+    form = _Triton.apply if runs_in_triton("cross_entropy_loss", logits) else _plain
+    return form(logits, target, shape)
 
 
 class FusedCrossEntropyLoss(nn.Module):

@@ -17,7 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.modules.fused_cross_entropy import shape_logits
+from fla.modules.fused_cross_entropy import LogitShape, runs_in_triton, shape_logits
+from fla.ops.engine.kernels.ops import on_device
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class LinearLoss:
                 f"linear cross entropy: num_chunks is {self.num_chunks}; expected at least 1"
             )
 
-    def rows(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss of one chunk and the gradient of its logits `[rows, V]` (which are
-        overwritten).
+    def rows(self, logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed loss of one chunk, and the gradient of its logits `[rows, V]`, which are
+        overwritten, of the loss times `weight`.
         """
         V = logits.shape[-1]
         z = shape_logits(logits, self.logit_scale, self.logit_softcapping)
@@ -67,30 +68,45 @@ class LinearLoss:
             grad.scatter_add_(-1, where, largest * self.l2_penalty_factor * kept)
         if self.logit_softcapping:
             grad.mul_(1 - (z / self.logit_softcapping).square())
-        return (loss * kept).sum(), grad.mul_(self.logit_scale)
+        return (loss * kept).sum(), grad.mul_(self.logit_scale * weight)
+
+    def rows_in_triton(
+        self, logits: Tensor, target: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `rows`, without a copy of the logits."""
+        from fla.modules.kernels import cross_entropy
+
+        shape = LogitShape(**{name: getattr(self, name) for name in LogitShape._fields})
+        factor = self.l2_penalty_factor if self.use_l2warp else None
+        with on_device(logits.device):
+            rows = cross_entropy.forward(logits, target, shape)
+            dloss = weight.expand(len(target)).contiguous()
+            zero = torch.zeros_like(dloss)
+            cross_entropy.backward(logits, target, rows, dloss, zero, shape, logits, factor)
+        return rows.loss.sum(), logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, target, weight, bias, options: LinearLoss):
-        need_x, _, need_weight, need_bias, _ = ctx.needs_input_grad
+    def forward(ctx, x, target, weight, bias, options: LinearLoss, triton: bool):
+        need_x, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+        rows = options.rows_in_triton if triton else options.rows
         wide = torch.promote_types(x.dtype, torch.float32)
         sums = wide if options.accumulate_grad_in_fp32 else weight.dtype
         dx = torch.empty_like(x) if need_x else None
         dweight = torch.zeros_like(weight, dtype=sums) if need_weight else None
         dbias = torch.zeros_like(bias, dtype=sums) if need_bias else None
         total = x.new_zeros((), dtype=wide)
-        count = (target != options.ignore_index).sum().clamp(min=1)
+        count = (target != options.ignore_index).sum().clamp(min=1).to(wide)
+        share = 1 / count if options.reduction == "mean" else torch.ones_like(count)
         size = max(1, -(-x.shape[0] // options.num_chunks))
         for x_c, t_c, dx_c in zip(
             x.split(size), target.split(size), (x if dx is None else dx).split(size), strict=True
         ):
-            loss, grad = options.rows(F.linear(x_c, weight, bias), t_c)
+            loss, grad = rows(F.linear(x_c, weight, bias), t_c, share)
             total += loss
-            if options.reduction == "mean":
-                grad /= count
             if dbias is not None:
-                dbias += grad.sum(0)
+                dbias += grad.sum(0, dtype=sums)
             grad = grad.to(x.dtype)
             if dx is not None:
                 torch.mm(grad, weight.to(x.dtype), out=dx_c)
@@ -98,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dweight += (grad.mT @ x_c).to(sums)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(dx, dweight, dbias)
-        return total / count if options.reduction == "mean" else total
+        return total * share
 
     @staticmethod
     def backward(ctx, scale: Tensor):
@@ -108,7 +124,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if d is None else (d * scale).to(t)
             for d, t in zip((dx, dweight, dbias), types, strict=True)
         ]
-        return grads[0], None, grads[1], grads[2], None
+        return grads[0], None, grads[1], grads[2], None, None
 
 
 def fused_linear_cross_entropy_loss(
@@ -157,7 +173,8 @@ def fused_linear_cross_entropy_loss(
         bias = None if bias is None else bias.to(dtype)
     x, target = x.flatten(0, -2), target.flatten()
     with torch.autocast(x.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(x, target, weight, bias, options)
+        triton = runs_in_triton("fused_linear_cross_entropy_loss", x)
+        return _LinearCrossEntropy.apply(x, target, weight, bias, options, triton)
 
 
 class FusedLinearCrossEntropyLoss(nn.Module):

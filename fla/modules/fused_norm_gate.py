@@ -1,21 +1,85 @@
 # SPDX-License-Identifier: MIT
 """RMSNorm with an output gate: `y = rms_norm(x + residual) * act(g)`, computed in fp32 for lower
-dtypes.
+dtypes. Autograd keeps x + residual and g alone.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fla.modules.layernorm import RMSNorm, rms_norm
+from fla.modules.recompute import recomputed
+from fla.ops.engine.dispatch import resolve_module
+from fla.ops.engine.kernels.ops import interpreted, on_device
+from fla.ops.engine.kernels.selfcheck import differs_from, trusted
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "silu": F.silu,
     "sigmoid": torch.sigmoid,
 }
+
+
+WIDEST = 16384  # channels a program of the kernels holds
+
+
+class _Triton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, g, weight, bias, sigmoid: bool, eps: float) -> Tensor:
+        from fla.modules.kernels import gated_norm
+
+        ctx.shape, ctx.switches = x.shape, (sigmoid, eps)
+        x, g = (y.reshape(-1, y.shape[-1]).contiguous() for y in (x, g))
+        ctx.save_for_backward(x, g, weight, bias)
+        with on_device(x.device):
+            return gated_norm.forward(x, g, weight, bias, sigmoid, eps).view(ctx.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor):
+        from fla.modules.kernels import gated_norm
+
+        x, g, weight, bias = ctx.saved_tensors
+        with on_device(dy.device):
+            grads = gated_norm.backward(dy.reshape(x.shape), x, g, weight, bias, *ctx.switches)
+        dx, dg, *others = grads
+        return dx.view(ctx.shape), dg.view(ctx.shape), *others, None, None
+
+
+class Kind(NamedTuple):
+    """What the kernels are compiled for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    D: int
+    sigmoid: bool
+
+    def __str__(self) -> str:
+        return f"a gated norm of {self.D} channels, {self.dtype}, on {self.device}"
+
+
+def _differs(kind: Kind) -> str | None:
+    x, g = torch.randn(2, 70, kind.D, generator=torch.Generator().manual_seed(0))
+    inputs = {n: y.to(kind.device, kind.dtype) for n, y in dict(x=x, g=g, weight=x[0]).items()}
+    form = partial(_plain, bias=None, activation="sigmoid" if kind.sigmoid else "swish", eps=1e-6)
+    return differs_from(
+        form,
+        lambda x, g, weight: _Triton.apply(x, g, weight, None, kind.sigmoid, 1e-6),
+        inputs,
+        kind.dtype,
+    )
+
+
+def _plain(
+    x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str, eps: float
+) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y: Tensor = rms_norm(x.to(wide), weight, bias, eps=eps)  # type: ignore[assignment]
+    return y * ACTIVATIONS[activation](g.to(wide))
 
 
 def rms_norm_gated(
@@ -35,9 +99,18 @@ def rms_norm_gated(
             f"rms_norm_gated: activation is {activation!r}; expected one of "
             f"{', '.join(ACTIVATIONS)}"
         )
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y, total = rms_norm(x.to(wide), weight, bias, residual, eps, True, residual_in_fp32)
-    y = (y * ACTIVATIONS[activation](g.to(wide))).to(x.dtype)
+    total = x
+    if residual is not None or residual_in_fp32:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        total = x.to(wide) if residual is None else x.to(wide) + residual
+    sigmoid, D = activation == "sigmoid", x.shape[-1]
+    kernels = D <= WIDEST and resolve_module("rms_norm_gated", x) == "triton"
+    if kernels and trusted(Kind(x.device, x.dtype, D, sigmoid), _differs, interpreted()):
+        y = _Triton.apply(total, g, weight, bias, sigmoid, eps)
+    else:
+        form = partial(_plain, activation=activation, eps=eps)
+        y = recomputed(form, total, g, weight, bias)
+    y = y.to(x.dtype)
     return (y, total if residual_in_fp32 else total.to(x.dtype)) if prenorm else y
 
 

@@ -34,6 +34,9 @@ def layer_norm(
         total = residual.float() + x if residual_in_fp32 else x + residual
     elif residual_in_fp32:
         total = x.float()
+    if is_rms_norm and bias is None and (weight is None or weight.dtype == total.dtype):
+        y = F.rms_norm(total, total.shape[-1:], weight, eps).to(x.dtype)  # in fp32 itself
+        return (y, total) if prenorm else y
     wide = total.float() if total.dtype in (torch.bfloat16, torch.float16) else total
     width, weight = total.shape[-1:], None if weight is None else weight.to(wide.dtype)
     bias = None if bias is None else bias.to(wide.dtype)

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fla.ops.engine.layout import SequenceLayout
+from fla.ops.engine import layout as layout_module
+from fla.ops.engine.layout import SequenceLayout, boundaries_to_list
 
 CU = torch.tensor
 
@@ -67,6 +68,21 @@ def test_positions_go_on_under_a_cache():
 def test_wrong_descriptions(arguments, message):
     with pytest.raises(ValueError, match=message):
         SequenceLayout.resolve(2, 6, **arguments)
+
+
+def test_boundaries_are_read_once(monkeypatch):
+    """From a device, until they change."""
+    monkeypatch.setattr(layout_module, "_waits", lambda x: True)
+    bounds, read = torch.tensor([0, 2, 5]), []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: read.append(x) or tolist(x))
+    assert boundaries_to_list(bounds, 5) == boundaries_to_list(bounds, 5) == [0, 2, 5]
+    assert len(read) == 1
+    bounds[1] = 3
+    assert boundaries_to_list(bounds, 5) == [0, 3, 5]
+    with torch.inference_mode():
+        assert boundaries_to_list(torch.tensor([0, 1]), 1) == [0, 1]
+    assert len(read) == 3
 
 
 def test_a_mask_that_contradicts_boundaries_is_refused():

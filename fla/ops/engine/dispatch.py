@@ -30,7 +30,13 @@ _chosen: str | None = None
 _TORCH = (
     "deltaformer", "deltaformer_attn", "log_linear_attn", "titans_linear", "ttt_linear"
 )  # fmt: skip
-_NOT = {"native": ("hgrn", "rwkv4"), "triton": ("abc", "gated_oja_rule", "gsa")}
+_MODULES = (
+    "cross_entropy_loss",
+    "fused_linear_cross_entropy_loss",
+    "fused_linear_divergence",
+    "rms_norm_gated",
+)
+_NOT = {"native": ("hgrn", "rwkv4", *_MODULES), "triton": ("abc", "gated_oja_rule", "gsa")}
 _FORMS = ("fused_recurrent_", "fused_chunk_", "chunk_", "parallel_", "")
 _WITHOUT = {
     backend: frozenset(form + name for form in _FORMS for name in (*_TORCH, *own))
@@ -98,6 +104,14 @@ def resolve(
             f"backend='torch', or unset it and let fla choose"
         )
     return choice
+
+
+def resolve_module(op: str, x: Tensor) -> str:
+    """`triton` or `torch` for what `_MODULES` names: torch's form where native kernels are asked
+    for, and inside `torch.compile`, which fuses it.
+    """
+    torchs = torch.compiler.is_compiling() or requested()[0] == "native"
+    return resolve(op, x.device, "torch" if torchs else None, x.dtype)
 
 
 _first: dict[tuple, str] = {}
@@ -175,6 +189,12 @@ FORMS = {
     "deltaformer_attn": "exact blocks of rows, formed again in the backward",
     "fused_recurrent_deltaformer": "exact blocks of one row, formed again in the backward",
     "causal_conv1d": "one product per tap, under plain autograd",
+    "rms_norm_gated": "formed again in the backward",
+    "cross_entropy_loss": "in fp32, under plain autograd",
+    **dict.fromkeys(
+        ("fused_linear_cross_entropy_loss", "fused_linear_divergence"),
+        "logits of a chunk of tokens at a time, turned into gradients at once",
+    ),
     **dict.fromkeys(
         ("chunk_ttt_linear", "chunk_titans_linear"), "mini-batches in turn, under plain autograd"
     ),
@@ -194,6 +214,12 @@ NATIVE_FORMS = {
     "": "chunks of 16 tokens in C++ ({}); backward by hand",
 }
 TRITON_FORMS = {
+    "rms_norm_gated": "one pass over the rows in Triton; backward by hand",
+    "cross_entropy_loss": "two passes over a row in Triton; backward by hand",
+    **dict.fromkeys(
+        ("fused_linear_cross_entropy_loss", "fused_linear_divergence"),
+        "logits of a chunk of tokens at a time, turned into gradients at once in Triton",
+    ),
     "causal_conv1d": "chunks of 64 tokens side by side, in Triton; backward by hand",
     **dict.fromkeys(
         ("chunk_hgrn", "fused_recurrent_hgrn", "chunk_rwkv4", "fused_recurrent_rwkv4"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fla.ops.engine.conv_operator import register, rows
 from fla.ops.engine.kernels.ops import interpreted, on_device
-from fla.ops.engine.kernels.selfcheck import TOKENS, compare, trusted
+from fla.ops.engine.kernels.selfcheck import TOKENS, differs_from, trusted
 
 
 class Kind(NamedTuple):
@@ -36,9 +36,9 @@ def runs(x: Tensor, weight: Tensor, silu: bool) -> bool:
 def differs(kind: Kind) -> str | None:
     """How the kernels differ from torch on a small problem, or None."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((2, TOKENS, 20), (20, kind.W), (20,))
-    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-    tensors = [x.to(kind.device, kind.dtype) for x in tensors]
+    shapes = dict(x=(2, TOKENS, 20), weight=(20, kind.W), bias=(20,))
+    tensors = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+    tensors = {n: x.to(kind.device, kind.dtype) for n, x in tensors.items()}
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         row = F.pad(x.mT, (kind.W - 1, 0))
@@ -48,19 +48,7 @@ def differs(kind: Kind) -> str | None:
     def kernels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return convolve(x, weight, bias, None, None, kind.silu)[0]
 
-    def results(form, inputs: list[Tensor]) -> dict[str, Tensor]:
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in inputs]
-            y = form(*leaves)
-            grads = torch.autograd.grad(y.float().sum(), leaves)
-        names = ("the gradient of x", "that of the weight", "that of the bias")
-        return {"y": y.detach()} | dict(zip(names, grads, strict=True))
-
-    return compare(
-        lambda: results(kernels, tensors),
-        lambda: results(plain, [x.float() for x in tensors]),
-        kind.dtype,
-    )
+    return differs_from(plain, kernels, tensors, kind.dtype)
 
 
 def convolve(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fla.ops.engine import selective as plain
 from fla.ops.engine.kernels.ops import interpreted, on_device
-from fla.ops.engine.kernels.selfcheck import TOKENS, compare, trusted
+from fla.ops.engine.kernels.selfcheck import TOKENS, differs_from, trusted
 from fla.ops.engine.layout import count_sequences
 
 
@@ -46,23 +46,9 @@ def differs(kind: Kind) -> str | None:
     x, dt = torch.randn(2, 1, TOKENS, 20, generator=generator)
     B, C = torch.randn(2, 1, TOKENS, kind.N, generator=generator)
     A = -torch.rand(20, kind.N, generator=generator)
-    inputs = [y.to(kind.device, kind.dtype) for y in (x, dt.abs(), A, B, C)]
-    inputs[2] = A.to(kind.device)
-
-    def results(form, inputs: list[Tensor]) -> dict[str, Tensor]:
-        with torch.enable_grad():
-            leaves = [y.detach().requires_grad_() for y in inputs]
-            y, final = form(*leaves)
-            grads = torch.autograd.grad(y.float().sum() + final.sum(), leaves)
-        names = (f"the gradient of {name}" for name in ("x", "dt", "A", "B", "C"))
-        found = {"y": y.detach(), "the final state": final.detach()}
-        return found | dict(zip(names, grads, strict=True))
-
-    return compare(
-        lambda: results(selective_scan, inputs),
-        lambda: results(plain.selective_scan, [y.float() for y in inputs]),
-        kind.dtype,
-    )
+    inputs = {n: y.to(kind.device, kind.dtype) for n, y in dict(x=x, dt=dt.abs(), B=B, C=C).items()}
+    inputs["A"] = A.to(kind.device)
+    return differs_from(plain.selective_scan, selective_scan, inputs, kind.dtype)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -93,6 +93,31 @@ def differs(form: Form, kind: Kind) -> str | None:
     )
 
 
+def differs_from(
+    plain: Callable[..., Any],
+    kernels: Callable[..., Any],
+    inputs: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> str | None:
+    """How a function of tensors differs from that in torch, given the inputs in fp32, in its
+    results and in the gradients of the inputs that have some; None where it does not.
+    """
+
+    def results(form: Callable[..., Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        leaves = {n: x.detach().requires_grad_(x.is_floating_point()) for n, x in inputs.items()}
+        with torch.enable_grad():
+            y = form(**leaves)
+            outputs = y if isinstance(y, tuple) else (y,)
+            moving = {n: x for n, x in leaves.items() if x.requires_grad}
+            total = sum(out.float().sum() for out in outputs)
+            grads = torch.autograd.grad(total, list(moving.values()))
+        found = {f"result {i}": out.detach() for i, out in enumerate(outputs)}
+        return found | {f"the gradient of {n}": x for n, x in zip(moving, grads, strict=True)}
+
+    exact = {n: x.float() if x.is_floating_point() else x for n, x in inputs.items()}
+    return compare(lambda: results(kernels, inputs), lambda: results(plain, exact), dtype)
+
+
 def compare(
     kernels: Callable[[], dict[str, Tensor]],
     plain: Callable[[], dict[str, Tensor]],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fla.ops.engine import scan as plain
 from fla.ops.engine.kernels.ops import interpreted, on_device
-from fla.ops.engine.kernels.selfcheck import TOKENS, compare, trusted
+from fla.ops.engine.kernels.selfcheck import TOKENS, differs_from, trusted
 from fla.ops.engine.layout import count_sequences
 
 
@@ -44,22 +44,8 @@ def differs(kind: Kind) -> str | None:
     """How the kernels differ from torch on a small problem, or None."""
     generator = torch.Generator().manual_seed(0)
     x, g = torch.randn(2, 1, TOKENS, 20, generator=generator)
-    inputs = [y.to(kind.device, kind.dtype) for y in (x, -g.abs())]
-
-    def results(form, inputs: list[Tensor]) -> dict[str, Tensor]:
-        with torch.enable_grad():
-            leaves = [y.detach().requires_grad_() for y in inputs]
-            h, final = form(*leaves)
-            grads = torch.autograd.grad(h.float().sum() + final.sum(), leaves)
-        names = ("the gradient of x", "the gradient of g")
-        found = {"h": h.detach(), "the final state": final.detach()}
-        return found | dict(zip(names, grads, strict=True))
-
-    return compare(
-        lambda: results(scan, inputs),
-        lambda: results(plain.scan, [y.float() for y in inputs]),
-        kind.dtype,
-    )
+    inputs = {n: y.to(kind.device, kind.dtype) for n, y in (("x", x), ("g", -g.abs()))}
+    return differs_from(plain.scan, scan, inputs, kind.dtype)
 
 
 def _flat(x: Tensor) -> Tensor:

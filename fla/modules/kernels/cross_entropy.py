@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""The rows of `fused_cross_entropy.py` and their gradient: one program a row, which goes over its
+logits once for the sums and once for the gradient. The gradient may be written over the logits.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fla.modules.fused_cross_entropy import LogitShape
+
+BLOCK, WARPS = 4096, 8  # logits at once
+
+
+@triton.jit
+def shaped(z, SCALE: tl.constexpr, CAP: tl.constexpr):
+    """`cap tanh(scale z / cap)`, or scale z where there is no cap."""
+    z = z.to(tl.float32) * SCALE
+    if CAP:
+        z = CAP * (1.0 - 2.0 / (tl.exp(2.0 * z / CAP) + 1.0))
+    return z
+
+
+@triton.jit
+def grown(most, total, z):
+    """The running maximum, and sum of exponentials below it, with a block of z."""
+    larger = tl.maximum(most, tl.max(z, 0))
+    base = tl.where(larger == float("-inf"), 0.0, larger)
+    return larger, total * tl.exp(most - base) + tl.sum(tl.exp(z - base), 0)
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits, targets, loss, z_loss, lses, tops, V, ignore, SCALE: tl.constexpr, CAP: tl.constexpr,
+    SMOOTHING: tl.constexpr, SQUARE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Losses, the log of the sum of exponentials, and the number of the largest logit."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    most, total, sums = float("-inf"), 0.0, 0.0
+    best, top = float("-inf"), 0
+    for first in range(0, V, BLOCK):
+        cols = first + tl.arange(0, BLOCK)
+        raw = tl.load(logits + row * V + cols, mask=cols < V, other=0.0)
+        z = tl.where(cols < V, shaped(raw, SCALE, CAP), float("-inf"))
+        most, total = grown(most, total, z)
+        sums += tl.sum(tl.where(cols < V, z, 0.0), 0)
+        block_best, block_top = tl.max(z, 0), tl.argmax(z, 0)
+        top = tl.where(block_best > best, first + block_top, top)
+        best = tl.maximum(best, block_best)
+    lse = most + tl.log(total)
+    kept = target != ignore
+    known = (target >= 0) & (target < V)
+    raw = tl.load(logits + row * V + target, mask=kept & known, other=0.0)
+    picked = tl.where(known, shaped(raw, SCALE, CAP), float("nan"))
+    own = lse - (1.0 - SMOOTHING) * picked - SMOOTHING * sums / V
+    squared = SQUARE * lse * lse
+    tl.store(loss + row, tl.where(kept, own + squared, 0.0))
+    tl.store(z_loss + row, tl.where(kept, squared, 0.0))
+    tl.store(lses + row, lse)
+    tl.store(tops + row, top)
+
+
+@triton.jit
+def cross_entropy_gradient_kernel(
+    logits, targets, lses, tops, dloss, dz_loss, out, V, ignore, factor, SCALE: tl.constexpr,
+    CAP: tl.constexpr, SMOOTHING: tl.constexpr, SQUARE: tl.constexpr, WARP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """WARP: dloss times `factor` times the largest logit is added to its gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    target, lse, top = tl.load(targets + row), tl.load(lses + row), tl.load(tops + row)
+    kept = target != ignore
+    grad = tl.where(kept, tl.load(dloss + row), 0.0)
+    squares = grad + tl.where(kept, tl.load(dz_loss + row), 0.0)
+    mass = grad + squares * 2.0 * SQUARE * lse
+    for first in range(0, V, BLOCK):
+        cols = first + tl.arange(0, BLOCK)
+        z = shaped(tl.load(logits + row * V + cols, mask=cols < V, other=0.0), SCALE, CAP)
+        dz = tl.exp(z - lse) * mass - grad * SMOOTHING / V
+        dz -= tl.where(cols == target, grad * (1.0 - SMOOTHING), 0.0)
+        if WARP:
+            dz += tl.where(cols == top, grad * z * factor, 0.0)
+        if CAP:
+            dz *= 1.0 - z / CAP * (z / CAP)
+        dz = tl.where(kept, dz * SCALE, 0.0)
+        tl.store(out + row * V + cols, dz.to(out.dtype.element_ty), mask=cols < V)
+
+
+def _switches(shape: LogitShape) -> dict[str, float]:
+    names = ("SCALE", "CAP", "SMOOTHING", "SQUARE")
+    return {name: float(x or 0.0) for name, x in zip(names, shape[:4], strict=True)}
+
+
+class Rows(NamedTuple):
+    """Of every row: loss, z-loss (0 where ignored), log of the sum of exponentials, and the number
+    of the largest logit.
+    """
+
+    loss: Tensor
+    z_loss: Tensor
+    lse: Tensor
+    top: Tensor
+
+
+def forward(logits: Tensor, target: Tensor, shape: LogitShape) -> Rows:
+    """logits `[M, V]`, target `[M]`."""
+    M, V = logits.shape
+    loss, z_loss, lse = logits.new_empty(3, M, dtype=torch.float32)
+    rows = Rows(loss, z_loss, lse, logits.new_empty(M, dtype=torch.int32))
+    cross_entropy_kernel[(M,)](
+        logits, target, *rows, V, shape.ignore_index, **_switches(shape),
+        BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS,
+    )  # fmt: skip
+    return rows
+
+
+def backward(
+    logits: Tensor,
+    target: Tensor,
+    rows: Rows,
+    dloss: Tensor,
+    dz_loss: Tensor,
+    shape: LogitShape,
+    out: Tensor,
+    factor: float | None = None,
+) -> Tensor:
+    """The gradient of the logits, written into `out`, which may be they; see the kernel."""
+    M, V = logits.shape
+    cross_entropy_gradient_kernel[(M,)](
+        logits, target, rows.lse, rows.top, dloss, dz_loss, out, V, shape.ignore_index,
+        factor or 0.0, **_switches(shape), WARP=factor is not None,
+        BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS,
+    )  # fmt: skip
+    return out

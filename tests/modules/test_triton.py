@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""The modules' Triton kernels against the torch forms in fp64: on a GPU where there is one, else in the interpreter."""
+
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fla.modules import FusedCrossEntropyLoss, FusedRMSNormGated
+from fla.modules.fused_cross_entropy import cross_entropy_loss
+from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
+from fla.modules.fused_norm_gate import rms_norm_gated
+from fla.modules.kernels import cross_entropy, gated_norm
+from fla.ops.engine.dispatch import explain, use_backend
+from fla.ops.engine.kernels import selfcheck
+from tests.helpers import gradients
+from tests.modules.test_losses import OPTIONS
+from tests.ops.family import compare
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def both(form, tensors, **options):
+    """Results and gradients by torch in fp64, and by the kernels in fp32."""
+    found = []
+    for backend, dtype in (("torch", torch.float64), ("triton", torch.float32)):
+        leaves = {n: x.to(DEVICE, dtype).requires_grad_() for n, x in tensors.items()}
+        with use_backend(backend):
+            y = form(**leaves, **options)
+            outputs = list(y) if isinstance(y, tuple) else [y]
+            results = {str(i): x for i, x in enumerate(outputs)}
+            found.append(results | gradients(outputs, leaves))
+    return found
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 12), (1, 9000, 3), (0, 12), (2, 600)], ids=str)
+@pytest.mark.parametrize("extras", [(), ("weight",), ("weight", "bias", "residual")], ids=str)
+def test_gated_norm(shape, extras):
+    generator = torch.Generator().manual_seed(0)
+    sizes = dict(x=shape, g=shape, weight=shape[-1:], bias=shape[-1:], residual=shape)
+    x = {
+        n: torch.randn(s, generator=generator) for n, s in sizes.items() if n in ("x", "g", *extras)
+    }
+    missing = {n: None for n in ("weight", "bias") if n not in x}
+    for activation in ("swish", "sigmoid"):
+        want, got = both(rms_norm_gated, x, **missing, activation=activation, prenorm=True)
+        compare(got, want, f"{shape} {extras}", 1e-5)
+
+
+def test_gated_norm_of_rows_that_are_not_contiguous():
+    x, g = torch.randn(2, 8, 3, 5).transpose(1, 3)
+    want, got = both(rms_norm_gated, dict(x=x, g=g, weight=torch.randn(8)), bias=None)
+    compare(got, want, "transposed", 1e-5)
+
+
+@pytest.mark.parametrize("V", [17, 5000])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_cross_entropy(options, V):
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(V, (7,), generator=generator).to(DEVICE)
+    target[3] = -100
+    x = dict(logits=4 * torch.randn(7, V, generator=generator))
+    want, got = both(cross_entropy_loss, x, target=target, **options)
+    compare(got, want, f"{options}", 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [*OPTIONS, dict(use_l2warp=True, l2_penalty_factor=0.3)], ids=str
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_linear_cross_entropy(options, reduction):
+    generator = torch.Generator().manual_seed(0)
+    sizes = dict(x=(13, 6), weight=(17, 6), bias=(17,))
+    x = {n: torch.randn(s, generator=generator) for n, s in sizes.items()}
+    target = torch.randint(17, (13,), generator=generator).to(DEVICE)
+    target[3] = -100
+    form = fused_linear_cross_entropy_loss
+    want, got = both(form, x, target=target, **options, reduction=reduction, num_chunks=3)
+    compare(got, want, f"{options}", 1e-5)
+
+
+def test_a_target_outside_the_vocabulary_is_seen():
+    with use_backend("triton"):
+        loss = FusedCrossEntropyLoss()(
+            torch.randn(2, 5, device=DEVICE), torch.tensor([1, 5]).to(DEVICE)
+        )
+    assert loss.isnan()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "said"),
+    [(gated_norm, "gated norm of 12 channels"), (cross_entropy, "a cross entropy")],
+)
+def test_kernels_that_go_wrong_are_noticed_and_replaced(monkeypatch, kernels, said):
+    monkeypatch.setenv("FLA_TRITON_CHECK", "1")
+    monkeypatch.setattr(selfcheck, "_found", {})
+    x, target = torch.randn(4, 12, device=DEVICE), torch.arange(4, device=DEVICE)
+    run = (
+        (lambda: rms_norm_gated(x, x, None, None))
+        if kernels is gated_norm
+        else (lambda: cross_entropy_loss(x, target)[0])
+    )
+    want = run()
+    with use_backend("triton"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare({"y": run()}, {"y": want.double()}, "sound", 1e-5)
+    selfcheck._found.clear()
+    forward = kernels.forward
+    monkeypatch.setattr(
+        kernels,
+        "forward",
+        lambda *a: type(y)(*(2 * z for z in y)) if isinstance(y := forward(*a), tuple) else 2 * y,
+    )
+    with use_backend("triton"), pytest.warns(RuntimeWarning, match=said + ".*off by"):
+        assert torch.equal(run(), want)
+
+
+def test_what_runs_is_told():
+    x = torch.randn(2, 8, device=DEVICE)
+    assert explain(rms_norm_gated, x=x).backend == ("triton" if DEVICE.type == "cuda" else "torch")
+    with use_backend("native" if DEVICE.type == "cpu" else "torch"):
+        FusedRMSNormGated(8, device=DEVICE)(x, x)  # which no native kernel has: torch's form runs
+    assert "fp64" in explain(rms_norm_gated, x=x.double()).rejected["triton"]
