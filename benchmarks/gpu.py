@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -127,8 +127,45 @@ def own_rows(device: str) -> dict[str, Callable[[], float]]:
             rows[title] = lambda way=way, shape=shape: median_time(
                 way(attention, inputs(shape, device, False)), device
             )
+    rows |= model_rows(device)
     rows["first call of a process, forward and backward"] = lambda: first_call(device)
     return rows
+
+
+def model_rows(device: str) -> dict[str, Callable[[], float]]:
+    """A Gated DeltaNet language model: a training step, and one further token of 32 sequences."""
+    gpu = device == "cuda"
+    sizes = dict(hidden_size=1024, num_hidden_layers=24, num_heads=8, head_dim=128)
+    if not gpu:
+        sizes = dict(hidden_size=64, num_hidden_layers=2, num_heads=1, head_dim=64)
+
+    def model() -> Any:
+        from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
+
+        config = GatedDeltaNetConfig(**sizes, vocab_size=32000 if gpu else 256)
+        dtype = torch.bfloat16 if gpu else torch.float32
+        return GatedDeltaNetForCausalLM(config).to(device, dtype)
+
+    def train() -> float:
+        net, shape = model(), (8, 2048) if gpu else (1, 64)
+        ids = torch.randint(256, shape, device=device)
+
+        def step() -> None:
+            net(input_ids=ids, labels=ids).loss.backward()
+            net.zero_grad(set_to_none=True)
+
+        return median_time(step, device)
+
+    def token() -> float:
+        net, ids = model().eval(), torch.randint(256, (32 if gpu else 2, 64), device=device)
+        with torch.no_grad():
+            cache = net(input_ids=ids, use_cache=True).past_key_values
+            return median_time(
+                lambda: net(input_ids=ids[:, :1], past_key_values=cache, use_cache=True), device
+            )
+
+    name = f"Gated DeltaNet, {sizes['num_hidden_layers']} layers"
+    return {f"{name}: training step of 8 x 2,048": train, f"{name}: a token of 32 sequences": token}
 
 
 def first_call(device: str) -> float:
@@ -146,8 +183,20 @@ def first_call(device: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def stage_rows(device: str) -> dict[str, Callable[[], float]]:
-    """Each stage of one forward and backward at 16/64 heads, 8,192 tokens."""
+class Stage(NamedTuple):
+    """A stage, the tensors it reads or writes, and its products: (rows, inner, columns) each."""
+
+    run: Callable[[], object]
+    tensors: list[Tensor]
+    products: list[tuple[int, int, int]]
+
+
+PEAKS = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.0e12, 312e12)}
+
+
+def stages(device: str) -> tuple[dict[str, Stage], int]:
+    """Those of one forward and backward at 16/64 heads, 8,192 tokens; chunks times heads."""
+    from fla.ops.engine.kernels.launch import CHUNK as C
     from fla.ops.engine.kernels.launch import Call
 
     x = inputs((16, 64, 8192, 1) if device == "cuda" else SMALL, device, False)
@@ -155,30 +204,70 @@ def stage_rows(device: str) -> dict[str, Callable[[], float]]:
     call = Call(tensors, None, 1.0, False, False, backward=True)
     do = torch.randn_like(call.v)
     states, written, _ = call.run_states(None)
-    states_grad, solved, _, _ = call.state_gradients(do, None)
+    states_grad, solved, dv, _ = call.state_gradients(do, None)
+    q, k, v, o = call.q, call.k, call.v, torch.empty_like(call.v)
+    attention, inverse, _, below = call.system
+    gates: list[Tensor] = [call.g, call.beta]
+    chunk = [x for x in (attention, inverse, below) if x is not None]
+    wide = [torch.empty(len(v), call.HV, K, device=device) for _ in range(2)]  # dq, dk
+    K_V, C_V, C_K = (C, K, K), (C, C, K), (C, K, C)
 
     def scores() -> None:
         del call.system
         _ = call.system
 
-    stages: dict[str, Callable[[], object]] = {
-        "scores and solve": scores,
-        "state": lambda: call.run_states(None),
-        "output": lambda: call.output(states, written),
-        "gradient of the state": lambda: call.state_gradients(do, None),
-        "gradients of rows": lambda: call.row_gradients(do, states, states_grad, written, solved),
+    found = {
+        "scores and solve": Stage(scores, [q, k, *gates, *chunk], [C_K, C_K, (C, C, C)]),
+        "state": Stage(
+            lambda: call.run_states(None),
+            [k, v, *gates, inverse, states, written],
+            [K_V, C_V, K_V],
+        ),
+        "output": Stage(
+            lambda: call.output(states, written),
+            [q, written, attention, states, call.g, o],
+            [K_V, C_V],
+        ),
+        "gradient of the state": Stage(
+            lambda: call.state_gradients(do, None),
+            [q, k, do, *gates, attention, inverse, states_grad, solved, dv],
+            [K_V, K_V, K_V, C_V, C_V],
+        ),
+        "gradients of rows": Stage(
+            lambda: call.row_gradients(do, states, states_grad, written, solved),
+            [q, k, v, do, *gates, *chunk, states, states_grad, written, solved, *wide],
+            [C_K, C_K, C_K, C_K, K_V, K_V, K_V, C_V, C_V, C_V, C_V],
+        ),
     }
-    return {f"stage: {n}": lambda f=f: median_time(f, device) for n, f in stages.items()}
+    return found, call.chunks * call.HV
+
+
+def roofline(device: str) -> list[str]:
+    """Of every stage: its time, what it moves and computes in it, and the least time that takes."""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    peak = next((p for known, p in PEAKS.items() if known in name), None)
+    lines = [
+        "| stage | time | bytes | GB/s | flops | TFLOP/s | of the roofline |",
+        "|" + "---|" * 7,
+    ]
+    found, parts = stages(device)
+    for title, stage in found.items():
+        seconds = median_time(stage.run, device)
+        size = sum(x.numel() * x.element_size() for x in stage.tensors)
+        flops = parts * sum(2 * a * b * c for a, b, c in stage.products)
+        share = f"{max(size / peak[0], flops / peak[1]) / seconds:.0%}" if peak else "-"
+        lines.append(
+            f"| {title} | {cell(seconds)} | {size / 1e6:.1f} MB | {size / seconds / 1e9:.0f} | "
+            f"{flops / 1e9:.2f} G | {flops / seconds / 1e12:.2f} | {share} |"
+        )
+    return lines
 
 
 def measure(rows: dict[str, Callable[[], float]]) -> dict[str, float | str]:
     """Seconds by row, or what went wrong there."""
     found: dict[str, float | str] = {}
     for name, row in rows.items():
-        try:
-            found[name] = row()
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+        found[name] = guarded(row)
         print(f"  {name}: {cell(found[name])}", file=sys.stderr, flush=True)
     return found
 
@@ -208,7 +297,17 @@ def report(result: dict) -> str:
         y = theirs.get(name)
         ratio = f"{y / x:.2f}x" if isinstance(x, float) and isinstance(y, float) else ""
         lines.append(f"| {name} | {cell(x)} | {cell(y)} | {ratio} |")
+    stages = result["stages"]
+    lines += ["", *([stages] if isinstance(stages, str) else stages)]
     return "\n".join(lines) + "\n"
+
+
+def guarded(function: Callable[[], Any]) -> Any:
+    """What it gives, or what went wrong."""
+    try:
+        return function()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
 
 
 def main() -> int:
@@ -228,8 +327,9 @@ def main() -> int:
         return 0
     from benchmarks.common import machine
 
-    own = operator_rows(args.device) | own_rows(args.device) | stage_rows(args.device)
+    own = operator_rows(args.device) | own_rows(args.device)
     result = {"machine": machine(), "ours": measure(own)}
+    result["stages"] = guarded(lambda: roofline(args.device))
     if args.peer:
         result["peer"] = peer(args.peer, args.device)
     print(report(result))

@@ -28,6 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from fla.modules.fused_cross_entropy import LogitShape
+from fla.modules.fused_linear_divergence import Divergence
+from fla.modules.kernels import cross_entropy, divergence, gated_norm
 from fla.ops.engine.kernels import launch, scan, selective
 from fla.ops.engine.kernels.convolution import Convolution
 
@@ -156,6 +159,21 @@ def compile_channels() -> None:
     selective.backward(inputs, x, A[None], A[None], cuts)
 
 
+def compile_modules() -> None:
+    """Gated norm, cross entropy and divergences."""
+    half = dict(dtype=torch.bfloat16)
+    for width in (128, 4096):
+        x, w = torch.zeros(64, width, **half), torch.zeros(width, **half)
+        gated_norm.forward(x, x, w, None, False, 1e-6)
+        gated_norm.backward(x, x, x, w, None, False, 1e-6)
+    logits, labels = torch.zeros(4, 32768, **half), torch.zeros(4, dtype=torch.int64)
+    rows = cross_entropy.forward(logits, labels, LogitShape())
+    ones = torch.ones(4)
+    cross_entropy.backward(logits, labels, rows, ones, ones, LogitShape(), logits, 1e-4)
+    for kind in divergence.MODES:
+        divergence.rows(logits.float(), logits.float(), labels, Divergence(kind, ce_weight=0.1))
+
+
 def compile_all(target: str, members: list[tuple[str, str]]) -> list[Kernel]:
     """Every kernel once per member and set of switches."""
     rows: list[Kernel] = []
@@ -180,6 +198,7 @@ def compile_all(target: str, members: list[tuple[str, str]]) -> list[Kernel]:
             compile_member(decay, erase, K)
             if (decay, erase) == members[0]:
                 compile_channels()
+                compile_modules()
     return rows
 
 

@@ -13,6 +13,7 @@ __getattr__, __all__ = lazy_names(
         "fla.modules.layernorm_gated": ["LayerNormGated", "RMSNormGated"],
         "fla.modules.convolution": ["ShortConvolution"],
         "fla.modules.fused_cross_entropy": ["FusedCrossEntropyLoss"],
+        "fla.modules.fused_kl_div": ["FusedKLDivLoss"],
         "fla.modules.fused_linear_cross_entropy": ["FusedLinearCrossEntropyLoss"],
         "fla.modules.fused_norm_gate": ["FusedRMSNormGated", "FusedRMSNormSwishGate"],
         "fla.modules.l2norm": ["L2Norm"],

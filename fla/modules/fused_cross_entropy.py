@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from fla.ops.engine.dispatch import resolve_module
@@ -21,7 +22,8 @@ REDUCTIONS = ("mean", "sum", "none")
 
 def shape_logits(logits: Tensor, logit_scale: float, logit_softcapping: float | None) -> Tensor:
     """The z of the equation, in fp32 (fp64 for fp64)."""
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = z if logit_scale == 1 else z * logit_scale
     return z if not logit_softcapping else logit_softcapping * torch.tanh(z / logit_softcapping)
 
 
@@ -95,14 +97,13 @@ def runs_in_triton(op: str, logits: Tensor) -> bool:
 
 def _plain(logits: Tensor, target: Tensor, shape: LogitShape) -> tuple[Tensor, Tensor]:
     z = shape_logits(logits, shape.logit_scale, shape.logit_softcapping)
+    how: Any = dict(ignore_index=shape.ignore_index, label_smoothing=shape.label_smoothing)
+    loss = F.cross_entropy(z, target, **how, reduction="none")
+    if not shape.lse_square_scale:
+        return loss, torch.zeros_like(loss)
     kept = target != shape.ignore_index
-    lse = z.logsumexp(-1)
-    picked = z.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    loss = lse - (1 - shape.label_smoothing) * picked
-    if shape.label_smoothing:
-        loss = loss - shape.label_smoothing * z.mean(-1)
-    z_loss = shape.lse_square_scale * lse.square()
-    return ((loss + z_loss) * kept, z_loss * kept)
+    z_loss = shape.lse_square_scale * z.logsumexp(-1).square() * kept
+    return loss + z_loss, z_loss
 
 
 def cross_entropy_loss(

@@ -4,7 +4,6 @@ dtypes. Autograd keeps x + residual and g alone.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.modules.layernorm import RMSNorm, rms_norm
-from fla.modules.recompute import recomputed
 from fla.ops.engine.dispatch import resolve_module
 from fla.ops.engine.kernels.ops import interpreted, on_device
 from fla.ops.engine.kernels.selfcheck import differs_from, trusted
@@ -27,16 +25,57 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 WIDEST = 16384  # channels a program of the kernels holds
 
 
+class _Torch(torch.autograd.Function):
+    """Keeps x, g and the inverse norms, where plain autograd keeps five tensors of their size."""
+
+    @staticmethod
+    def forward(ctx: Any, x, g, weight, bias, activation: str, eps: float) -> Tensor:
+        wide = _wide(x)
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, g, weight, bias, inverse)
+        ctx.activation = activation
+        return _affine(wide * inverse, weight, bias).mul_(ACTIVATIONS[activation](_wide(g)))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor):
+        x, g, weight, bias, inverse = ctx.saved_tensors
+        unit, gate = _wide(x) * inverse, _wide(g)
+        sigmoid = gate.sigmoid()
+        if ctx.activation == "sigmoid":
+            value, slope = sigmoid, sigmoid * (1 - sigmoid)
+        else:
+            value = gate * sigmoid
+            slope = torch.addcmul(sigmoid + value, value, sigmoid, value=-1)
+        dg = slope.mul_(_affine(unit, weight, bias)).mul_(dy)
+        dn = value * dy
+        dweight = None if weight is None else (dn * unit).flatten(0, -2).sum(0).to(weight.dtype)
+        dbias = None if bias is None else dn.flatten(0, -2).sum(0).to(bias.dtype)
+        dn = dn if weight is None else dn.mul_(weight)
+        dx = dn.addcmul_(unit, (dn * unit).mean(-1, keepdim=True), value=-1).mul_(inverse)
+        return dx.to(x.dtype), dg.to(g.dtype), dweight, dbias, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """A new tensor."""
+    y = x.clone() if weight is None else x * weight
+    return y if bias is None else y.add_(bias)
+
+
 class _Triton(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, g, weight, bias, sigmoid: bool, eps: float) -> Tensor:
+    def forward(ctx: Any, x, g, weight, bias, activation: str, eps: float) -> Tensor:
         from fla.modules.kernels import gated_norm
 
-        ctx.shape, ctx.switches = x.shape, (sigmoid, eps)
+        ctx.shape, ctx.switches = x.shape, (activation == "sigmoid", eps)
         x, g = (y.reshape(-1, y.shape[-1]).contiguous() for y in (x, g))
         ctx.save_for_backward(x, g, weight, bias)
         with on_device(x.device):
-            return gated_norm.forward(x, g, weight, bias, sigmoid, eps).view(ctx.shape)
+            return gated_norm.forward(x, g, weight, bias, *ctx.switches).view(ctx.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -56,7 +95,7 @@ class Kind(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     D: int
-    sigmoid: bool
+    activation: str
 
     def __str__(self) -> str:
         return f"a gated norm of {self.D} channels, {self.dtype}, on {self.device}"
@@ -65,10 +104,10 @@ class Kind(NamedTuple):
 def _differs(kind: Kind) -> str | None:
     x, g = torch.randn(2, 70, kind.D, generator=torch.Generator().manual_seed(0))
     inputs = {n: y.to(kind.device, kind.dtype) for n, y in dict(x=x, g=g, weight=x[0]).items()}
-    form = partial(_plain, bias=None, activation="sigmoid" if kind.sigmoid else "swish", eps=1e-6)
+    rest: Any = (None, kind.activation, 1e-6)
     return differs_from(
-        form,
-        lambda x, g, weight: _Triton.apply(x, g, weight, None, kind.sigmoid, 1e-6),
+        lambda x, g, weight: _plain(x, g, weight, *rest),
+        lambda x, g, weight: _Triton.apply(x, g, weight, *rest),
         inputs,
         kind.dtype,
     )
@@ -77,9 +116,18 @@ def _differs(kind: Kind) -> str | None:
 def _plain(
     x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str, eps: float
 ) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y: Tensor = rms_norm(x.to(wide), weight, bias, eps=eps)  # type: ignore[assignment]
-    return y * ACTIVATIONS[activation](g.to(wide))
+    y: Tensor = rms_norm(_wide(x), weight, bias, eps=eps)  # type: ignore[assignment]
+    return y * ACTIVATIONS[activation](_wide(g))
+
+
+def _form(x: Tensor, activation: str) -> Callable[..., Tensor]:
+    if torch.compiler.is_compiling():
+        return _plain  # of which it keeps no more
+    if x.shape[-1] <= WIDEST and resolve_module("rms_norm_gated", x) == "triton":
+        kind = Kind(x.device, x.dtype, x.shape[-1], activation)
+        if trusted(kind, _differs, interpreted()):
+            return _Triton.apply
+    return _Torch.apply
 
 
 def rms_norm_gated(
@@ -103,13 +151,7 @@ def rms_norm_gated(
     if residual is not None or residual_in_fp32:
         wide = torch.promote_types(x.dtype, torch.float32)
         total = x.to(wide) if residual is None else x.to(wide) + residual
-    sigmoid, D = activation == "sigmoid", x.shape[-1]
-    kernels = D <= WIDEST and resolve_module("rms_norm_gated", x) == "triton"
-    if kernels and trusted(Kind(x.device, x.dtype, D, sigmoid), _differs, interpreted()):
-        y = _Triton.apply(total, g, weight, bias, sigmoid, eps)
-    else:
-        form = partial(_plain, activation=activation, eps=eps)
-        y = recomputed(form, total, g, weight, bias)
+    y = _form(x, activation)(total, g, weight, bias, activation, eps)
     y = y.to(x.dtype)
     return (y, total if residual_in_fp32 else total.to(x.dtype)) if prenorm else y
 

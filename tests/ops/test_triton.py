@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from fla.layers import GatedDeltaNet
 from fla.modules.convolution import causal_conv1d
 from fla.ops.engine import dispatch, token
 from fla.ops.engine.chunk import chunk
@@ -17,7 +18,7 @@ from fla.ops.engine.kernels import convolution, launch, ops, selfcheck
 from fla.ops.engine.kernels.selective_scan import selective_scan
 from fla.ops.engine.kernels.vector_scan import SCANS
 from fla.ops.engine.selective import selective_scan as plain_selective
-from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from fla.ops.gsa import chunk_gsa
 from fla.ops.registry import OPS
 from tests.helpers import gradients
@@ -300,6 +301,42 @@ def test_compiles_without_a_break():
         o = function(leaves)
         results.append({"o": o.detach()} | gradients([o], leaves))
     assert all(torch.equal(y, results[1][n]) for n, y in results[0].items())
+
+
+on_a_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+
+
+@on_a_gpu
+def test_a_decode_step_is_captured_in_a_graph():
+    x = on_device(problem("scalar", "delta", B=4, T=1, H=2, HV=4, K=128, V=128))
+    state = torch.randn(4, 4, 128, 128, device=DEVICE)
+
+    def step():
+        options = dict(initial_state=state, output_final_state=True)
+        return fused_recurrent_gated_delta_rule(**x, **options)
+
+    with torch.no_grad():
+        step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for y in (*x.values(), state):
+            y.mul_(0.5)
+        graph.replay()
+        for a, b in zip(captured, step(), strict=True):
+            assert torch.equal(a, b)
+
+
+@on_a_gpu
+def test_a_layer_compiles_without_a_break_for_the_device():
+    layer = GatedDeltaNet(hidden_size=128, num_heads=2, head_dim=64).to(DEVICE)
+    x = torch.randn(2, 100, 128, device=DEVICE, requires_grad=True)
+    results = []
+    for form in (layer, torch.compile(layer, fullgraph=True)):
+        o = form(x)[0]
+        results.append({"o": o.detach()} | gradients([o], {"x": x}))
+    compare(results[1], {n: y.double() for n, y in results[0].items()}, "compiled", 1e-4)
 
 
 def test_what_they_cannot_do_is_said():

@@ -33,7 +33,7 @@ def test_every_row_of_the_figures_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     (table,) = tmp_path.glob("gpu-*.md")
     rows = [line for line in table.read_text().splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 12 and not any("Error" in row for row in rows)
+    assert len(rows) == 15 and not any("Error" in row for row in rows)
     assert sum("x |" in row for row in rows) == 4  # what the peer ran too
 
 

@@ -19,7 +19,7 @@ BLOCK, WARPS = 4096, 8  # logits at once
 def shaped(z, SCALE: tl.constexpr, CAP: tl.constexpr):
     """`cap tanh(scale z / cap)`, or scale z where there is no cap."""
     z = z.to(tl.float32) * SCALE
-    if CAP:
+    if CAP != 0:
         z = CAP * (1.0 - 2.0 / (tl.exp(2.0 * z / CAP) + 1.0))
     return z
 
@@ -84,7 +84,7 @@ def cross_entropy_gradient_kernel(
         dz -= tl.where(cols == target, grad * (1.0 - SMOOTHING), 0.0)
         if WARP:
             dz += tl.where(cols == top, grad * z * factor, 0.0)
-        if CAP:
+        if CAP != 0:
             dz *= 1.0 - z / CAP * (z / CAP)
         dz = tl.where(kept, dz * SCALE, 0.0)
         tl.store(out + row * V + cols, dz.to(out.dtype.element_ty), mask=cols < V)

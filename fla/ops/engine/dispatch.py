@@ -189,7 +189,7 @@ FORMS = {
     "deltaformer_attn": "exact blocks of rows, formed again in the backward",
     "fused_recurrent_deltaformer": "exact blocks of one row, formed again in the backward",
     "causal_conv1d": "one product per tap, under plain autograd",
-    "rms_norm_gated": "formed again in the backward",
+    "rms_norm_gated": "in fp32; backward by hand",
     "cross_entropy_loss": "in fp32, under plain autograd",
     **dict.fromkeys(
         ("fused_linear_cross_entropy_loss", "fused_linear_divergence"),
