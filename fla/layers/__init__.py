@@ -24,6 +24,7 @@ __getattr__, __all__ = lazy_names(
         "fla.layers.kda": ["KimiDeltaAttention"],
         "fla.layers.lightnet": ["LightNetAttention"],
         "fla.layers.linear_attn": ["LinearAttention"],
+        "fla.layers.linearized": ["LinearizedAttention"],
         "fla.layers.log_linear_mamba2": ["LogLinearMamba2"],
         "fla.layers.mamba": ["Mamba"],
         "fla.layers.mamba2": ["Mamba2"],

@@ -6,6 +6,8 @@ o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s        over s <= t, and t - s < w
 given
 """
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -115,7 +117,8 @@ class Attention(SoftmaxMixer):
 
     Positions turn the first `partial_rotary_factor` of a head's channels; `rope_theta=None` leaves
     them out. `qk_norm` norms q and k per head, "all_heads" over all heads at once. `output_gate`
-    multiplies o by a sigmoid gate that W_q holds beside each head's query.
+    multiplies o by a sigmoid gate that W_q holds beside each head's query. `rope_scaling` is that
+    of `RotaryEmbedding`.
     `max_position_embeddings` is kept for configs; no length is refused.
 
     Example:
@@ -138,6 +141,7 @@ class Attention(SoftmaxMixer):
         head_dim: int | None = None,
         partial_rotary_factor: float = 1.0,
         output_gate: bool = False,
+        rope_scaling: dict[str, Any] | None = None,
     ):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
@@ -173,7 +177,9 @@ class Attention(SoftmaxMixer):
             self.q_norm, self.k_norm = (RMSNorm(n, eps=qk_norm_eps) for n in widths)
         self.qk_norm = qk_norm
         turned = int(self.head_dim * partial_rotary_factor)
-        self.rotary = None if rope_theta is None else RotaryEmbedding(turned, base=rope_theta)
+        self.rotary = None
+        if rope_theta is not None:
+            self.rotary = RotaryEmbedding(turned, base=rope_theta, scaling=rope_scaling)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """q `[B, T, num_heads, head_dim]`, and k, v `[B, T, num_kv_heads, head_dim]`."""

@@ -29,6 +29,7 @@ from fla.models.gla import GLAConfig, GLAForCausalLM, GLAModel
 from fla.models.gsa import GSAConfig, GSAForCausalLM, GSAModel
 from fla.models.hgrn import HGRNConfig, HGRNForCausalLM, HGRNModel
 from fla.models.hgrn2 import HGRN2Config, HGRN2ForCausalLM, HGRN2Model
+from fla.models.hybrid import HybridConfig, HybridForCausalLM, HybridModel
 from fla.models.kda import KDAConfig, KDAForCausalLM, KDAModel
 from fla.models.lightnet import LightNetConfig, LightNetForCausalLM, LightNetModel
 from fla.models.linear_attn import (
@@ -101,6 +102,9 @@ __all__ = [
     "HGRNConfig",
     "HGRNForCausalLM",
     "HGRNModel",
+    "HybridConfig",
+    "HybridForCausalLM",
+    "HybridModel",
     "KDAConfig",
     "KDAForCausalLM",
     "KDAModel",

@@ -25,6 +25,7 @@ class TransformerConfig(DecoderConfig):
     head_dim: int | None = None
     partial_rotary_factor: float = 1.0
     output_gate: bool = False
+    rope_scaling: dict | None = None
     num_hidden_layers: int = 24
 
     def __post_init__(self, **kwargs):

@@ -9,11 +9,17 @@ from the positions at every call: nothing is cached, so nothing goes stale and m
 initialisation needs no care.
 """
 
+import math
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from fla.ops.engine.layout import SequenceLayout
+
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SCALINGS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -48,11 +54,34 @@ class RotaryEmbedding(nn.Module):
         base: float = 10000.0,
         scale_base: float | None = None,
         interleaved: bool = False,
+        scaling: dict[str, Any] | None = None,
     ):
         super().__init__()
         if dim % 2:
             raise ValueError(f"RotaryEmbedding: dim is {dim}; an even number was expected")
+        kind = (scaling or {}).get("rope_type", "default")
+        if kind not in SCALINGS or any(n not in (scaling or {}) for n in SCALINGS[kind]):
+            raise ValueError(
+                f"RotaryEmbedding: scaling is {scaling!r}; expected rope_type to be one of "
+                f"{', '.join(SCALINGS)}, and its fields: {SCALINGS.get(kind, ())}"
+            )
+        self.scaling = scaling or {}
         self.dim, self.base, self.scale_base, self.interleaved = dim, base, scale_base, interleaved
+
+    def scaled(self, frequencies: Tensor) -> Tensor:
+        """Frequencies after `scaling`: all divided by a factor, or as in Llama 3 those of waves
+        longer than the context it was trained on, with a ramp between.
+        """
+        kind, s = self.scaling.get("rope_type", "default"), self.scaling
+        if kind == "default":
+            return frequencies
+        slow = frequencies / s["factor"]
+        if kind == "linear":
+            return slow
+        turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        share = ((turns - low) / (high - low)).clamp(0, 1)
+        return share * frequencies + (1 - share) * slow
 
     def forward(
         self,
@@ -71,7 +100,7 @@ class RotaryEmbedding(nn.Module):
                 layout.batch, layout.length, layout.cu_seqlens, starts=seqlen_offset
             ).positions(q.device)
         steps = torch.arange(0, self.dim, 2, device=q.device, dtype=torch.float32)
-        angles = positions.unsqueeze(-1).float() * self.base ** (-steps / self.dim)
+        angles = positions.unsqueeze(-1).float() * self.scaled(self.base ** (-steps / self.dim))
         cos, sin = angles.cos(), angles.sin()
         if self.scale_base is None:
             q, k = (rotary_embedding(x, cos, sin, self.interleaved) for x in (q, k))

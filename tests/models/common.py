@@ -132,6 +132,22 @@ FAMILY = {
     ),
     "Samba": dict(state_size=4, attn=dict(layers=[1], num_heads=2, num_kv_heads=1, window_size=4)),
 }
+for _rule in ("gated_deltanet", "gla", "kda", "delta_net", "retnet", "mamba2", "rwkv7", "gsa"):
+    MODELS[f"hybrid-{_rule}"] = (
+        fla.models.HybridForCausalLM,
+        fla.models.HybridConfig,
+        dict(
+            num_heads=4,
+            num_kv_heads=2,
+            qkv_bias=True,
+            qk_norm=True,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+            linear=dict(rule=_rule, slots=8)
+            | (dict(window=4) if _rule in ("gated_deltanet", "gsa") else {})
+            | (dict(conv_size=3, gate="sigmoid") if _rule in ("kda", "rwkv7") else {})
+            | (dict(gate=None, out_norm=False, rope=False) if _rule == "delta_net" else {}),
+        ),
+    )
 for _name, _arguments in FAMILY.items():
     _model, _config = (getattr(fla.models, _name + x) for x in ("ForCausalLM", "Config"))
     MODELS[_config.model_type] = (_model, _config, _arguments)

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fla.modules.rotary import SCALINGS
+
 StateDict = dict[str, Tensor]
 
 
@@ -55,9 +57,12 @@ HYBRID_FIELDS = {"rms_norm_eps": "norm_eps", "linear_conv_kernel_dim": "conv_siz
 def rope_theta(config: Any) -> dict[str, Any]:
     """Rotary positions of a config; `ValueError` for a kind that is not here."""
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"convert: rope_type is {rope['rope_type']!r}; only 'default' is here")
+    kind = rope.get("rope_type", "default")
+    if kind not in SCALINGS:
+        raise ValueError(f"convert: rope_type is {kind!r}; expected one of {', '.join(SCALINGS)}")
+    scaling = {name: rope[name] for name in ("rope_type", *SCALINGS[kind]) if name in rope}
     return {
+        "rope_scaling": None if kind == "default" else scaling,
         "rope_theta": rope.get("rope_theta", getattr(config, "rope_theta", 10000.0)),
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
     }

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: MIT
+"""A transformer some of whose attention layers are linear: what `fla linearize` makes."""
+
+from typing import Any, ClassVar
+
+from fla.layers.linearized import LinearizedAttention, LinearOptions
+from fla.models.decoder import DecoderForCausalLM, DecoderModel, register
+from fla.models.transformer import TransformerConfig
+
+
+class HybridConfig(TransformerConfig):
+    """`TransformerConfig` whose `layer_types` may hold "linear_attention"; `linear` is a dictionary
+    of `fla.layers.linearized.LinearOptions`.
+    """
+
+    model_type = "hybrid"
+    mixer: ClassVar[Any] = LinearizedAttention
+
+    linear: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        LinearOptions.of(self.linear or {})
+        super().__post_init__(**kwargs)
+
+
+class HybridModel(DecoderModel):
+    config_class = HybridConfig
+
+
+class HybridForCausalLM(DecoderForCausalLM):
+    config_class = HybridConfig
+    model_class = HybridModel
+
+
+register(HybridConfig, HybridModel, HybridForCausalLM)
