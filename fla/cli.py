@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The `fla` command: train, generate, eval, doctor."""
+"""The `fla` command: train, generate, eval, linearize, doctor."""
 
 from __future__ import annotations
 
@@ -211,6 +211,30 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
+def linearize(argv: list[str]) -> int:
+    """`fla linearize TEACHER OUT`: a softmax transformer in, a hybrid with linear attention out."""
+    parser = argparse.ArgumentParser(prog="fla linearize", description=linearize.__doc__)
+    parser.add_argument("teacher", help="folder or hub name of a Llama, Qwen, Mistral, ...")
+    parser.add_argument("out", help="folder of the conversion; the same command goes on in it")
+    parser.add_argument("--config", help="YAML or JSON file, fields as in fla/linearize/config.py")
+    parser.add_argument("--stage", help="run one stage alone")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="as in align.tokens=1e6"
+    )
+    args = parser.parse_args(argv)
+
+    from fla.linearize import config
+    from fla.linearize.run import Conversion, Stopped
+
+    conversion = Conversion(args.teacher, args.out, config.load(args.config, args.set))
+    try:
+        conversion.run(args.stage)
+    except Stopped:
+        print("fla linearize: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
 def doctor(argv: list[str]) -> int:
     """`fla doctor`: versions, devices, what each operator would run and why, which transformers
     models use us.
@@ -265,6 +289,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "generate": generate,
     "eval": evaluate,
+    "linearize": linearize,
     "doctor": doctor,
 }
 HELP = "usage: fla COMMAND ...\n\n" + "\n".join(

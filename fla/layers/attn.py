@@ -186,7 +186,10 @@ class Attention(SoftmaxMixer):
         maps = (self.q_proj, self.k_proj, self.v_proj)
         return tuple(proj(x).unflatten(-1, (-1, self.head_dim)) for proj in maps)
 
-    def mix(self, x: Tensor, layout: SequenceLayout, cache, shared) -> Tensor:
+    def heads(
+        self, x: Tensor, layout: SequenceLayout
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v as they meet in the softmax, and the output gate's logits."""
         q, k, v = self.project(x)
         gate = None
         if self.output_gate:
@@ -198,6 +201,10 @@ class Attention(SoftmaxMixer):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
             q, k = self.rotary(q, k, positions=layout.positions(x.device))
+        return q, k, v, gate
+
+    def mix(self, x: Tensor, layout: SequenceLayout, cache, shared) -> Tensor:
+        q, k, v, gate = self.heads(x, layout)
         if cache is not None:
             o = layout.pack(self._look(layout.unpack(q), *self._remember(k, v, layout, cache)))
         else:

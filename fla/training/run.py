@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -190,8 +191,9 @@ def make_trainer(
     blocks: Any,
     held_out: Any,
     console: Console,
+    kind: Callable[..., FlaTrainer] = FlaTrainer,
 ) -> tuple[FlaTrainer, Interruption]:
-    """The Trainer with our callbacks in place of its printers."""
+    """The Trainer, of a kind of it, with our callbacks in place of its printers."""
     args.remove_unused_columns = False
     args.logging_nan_inf_filter = False  # a loss that is no number must be seen, not averaged away
     args.disable_tqdm = True
@@ -203,7 +205,7 @@ def make_trainer(
     args.prediction_loss_only = True
     guard, progress = LossGuard(), LiveProgress(console)
     interruption = Interruption(run.max_minutes, say)
-    trainer = FlaTrainer(
+    trainer = kind(
         model,
         args,
         data_collator=collate,

@@ -23,7 +23,7 @@ def _fields(config: Any) -> dict[str, Any]:
     kind = config.model_type
     if kind != "qwen2":
         no_bias(config, "attention_bias", "mlp_bias")
-    kinds = set(getattr(config, "layer_types", None) or [])
+    kinds = getattr(config, "layer_types", None) or []
     windowed = (kind == "mistral" and config.sliding_window) or "sliding_attention" in kinds
     return rope_theta(config) | {
         "qkv_bias": kind == "qwen2",
@@ -31,6 +31,7 @@ def _fields(config: Any) -> dict[str, Any]:
         "qk_norm_eps": config.rms_norm_eps,
         "head_dim": getattr(config, "head_dim", None),
         "window_size": config.sliding_window if windowed else None,
+        "layer_types": list(kinds) if "sliding_attention" in kinds else None,
         "norm_after": ["full_attention"] if kind == "olmo2" else None,
     }
 

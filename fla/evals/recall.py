@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: MIT
+"""Recall probes for any tokenizer: prompts whose answer stands in them, scored by exact string and
+by how surely the answer is given.
+
+    single    one line `the pin of NAME is NUMBER`, among filler, then `the pin of NAME is`
+    multi     many such lines and no filler: which one is asked for
+    variable  a chain of assignments `b = a`, and the number at its start
+
+Everything is made from a seed; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fla.training.tokens import encode
+
+FILLER = "the grass is green and the sky is blue; here we go, there and back again.\n"
+
+
+@dataclass
+class Prompt:
+    """A context that ends where the answer begins."""
+
+    text: str
+    answer: str
+
+
+def _name(rng: random.Random) -> str:
+    return "".join(rng.choices(string.ascii_lowercase, k=5))
+
+
+def _number(rng: random.Random) -> str:
+    return "".join(rng.choices(string.digits, k=4))
+
+
+def single(rng: random.Random, characters: int) -> Prompt:
+    name, number = _name(rng), _number(rng)
+    lines = [FILLER] * max(1, characters // len(FILLER))
+    lines.insert(rng.randrange(len(lines) + 1), f"the pin of {name} is {number}.\n")
+    return Prompt("".join(lines) + f"the pin of {name} is ", number)
+
+
+def multi(rng: random.Random, characters: int) -> Prompt:
+    line = "the pin of {} is {}.\n"
+    pairs = [(_name(rng), _number(rng)) for _ in range(max(2, characters // 24))]
+    name, number = rng.choice(pairs)
+    return Prompt("".join(line.format(*p) for p in pairs) + f"the pin of {name} is ", number)
+
+
+def variable(rng: random.Random, characters: int) -> Prompt:
+    lines, names, number = [], [_name(rng) for _ in range(4)], _number(rng)
+    lines.append(f"{names[0]} = {number}\n")
+    lines += [f"{new} = {old}\n" for old, new in pairwise(names)]
+    others = [f"{_name(rng)} = {_number(rng)}\n" for _ in range(max(1, characters // 13))]
+    for i, line in enumerate(lines):  # in their order, among the others
+        low = 0 if i == 0 else others.index(lines[i - 1]) + 1
+        others.insert(rng.randint(low, len(others)), line)
+    return Prompt("".join(others) + f"print({names[-1]})  # ", number)
+
+
+PROBES: dict[str, Callable[[random.Random, int], Prompt]] = {
+    "single": single,
+    "multi": multi,
+    "variable": variable,
+}
+
+
+def prompts(kind: str, count: int, characters: int, seed: int = 0) -> list[Prompt]:
+    """Prompts of about so many characters.
+
+    Example:
+        >>> prompt = prompts("multi", 1, 60)[0]
+        >>> prompt.answer in prompt.text
+        True
+    """
+    if kind not in PROBES:
+        raise ValueError(f"recall: probe is {kind!r}; expected one of {', '.join(PROBES)}")
+    rng = random.Random(f"{seed} {kind} {characters}")
+    return [PROBES[kind](rng, characters) for _ in range(count)]
+
+
+@dataclass
+class Batch:
+    """Prompts with their answers, packed: input_ids `[1, total]`, cu_seqlens, and True at the
+    tokens `[1, total]` whose next token is the answer's.
+    """
+
+    input_ids: Tensor
+    cu_seqlens: Tensor
+    asked: Tensor
+
+
+def pack(tokenizer: Any, wanted: list[Prompt]) -> Batch:
+    """Prompts in one row."""
+    rows, asked, bounds = [], [], [0]
+    for prompt in wanted:
+        before, whole = (encode(tokenizer, x) for x in (prompt.text, prompt.text + prompt.answer))
+        same = 0
+        while same < len(before) and before[same] == whole[same]:
+            same += 1  # a tokenizer may join the end of the text with the answer
+        marks = torch.zeros(len(whole), dtype=torch.bool)
+        marks[same - 1 : len(whole) - 1] = True
+        rows.append(torch.from_numpy(whole).long())
+        asked.append(marks)
+        bounds.append(bounds[-1] + len(whole))
+    row = torch.cat(rows)[None]
+    return Batch(row, torch.tensor(bounds, dtype=torch.int32), torch.cat(asked)[None])
+
+
+@dataclass
+class Recall:
+    """Share of answers that are right in every token, and nats an answer's token costs."""
+
+    exact: float
+    nats: float
+
+
+@torch.inference_mode()
+def recall(
+    model: Any, tokenizer: Any, kind: str, count: int = 32, characters: int = 400, seed: int = 0
+) -> Recall:
+    """Run a probe. An answer is right where every token of it is the likeliest one after the
+    prompt and the answer's tokens before: what greedy generation would write.
+    """
+    right, nats, tokens = 0, 0.0, 0
+    wanted = prompts(kind, count, characters, seed)
+    for i in range(0, count, 8):
+        batch = pack(tokenizer, wanted[i : i + 8])
+        ids, bounds = (x.to(model.device) for x in (batch.input_ids, batch.cu_seqlens))
+        logits = model(ids, cu_seqlens=bounds, use_cache=False).logits[0].float()
+        at = batch.asked[0].nonzero().flatten().to(model.device)
+        targets = ids[0, at + 1]
+        nats += float(F.cross_entropy(logits[at], targets, reduction="sum"))
+        tokens += len(at)
+        hits = logits[at].argmax(-1) == targets
+        owner = torch.searchsorted(bounds, at, right=True) - 1
+        right += sum(bool(hits[owner == n].all()) for n in range(len(bounds) - 1))
+    return Recall(right / count, nats / tokens)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: MIT
+"""Files that are there whole or not at all: written beside, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def _replace(path: Path, write: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    write(beside)
+    with open(beside, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    _replace(path, lambda beside: beside.write_text(text))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Its value, or None where there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    _replace(
+        path, lambda beside: save_file({n: x.contiguous() for n, x in tensors.items()}, beside)
+    )
+
+
+def save_torch(path: Path, value: Any) -> None:
+    _replace(path, lambda beside: torch.save(value, beside))
