@@ -35,7 +35,7 @@ class LinearOptions:
 
     Fields:
         rule: one of `linearized_rules.RULES`.
-        rope: whether q and k keep their rotary positions.
+        rope, qk_norm: whether q and k keep the teacher's rotary positions, and its norms.
         gate: output gate: None, "swish" or "sigmoid".
         gate_bias: whether the gate and beta have biases; Qwen3.5's have none.
         out_norm: whether o is normed per head before the gate.
@@ -47,6 +47,7 @@ class LinearOptions:
 
     rule: str = "gated_deltanet"
     rope: bool = True
+    qk_norm: bool = True
     gate: str | None = "swish"
     gate_bias: bool = True
     out_norm: bool = True
@@ -107,6 +108,7 @@ class LinearizedAttention(RecurrentMixer):
     ):
         super().__init__()
         self.options = o = LinearOptions.of(linear or {})
+        qk_norm = qk_norm if o.qk_norm else False
         self.num_heads, self.layer_idx, self.qk_norm = num_heads, layer_idx, qk_norm
         own = head_dim or multiple(
             "LinearizedAttention", "hidden_size", hidden_size, "num_heads", num_heads

@@ -81,7 +81,7 @@ class Regression:
         )
 
         def factor(base: float) -> Callable[[int], float]:
-            low = min(1.0, options.min_lr / base)
+            low = min(1.0, options.min_lr / base) if base else 1.0
 
             def at(step: int) -> float:
                 if step < options.warmup:

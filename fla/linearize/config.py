@@ -13,9 +13,11 @@ from typing import Any
 import yaml
 
 from fla.layers.linearized import LinearOptions
+from fla.modules.fused_linear_divergence import Divergence
 from fla.training.errors import UsageError
 
 LOSSES = ("l2", "mse", "rel_mse", "cosine")
+EXPORTS = ("library", "qwen3_5")
 METHODS = ("kl_greedy", "kl_replace", "kl_restore", "recall", "mse", "uniform", "manual")
 
 
@@ -150,7 +152,8 @@ class Report:
 @dataclass
 class Config:
     """A conversion; `linear` holds the fields of `LinearOptions`. `trainer` goes to transformers'
-    TrainingArguments as it is: precision, FSDP, trackers.
+    TrainingArguments as it is: precision, FSDP, trackers. `export` "qwen3_5" also writes
+    transformers' own class into the folder of that name.
     """
 
     linear: dict[str, Any] = field(default_factory=dict)
@@ -162,6 +165,14 @@ class Config:
     long: Long = field(default_factory=Long)
     report: Report = field(default_factory=Report)
     trainer: dict[str, Any] = field(default_factory=dict)
+    export: str = "library"
+
+    def __post_init__(self) -> None:
+        choice("export", self.export, EXPORTS)
+
+    def distill_bytes(self) -> int:
+        """What the divergence takes at a time."""
+        return Divergence().chunk_bytes
 
     def steps(self, tokens: int) -> int:
         """Batches that hold so many tokens."""
@@ -171,8 +182,8 @@ class Config:
 def choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         near = difflib.get_close_matches(value, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"{name} is {value!r}{hint} Expected one of {', '.join(known)}")
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"{name} is {value!r}; {hint}expected one of {', '.join(known)}")
 
 
 def build(kind: Any, values: dict[str, Any], path: str = "") -> Any:

@@ -12,6 +12,7 @@ the last 15 %.
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -152,9 +153,11 @@ def relative_errors(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Ten
 
 
 def arguments(
-    config: Config, folder: Path, steps: int, lr: float, warmup: int, batch: int
+    config: Config, folder: Path, batches: int, lr: float, warmup: int, batch: int
 ) -> TrainingArguments:
-    """TrainingArguments of a stage; `config.trainer` has the last word."""
+    """TrainingArguments of a stage of so many batches; `config.trainer` has the last word."""
+    accumulated = int(config.trainer.get("gradient_accumulation_steps", 1))
+    steps = -(-batches // (accumulated * int(os.environ.get("WORLD_SIZE", "1"))))
     values: dict[str, Any] = dict(
         output_dir=str(folder),
         max_steps=steps,
@@ -187,7 +190,7 @@ def train_stage(
     """
     folder = Path(args.output_dir)
     student.requires_grad_(True).train()
-    blocks = Ordered(text, args.max_steps)
+    blocks = Ordered(text, args.max_steps * args.gradient_accumulation_steps * args.world_size)
     run = RunArguments()
     trainer, interruption = make_trainer(run, args, student, tokenizer, blocks, None, console, kind)
     trainer.data_collator = collate_with_places

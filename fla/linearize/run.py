@@ -8,6 +8,7 @@ was done, and a stage asked for with others is refused.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +27,12 @@ from fla.linearize.calibrate import calibrate
 from fla.linearize.config import Config, as_dict
 from fla.linearize.data import Text
 from fla.linearize.distill import InOrder, arguments, distill, train_stage
+from fla.linearize.export import obstacle, to_qwen3_5
 from fla.linearize.files import read_json, save_tensors, write_json
 from fla.linearize.measure import Measures, ablate, from_dict, measure
 from fla.linearize.measure import as_dict as measures_as_dict
 from fla.linearize.select import Selection, read_scores
-from fla.linearize.surgery import assemble, load_teacher, make_linear
+from fla.linearize.surgery import assemble, load_teacher, make_linear, student_config
 from fla.linearize.teacher import teacher_fingerprint
 from fla.models import HybridForCausalLM
 from fla.training.callbacks import Interruption, clock, say
@@ -95,6 +97,7 @@ class Conversion:
 
     def __init__(self, source: str, out: str, config: Config, console: Console | None = None):
         self.source, self.out, self.config = source, Path(out), config
+        self.first = int(os.environ.get("RANK", "0")) == 0
         self.console = console or Console(highlight=False, soft_wrap=True)
         transformers_logging.disable_progress_bar()
         device = get_available_device()
@@ -104,6 +107,10 @@ class Conversion:
         except (OSError, ValueError) as error:
             raise UsageError(f"teacher {source!r}: {error}") from error
         self.teacher = teacher.to(device)
+        if config.export == "qwen3_5":
+            reason = obstacle(student_config(self.teacher.config, [0], config.linear))
+            if reason is not None:
+                raise UsageError(f"export: not as Qwen3.5: {reason}")
         self.layers = list(range(self.teacher.config.num_hidden_layers))
         self.text = Text(config.data, self.tokenizer)
         self.state_file = self.out / "state.json"
@@ -133,13 +140,23 @@ class Conversion:
             )
         return there is not None
 
+    def check_processes(self, stage: str) -> None:
+        """Under `torchrun` only what the Trainer does runs in several processes."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and stage not in ("distill", "long"):
+            raise UsageError(
+                f"stage {stage!r} runs in one process: do it without torchrun (align.layers splits "
+                "the alignment), then --stage distill with it"
+            )
+
     def finish(self, stage: str, begun: float) -> None:
+        if not self.first:
+            return
         seconds = round(time.monotonic() - begun, 1)
         self.state["done"][stage] = dict(asked=self.asked(stage), seconds=seconds)
         write_json(self.state_file, self.state)
 
-    def run(self, stage: str | None = None) -> None:
-        """All stages, or one, whose predecessors must be done."""
+    def run(self, stage: str | None = None, alone: bool = True) -> None:
+        """All stages, or one, whose predecessors must be done; not `alone`: with them."""
         if stage is not None and stage not in STAGES:
             raise UsageError(f"--stage: {stage!r} is not one of {', '.join(STAGES)}")
         for name in STAGES:
@@ -148,8 +165,9 @@ class Conversion:
             if self.done(name):
                 self.console.print(f"{name}: done")
                 continue
-            if stage is not None and name != stage:
+            if alone and stage is not None and name != stage:
                 raise UsageError(f"--stage {stage}: stage {name!r} comes first, and is not done")
+            self.check_processes(name)
             self.console.rule(name)
             begun = time.monotonic()
             getattr(self, name)()
@@ -253,9 +271,15 @@ class Conversion:
 
     def publish(self, stage: str) -> None:
         """A stage's student as the conversion's result."""
+        if not self.first:
+            return
         model = HybridForCausalLM.from_pretrained(self.out / stage)
         model.save_pretrained(self.out)
         self.tokenizer.save_pretrained(self.out)
+        if self.config.export == "qwen3_5":
+            folder = self.out / "qwen3_5"
+            to_qwen3_5(model).save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def plain(self, name: str, model: Any, tokens: int, lr: float, seq: int | None = None) -> None:
         """A model trained on cross entropy alone."""

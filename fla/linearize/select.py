@@ -47,7 +47,7 @@ def layers_kept(keep: str, config: Any) -> int:
         >>> from fla.models import TransformerConfig
         >>> config = TransformerConfig(num_hidden_layers=8, hidden_size=64, num_heads=4)
         >>> layers_kept("0.25", config), layers_kept("3", config), layers_kept("1MiB@1024", config)
-        (2, 3, 2)
+        (2, 3, 4)
     """
     n = config.num_hidden_layers
     text, at, length = keep.partition("@")
@@ -263,7 +263,7 @@ class Selection:
     def greedy(self, progress: Callable[[int, int, str], None]) -> Scores:
         """Each round is written down when it is done, and not run again."""
         saved = read_json(self.file) or {}
-        rounds = saved.get("rounds", []) if saved.get("method") == "kl_greedy" else []
+        rounds = _rounds(saved) if saved.get("method") == "kl_greedy" else []
         linear: set[int] = set()
         wanted = self.count - self.keep
         text, recall = self.bases()
@@ -285,9 +285,9 @@ class Selection:
         self.swaps.put(set())
         softmax = sorted(set(range(self.count)) - linear)
         last = rounds[-1]["scores"] if rounds else {}
-        ordered = sorted(float(x) for x in last.values())
+        ordered = sorted(last.values())
         gap = ordered[1] - ordered[0] if len(ordered) > 1 else None
-        alone = {int(i): float(x) for i, x in rounds[0]["scores"].items()} if rounds else {}
+        alone = rounds[0]["scores"] if rounds else {}
         return Scores("kl_greedy", softmax, alone, rounds, gap=gap)
 
     def advance(self, linear: set[int], text: list[_Base], recall: list[_Base]) -> None:
@@ -302,5 +302,15 @@ def read_scores(folder: Path) -> Scores | None:
     saved = read_json(folder / "layer_scores.json")
     if not saved or saved["softmax"] is None:
         return None
-    saved["scores"] = {int(i): x for i, x in saved["scores"].items()}
+    saved["scores"] = _by_layer(saved["scores"])
+    saved["halves"] = [_by_layer(x) for x in saved["halves"]]
+    saved["rounds"] = _rounds(saved)
     return Scores(**saved)
+
+
+def _by_layer(saved: dict[str, float]) -> dict[int, float]:
+    return {int(i): x for i, x in saved.items()}
+
+
+def _rounds(saved: dict[str, Any]) -> list[dict[str, Any]]:
+    return [r | dict(scores=_by_layer(r["scores"])) for r in saved.get("rounds", [])]

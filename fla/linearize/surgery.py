@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fla.layers.attn import Attention
-from fla.layers.linearized import LinearizedAttention
+from fla.layers.linearized import LinearizedAttention, LinearOptions
 from fla.models.convert import LAYOUTS, convert_model
 from fla.models.hybrid import HybridConfig, HybridForCausalLM
 from fla.models.transformer import TransformerConfig, TransformerForCausalLM
 
+DAMPED = 0.01  # a gate without a bias starts as this much of the values
 TEACHERS = ("transformer", *(n for n, x in LAYOUTS.items() if x.model_type == "transformer"))
 
 
@@ -91,6 +92,11 @@ def make_linear(
         if name == "k_norm.weight" and attention.qk_norm == "all_heads":
             grouped = True
         state[name] = repeat_heads(x, heads, head_dim) if grouped else x
+    if not student.qk_norm:
+        state = {n: x for n, x in state.items() if "_norm." not in n}
+    options = LinearOptions.of(linear or {})
+    if options.gate is not None and not options.gate_bias:
+        state["g_proj.weight"] = DAMPED * state["v_proj.weight"]
     _, unexpected = student.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     return student.to(next(attention.parameters()).device)  # type: ignore[return-value]

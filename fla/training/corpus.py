@@ -19,6 +19,7 @@ from fla.training.errors import UsageError
 
 HELD_OUT_ONE_IN = 20
 STREAM_HELD_OUT = 200
+RECALLED = 9000  # made-up texts, about 2.5 MB
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -41,12 +42,13 @@ class Corpus:
 
 def load_corpus(source: str, column: str = "text", streaming: bool = False) -> Corpus:
     """`"stdlib"`, a text file, a table (.json, .jsonl, .csv, .parquet), a folder of text files, or
-    `"hf:NAME"` or `"hf:NAME::CONFIG"` for a Hugging Face dataset; raises `UsageError` where nothing
-    is there.
+    `"hf:NAME"` or `"hf:NAME::CONFIG"` for a Hugging Face dataset; `"recall"` for made-up texts that
+    ask for what they say (`fla.evals.recall`), and `"stdlib+recall"` for both. Raises `UsageError`
+    where nothing is there.
     """
-    if source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        documents = _read_files(root, sorted(root.rglob("*.py")))
+    if source in ("stdlib", "recall", "stdlib+recall"):
+        documents = _stdlib() if "stdlib" in source else {}
+        documents |= _recall() if "recall" in source else {}
     elif source.startswith("hf:"):
         return _from_datasets(source[3:], None, column, streaming)
     else:
@@ -66,6 +68,22 @@ def load_corpus(source: str, column: str = "text", streaming: bool = False) -> C
             "--streaming reads tables and Hugging Face datasets; drop it for text files"
         )
     return split(source, documents)
+
+
+def _stdlib() -> dict[str, str]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return _read_files(root, sorted(root.rglob("*.py")))
+
+
+def _recall() -> dict[str, str]:
+    from fla.evals.recall import PROBES, prompts
+
+    texts: dict[str, list[str]] = {}
+    for seed, kind in enumerate(PROBES):
+        for characters in (100, 200, 300, 400):
+            found = prompts(kind, RECALLED // 12, characters, seed=1000 + seed)
+            texts[f"{kind} {characters}"] = [p.text + p.answer + "\n" for p in found]
+    return {f"recall/{n} {i}": text for n, rows in texts.items() for i, text in enumerate(rows)}
 
 
 def split(name: str, documents: dict[str, str]) -> Corpus:
