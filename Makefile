@@ -2,12 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
+LINEARIZED ?= runs/linearize
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check sanitize kernels bench clean
+.PHONY: demo linearize-demo test check sanitize kernels bench clean
 
 demo: $(VENV)/.ready
 	$(PY) -m fla.cli train --config examples/demo.yaml --output_dir $(RUN)
+
+linearize-demo: $(VENV)/.ready
+	$(PY) -m fla.cli train --config examples/teacher.yaml --output_dir $(LINEARIZED)/teacher
+	$(PY) -m fla.cli linearize $(LINEARIZED)/teacher $(LINEARIZED)/student --config examples/linearize.yaml
 
 test: $(VENV)/.ready
 	$(PY) -m pytest -n 2

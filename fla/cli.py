@@ -183,12 +183,14 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument(
         "--bucket", type=int, help="also perplexity by position, in buckets of this size"
     )
+    parser.add_argument("--recall", type=int, help="also recall probes of so many characters")
     parser.add_argument("--device", help="cpu, cuda, ...; the best available by default")
     args = parser.parse_args(argv)
 
     from rich.console import Console
     from rich.table import Table
 
+    from fla.evals.recall import PROBES, recall
     from fla.training import run
     from fla.training.corpus import compressed_bits_per_byte, load_corpus
 
@@ -207,6 +209,10 @@ def evaluate(argv: list[str]) -> int:
         table.add_row(f"bits per byte, {name}", f"{bits:.4f}")
     for start, perplexity in scored.by_position().items():
         table.add_row(f"perplexity at {start}..{start + args.bucket - 1}", f"{perplexity:.4f}")
+    for kind in PROBES if args.recall else ():
+        found = recall(model, tokenizer, kind, characters=args.recall)
+        table.add_row(f"recall, {kind}: exact answers", f"{found.exact:.0%}")
+        table.add_row(f"recall, {kind}: nats a token of it", f"{found.nats:.4f}")
     console.print(table)
     return 0
 

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,3 +228,31 @@ def test_wrong_input(arguments, said, teacher, config_file, tmp_path, capsys):
 def test_no_teacher(tmp_path, capsys):
     assert linearize(tmp_path / "nothing", tmp_path) == 2
     assert "teacher" in capsys.readouterr().err
+
+
+def test_distillation_in_two_processes(whole, teacher, config_file, tmp_path):
+    """On half the steps each."""
+    shutil.copytree(whole, tmp_path / "out")
+    state = json.loads((tmp_path / "out/state.json").read_text())
+    for stage in ("distill", "long", "report"):
+        del state["done"][stage]
+    (tmp_path / "out/state.json").write_text(json.dumps(state))
+    shutil.rmtree(tmp_path / "out/distill")
+    (tmp_path / "out/model.safetensors").unlink()
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fla.cli",
+        "linearize", teacher, str(tmp_path / "out"), "--config", config_file, "--stage",
+    ]  # fmt: skip
+    environment = os.environ | dict(OMP_NUM_THREADS="1")
+    done = subprocess.run([*command, "distill"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out/model.safetensors").exists()
+    history = json.loads((tmp_path / "out/distill/checkpoint-4/trainer_state.json").read_text())
+    assert history["global_step"] == 4  # eight batches
+    assert "distill" in json.loads((tmp_path / "out/state.json").read_text())["done"]
+
+
+def test_what_runs_in_one_process_says_so(teacher, config_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert linearize(teacher, tmp_path, "--config", config_file, "--stage", "calibrate") == 2
+    assert "stage 'calibrate' runs in one process" in capsys.readouterr().err

@@ -225,7 +225,18 @@ def test_generate_streams_text(trained, capsys):
 
 
 def test_eval_scores_by_position(trained, text, capsys):
-    flags = ["--data", text, "--length", "32", "--bucket", "16", "--device", "cpu"]
+    flags = [
+        "--data",
+        text,
+        "--length",
+        "32",
+        "--bucket",
+        "16",
+        "--device",
+        "cpu",
+        "--recall",
+        "30",
+    ]
     assert cli.main(["eval", str(trained), *flags]) == 0
     out = capsys.readouterr().out
     result = json.loads((trained / "results.json").read_text())
@@ -234,6 +245,7 @@ def test_eval_scores_by_position(trained, text, capsys):
         "perplexity at 0..15",
         "perplexity at 16..31",
         "gzip -9",
+        "recall, multi: exact answers",
     ):
         assert part in out
 
