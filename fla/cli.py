@@ -184,19 +184,31 @@ def evaluate(argv: list[str]) -> int:
         "--bucket", type=int, help="also perplexity by position, in buckets of this size"
     )
     parser.add_argument("--recall", type=int, help="also recall probes of so many characters")
+    parser.add_argument("--harness", nargs="+", metavar="TASK", help="tasks of lm-eval, alone")
+    parser.add_argument("--harness_folder", help="folder of lm-eval tasks of one's own")
+    parser.add_argument("--limit", type=int, help="examples of an lm-eval task")
     parser.add_argument("--device", help="cpu, cuda, ...; the best available by default")
     args = parser.parse_args(argv)
 
     from rich.console import Console
     from rich.table import Table
 
+    from fla.evals.harness import run_harness
     from fla.evals.recall import PROBES, recall
     from fla.training import run
     from fla.training.corpus import compressed_bits_per_byte, load_corpus
 
     console = Console(highlight=False)
-    corpus = load_corpus(args.data, args.data_column)
     model, tokenizer = _load(args.checkpoint, args.device)
+    if args.harness:
+        results = run_harness(model, tokenizer, args.harness, args.harness_folder, args.limit)
+        figures = Table("task", "measure", "value")
+        for task, values in results.items():
+            for name, value in values.items():
+                figures.add_row(task, name, f"{value:.4f}")
+        console.print(figures)
+        return 0
+    corpus = load_corpus(args.data, args.data_column)
     scored = run.evaluate(model, tokenizer, corpus, args.length, args.bucket, console)
     table = Table(
         title=f"held-out text of {corpus.name}: {scored.bytes / 1e6:.2f} MB, {scored.tokens} tokens"

@@ -31,7 +31,7 @@ from fla.linearize.export import obstacle, to_qwen3_5
 from fla.linearize.files import read_json, save_tensors, write_json
 from fla.linearize.measure import Measures, ablate, from_dict, measure
 from fla.linearize.measure import as_dict as measures_as_dict
-from fla.linearize.select import Selection, read_scores
+from fla.linearize.select import Selection, read_scores, uniform_layers
 from fla.linearize.surgery import assemble, load_teacher, make_linear, student_config
 from fla.linearize.teacher import teacher_fingerprint
 from fla.models import HybridForCausalLM
@@ -315,9 +315,7 @@ class Conversion:
             "after distillation": lambda: loaded(self.out / final),
         }
         if options.uniform:
-            keep = len(self.layers) - len(layers)
-            n = len(self.layers)
-            kept = {round((i + 1) * n / keep) - 1 for i in range(keep)} if keep else set()
+            kept = uniform_layers(len(self.layers), len(self.layers) - len(layers))
             even = [i for i in self.layers if i not in kept]
             rows["uniform placement"] = lambda: self.compared(
                 "uniform", lambda: self.distilled("uniform", even)

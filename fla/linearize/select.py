@@ -147,6 +147,16 @@ def spearman(a: list[float], b: list[float]) -> float:
     return float((x @ y) / (x.norm() * y.norm()).clamp(min=1e-12))
 
 
+def uniform_layers(count: int, keep: int) -> list[int]:
+    """Evenly spaced, as hybrids are published: the last of every n.
+
+    Example:
+        >>> uniform_layers(8, 2)
+        [3, 7]
+    """
+    return sorted(round((i + 1) * count / keep) - 1 for i in range(keep))
+
+
 class Selection:
     """The stage."""
 
@@ -199,7 +209,7 @@ class Selection:
         if method == "manual":
             found = Scores(method, sorted(self.options.layers))
         elif method == "uniform":
-            found = Scores(method, self.uniform())
+            found = Scores(method, uniform_layers(self.count, self.keep))
         elif method == "mse":
             found = self.ranked(method, {i: records[i] for i in range(self.count)})
         elif method == "kl_greedy":
@@ -208,10 +218,6 @@ class Selection:
             found = self.single(method, progress)
         write_json(self.file, vars(found))
         return found
-
-    def uniform(self) -> list[int]:
-        """Evenly spaced, as hybrids are published: the last of every n."""
-        return sorted(round((i + 1) * self.count / self.keep) - 1 for i in range(self.keep))
 
     def ranked(self, method: str, scores: dict[int, float]) -> Scores:
         """The highest scores stay, after what is pinned."""
