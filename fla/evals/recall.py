@@ -5,6 +5,7 @@ by how surely the answer is given.
     single    one line `the pin of NAME is NUMBER`, among filler, then `the pin of NAME is`
     multi     many such lines and no filler: which one is asked for
     variable  a chain of assignments `b = a`, and the number at its start
+    mqar      pairs `k=7`, then all of them again in another order: the digit of the last
 
 Everything is made from a seed; nothing is downloaded.
 """
@@ -68,10 +69,21 @@ def variable(rng: random.Random, characters: int) -> Prompt:
     return Prompt("".join(others) + f"print({names[-1]})  # ", number)
 
 
+def mqar(rng: random.Random, characters: int) -> Prompt:
+    keys = rng.sample(string.ascii_letters, max(2, min(50, characters // 8)))
+    digits = dict(zip(keys, rng.choices(string.digits, k=len(keys)), strict=True))
+    first = " ".join(f"{k}={d}" for k, d in digits.items())
+    rng.shuffle(keys)
+    *asked, last = keys
+    again = "".join(f"{k}={digits[k]} " for k in asked)
+    return Prompt(f"{first}\n{again}{last}=", digits[last])
+
+
 PROBES: dict[str, Callable[[random.Random, int], Prompt]] = {
     "single": single,
     "multi": multi,
     "variable": variable,
+    "mqar": mqar,
 }
 
 

@@ -36,7 +36,7 @@ from fla.modules.fused_linear_divergence import Head, fused_linear_divergence
 from fla.ops.engine.layout import SequenceLayout
 from fla.training.errors import UsageError
 
-CHARACTERS = 400  # of a recall prompt
+CHARACTERS = 200  # of a recall prompt
 UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -196,7 +196,10 @@ class Selection:
             self.swaps.start(b["input_ids"], b["cu_seqlens"], None)
             for b in self.text.held_out_batches(self.options.tokens)
         ]
-        wanted = prompts("multi", self.options.retrieval, CHARACTERS, seed=1)
+        half, count = self.options.retrieval // 2, self.options.retrieval
+        wanted = prompts("multi", half, CHARACTERS, 1) + prompts(
+            "mqar", count - half, CHARACTERS, 1
+        )
         packs: list[Batch] = [
             pack(self.tokenizer, wanted[i : i + 8]) for i in range(0, len(wanted), 8)
         ]

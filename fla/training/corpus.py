@@ -19,7 +19,8 @@ from fla.training.errors import UsageError
 
 HELD_OUT_ONE_IN = 20
 STREAM_HELD_OUT = 200
-RECALLED = 9000  # made-up texts, about 2.5 MB
+# made-up texts of each of four lengths, by probe: 3.6 MB, half of it where every line asks
+RECALLED = {"single": 500, "multi": 500, "variable": 500, "mqar": 2000}
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -76,12 +77,12 @@ def _stdlib() -> dict[str, str]:
 
 
 def _recall() -> dict[str, str]:
-    from fla.evals.recall import PROBES, prompts
+    from fla.evals.recall import prompts
 
     texts: dict[str, list[str]] = {}
-    for seed, kind in enumerate(PROBES):
+    for seed, (kind, share) in enumerate(RECALLED.items()):
         for characters in (100, 200, 300, 400):
-            found = prompts(kind, RECALLED // 12, characters, seed=1000 + seed)
+            found = prompts(kind, share, characters, seed=1000 + seed)
             texts[f"{kind} {characters}"] = [p.text + p.answer + "\n" for p in found]
     return {f"recall/{n} {i}": text for n, rows in texts.items() for i, text in enumerate(rows)}
 

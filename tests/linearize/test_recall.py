@@ -68,6 +68,6 @@ def test_what_is_asked_are_the_answers_tokens():
 def test_recall_as_a_corpus():
     corpus = load_corpus("recall")
     assert (
-        2e6 < sum(map(len, corpus.train)) < 3e6
+        3e6 < sum(map(len, corpus.train)) < 4e6
         and 0 < len(corpus.held_out) < len(corpus.train) / 10
     )
