@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -107,6 +108,8 @@ class Conversion:
         except (OSError, ValueError) as error:
             raise UsageError(f"teacher {source!r}: {error}") from error
         self.teacher = teacher.to(device)
+        if device == "cpu":  # where products of lower dtypes are slow
+            self.teacher = self.teacher.float()
         if config.export == "qwen3_5":
             reason = obstacle(student_config(self.teacher.config, [0], config.linear))
             if reason is not None:
@@ -179,8 +182,6 @@ class Conversion:
         layers = {i: make_linear(self.teacher, i, linear) for i in self.layers}
         if folder:
             for i, layer in layers.items():
-                from safetensors.torch import load_file
-
                 layer.load_state_dict(load_file(self.out / folder / f"layer_{i:03}.safetensors"))
         return layers
 
@@ -233,7 +234,7 @@ class Conversion:
         return {i: r.error for i, r in found.items()}
 
     def select(self) -> None:
-        bank = self.bank("align")
+        bank = {i: x.to(self.teacher.dtype) for i, x in self.bank("align").items()}
         stage = Selection(
             self.teacher, bank, self.text, self.tokenizer, self.config.select, self.out
         )

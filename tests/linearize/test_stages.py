@@ -329,3 +329,16 @@ def test_a_teachers_tokens_on_disk(tmp_path):
         TopTokens(tmp_path / "top", teacher, text.tokenizer, text, 5)
     with pytest.raises(UsageError, match="top_k is 1000, but the teacher has 259"):
         TopTokens(tmp_path / "else", teacher, text.tokenizer, text, 1000)
+
+
+def test_a_teacher_in_bf16(tmp_path):
+    """Layers learn in fp32, and are scored in the teacher's dtype."""
+    parts = make_all(tmp_path)
+    teacher, text, config, bank = parts
+    teacher.to(torch.bfloat16)
+    calibrate.calibrate(teacher, bank, [text.batch(0)])
+    align_bank(make_stage(parts, tmp_path), bank)
+    assert all(p.dtype == torch.float32 for layer in bank.values() for p in layer.parameters())
+    bank = {i: layer.to(torch.bfloat16) for i, layer in bank.items()}
+    found = selection((teacher, text, config, bank), tmp_path).run({}, quiet)
+    assert len(found.softmax) == 1 and all(x >= 0 for x in found.scores.values())
