@@ -11,7 +11,6 @@ Layers share nothing, so they stop, fail and resume on their own.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,7 @@ from torch import Tensor
 from fla.layers.linearized import LinearizedAttention
 from fla.linearize.config import Align
 from fla.linearize.data import Text, on
-from fla.linearize.files import read_json, save_tensors, save_torch, write_json
+from fla.linearize.files import layer_file, read_json, save_tensors, save_torch, write_json
 from fla.linearize.surgery import attention_of
 from fla.ops.engine.layout import SequenceLayout
 
@@ -205,32 +204,19 @@ class Alignment:
         folder.mkdir(parents=True, exist_ok=True)
         self.checks = text.held_out_batches(HELD_OUT)
 
-    def file(self, layer: int) -> Path:
-        return self.folder / f"layer_{layer:03}.safetensors"
-
-    def done(self, layer: int) -> bool:
-        return self.file(layer).exists() and str(layer) in self.records()
-
-    def records(self) -> dict[str, Any]:
-        return read_json(self.folder / "layers.json") or {}
-
-    def load(self, layer: int, into: LinearizedAttention) -> None:
-        into.load_state_dict(load_file(self.file(layer)))
-
     def run(
         self, bank: dict[int, LinearizedAttention], progress: Progress, stop: Callable[[], bool]
     ) -> None:
         """Train what is not done of the bank; `stop` is asked after every step, and ends it with
         all saved.
         """
-        waiting = [i for i in sorted(bank) if not self.done(i)]
+        waiting = sorted(set(bank) - set(records(self.folder)))
         for i in set(bank) - set(waiting):
-            self.load(i, bank[i])
+            bank[i].load_state_dict(load_file(layer_file(self.folder, i)))
         size = self.options.layers_at_once or len(waiting) or 1
         groups = [waiting[i : i + size] for i in range(0, len(waiting), size)]
-        for number, group in enumerate(groups):
-            finished = len(bank) - len(waiting) + number * size
-            if not self.group({i: bank[i] for i in group}, progress, stop, finished):
+        for group in groups:
+            if not self.group({i: bank[i] for i in group}, progress, stop):
                 return
 
     def group(
@@ -238,11 +224,10 @@ class Alignment:
         bank: dict[int, LinearizedAttention],
         progress: Progress,
         stop: Callable[[], bool],
-        finished: int,
     ) -> bool:
         """Whether the group was trained to its end."""
         runs = {i: Regression(layer, self.options, self.steps) for i, layer in bank.items()}
-        saved = self.folder / "progress.pt"
+        saved = self.folder / f"progress_{min(bank):03}.pt"
         first = self.resume(runs, saved)
         if first == 0:
             self.check(runs, bank, 0)
@@ -289,13 +274,14 @@ class Alignment:
             runs[i].check(error, step)
 
     def finish(self, runs: dict[int, Regression]) -> None:
-        records = self.records()
         for i, run in runs.items():
-            save_tensors(self.file(i), run.good)
-            records[str(i)] = asdict(run.record)
-        write_json(self.folder / "layers.json", records)
+            save_tensors(layer_file(self.folder, i), run.good)
+            write_json(self.folder / f"layer_{i:03}.json", asdict(run.record))
 
 
-def summary(records: dict[str, Any]) -> dict[int, Record]:
-    """Of a `layers.json`."""
-    return {int(i): Record(**json.loads(json.dumps(x))) for i, x in records.items()}
+def records(folder: Path) -> dict[int, Record]:
+    """Of the layers that are done: their files are written last, one a layer, so that processes
+    share the folder.
+    """
+    files = sorted(folder.glob("layer_*.json"))
+    return {int(file.stem.removeprefix("layer_")): Record(**read_json(file)) for file in files}

@@ -77,7 +77,7 @@ def measure(source: str, out: Path, rule: str, config: Config, console: Console)
     conversion.run("distill")
     model = HybridForCausalLM.from_pretrained(out / rule / "distill").eval().to(teacher.device)
     after, _ = divergence(model, teacher, text)
-    errors = [conversion.records()[i] for i in layers]
+    errors = [conversion.errors()[i] for i in layers]
     seconds, _ = decode_cost(model, PROMPT)
     mean = sum(errors) / len(errors)
     return Row(rule, mean, before, after, prompt_speed(model), 1 / seconds, cache_bytes(model))

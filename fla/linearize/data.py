@@ -24,6 +24,7 @@ class Text:
         self.corpus: Corpus = load_corpus(data.source, data.column)
         if self.corpus.streaming:
             raise UsageError("data.source: linearize reads whole corpora; stream to a file first")
+        self.epoch = -1
         length = data.seq if seq is None else seq
         self.blocks = TokenBlocks(self.corpus.train, tokenizer, length)
         self.held_out = TokenBlocks(self.corpus.held_out, tokenizer, min(length, data.seq))
@@ -31,8 +32,10 @@ class Text:
     def index(self, place: int) -> int:
         """The block at a place of the endless order."""
         epoch, at = divmod(place, len(self.blocks))
-        order = np.random.default_rng([self.data.seed, epoch]).permutation(len(self.blocks))
-        return int(order[at])
+        if epoch != self.epoch:
+            generator = np.random.default_rng([self.data.seed, epoch])
+            self.epoch, self.order = epoch, generator.permutation(len(self.blocks))
+        return int(self.order[at])
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The step-th batch: input_ids and labels `[1, total]`, cu_seqlens."""

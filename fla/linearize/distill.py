@@ -32,6 +32,7 @@ from fla.modules.fused_linear_divergence import Divergence, Head, fused_linear_d
 from fla.ops.engine.layout import SequenceLayout
 from fla.training.callbacks import FlaTrainer, say
 from fla.training.checkpoints import newest_whole
+from fla.training.errors import UsageError
 from fla.training.run import RunArguments, make_trainer, run_trainer
 from fla.training.tokens import collate
 
@@ -104,7 +105,6 @@ class Distiller(InOrder):
         d = config.distill
         self.lr_mixer = d.lr_mixer
         self.divergence = Divergence(d.divergence, d.temperature, 0.5, d.kl_weight, d.ce_weight)
-        self.seen: dict[str, Tensor] = {}
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, **kwargs: Any
@@ -120,11 +120,9 @@ class Distiller(InOrder):
         inner = self.accelerator.unwrap_model(model)
         head = Head(gathered(inner.lm_head.weight))
         teacher, theirs = self.taught(inputs)
-        loss, self.seen = fused_linear_divergence(
-            states[-1], head, teacher, labels, None, self.divergence
-        )
+        loss, _ = fused_linear_divergence(states[-1], head, teacher, labels, None, self.divergence)
         weight = self.config.distill.hidden_weight
-        if weight and theirs is not None:
+        if weight:
             loss = loss + weight * relative_errors(states[1:-1], theirs[1:-1])
         return (loss, output) if return_outputs else loss
 
@@ -213,6 +211,11 @@ def distill(
 ) -> bool:
     """The stage."""
     d = config.distill
+    if d.top_k and d.hidden_weight:
+        raise UsageError(
+            f"distill: hidden_weight={d.hidden_weight} needs the teacher's hidden states, which "
+            f"top_k={d.top_k} does not keep; set one of them to 0"
+        )
     args = arguments(config, folder, config.steps(d.tokens), d.lr_rest, d.warmup, config.data.batch)
     top = TopTokens(folder / "teacher", teacher, tokenizer, text, d.top_k) if d.top_k else None
     kind = partial(Distiller, teacher=teacher, config=config, top=top)

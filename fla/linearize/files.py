@@ -15,11 +15,16 @@ from torch import Tensor
 
 def _replace(path: Path, write: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     write(beside)
     with open(beside, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    """Where a stage keeps a layer's weights."""
+    return folder / f"layer_{layer:03}.safetensors"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -91,7 +91,7 @@ def decode_cost(model: Any, length: int) -> tuple[float, int]:
     return statistics.median(times), size
 
 
-def measure(model: Any, teacher: Any, text: Text, options: Report, costs: bool = True) -> Measures:
+def measure(model: Any, teacher: Any, text: Text, options: Report) -> Measures:
     """All of it."""
     model.eval()
     rows, size = held_out_rows(text, options.eval_bytes)
@@ -107,9 +107,8 @@ def measure(model: Any, teacher: Any, text: Text, options: Report, costs: bool =
         {kind: r.exact for kind, r in probes.items()},
         {kind: r.nats for kind, r in probes.items()},
     )
-    if costs:
-        for length in options.lengths:
-            found.decode[length], found.cache[length] = decode_cost(model, length)
+    for length in options.lengths:
+        found.decode[length], found.cache[length] = decode_cost(model, length)
     return found
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from fla.evals.recall import PROBES
-from fla.linearize.align import Record, summary
+from fla.linearize.align import Record, records
 from fla.linearize.config import as_dict
-from fla.linearize.files import read_json, write_text
+from fla.linearize.files import write_text
 from fla.linearize.measure import Measures
 from fla.linearize.select import Scores, read_scores
 from fla.training.callbacks import clock
@@ -162,12 +162,12 @@ def _layers(records: dict[int, Record], scores: Scores) -> list[str]:
 def write(conversion: Conversion, found: dict[str, Measures], branches: dict[str, float]) -> None:
     """The report, its pictures, and its table on the console."""
     out, config = conversion.out, conversion.config
-    records = summary(read_json(out / "align" / "layers.json"))
+    aligned = records(out / "align")
     scores = read_scores(out)
     assert scores is not None
-    plot_alignment(records, out / "alignment.png")
+    plot_alignment(aligned, out / "alignment.png")
     plot_costs(found, out / "costs.png")
-    seconds = {n: x["seconds"] for n, x in conversion.state["done"].items()}
+    seconds = conversion.state["done"]
     linear = ", ".join(f"{k}={v}" for k, v in as_dict(config)["linear"].items()) or "defaults"
     details = [f"method {scores.method}"]
     if scores.agreement is not None:
@@ -188,7 +188,7 @@ def write(conversion: Conversion, found: dict[str, Measures], branches: dict[str
         "Error: squared, relative to the teacher layer's output, on held-out text. Score: nats a "
         "token that swapping the layer alone costs.",
         "",
-        *_layers(records, scores),
+        *_layers(aligned, scores),
         "",
         "; ".join(details) + ".",
         "",

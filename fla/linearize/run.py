@@ -23,13 +23,13 @@ from transformers.utils import logging as transformers_logging
 
 from fla.layers.linearized import LinearizedAttention
 from fla.linearize import report
-from fla.linearize.align import Alignment, summary
+from fla.linearize.align import Alignment, records
 from fla.linearize.calibrate import calibrate
 from fla.linearize.config import Config, as_dict
 from fla.linearize.data import Text
 from fla.linearize.distill import InOrder, arguments, distill, train_stage
 from fla.linearize.export import obstacle, to_qwen3_5
-from fla.linearize.files import read_json, save_tensors, write_json
+from fla.linearize.files import layer_file, read_json, save_tensors, write_json
 from fla.linearize.measure import Measures, ablate, from_dict, measure
 from fla.linearize.measure import as_dict as measures_as_dict
 from fla.linearize.select import Selection, read_scores, uniform_layers
@@ -50,6 +50,9 @@ PARTS = {
     "long": ("long",),
     "report": ("report",),
 }
+
+
+SCHEDULING = ("layers", "layers_at_once", "save")  # of align: the same weights, otherwise come by
 
 
 class Meter:
@@ -121,7 +124,8 @@ class Conversion:
 
     def read_state(self) -> dict[str, Any]:
         mark = teacher_fingerprint(self.teacher)
-        state = read_json(self.state_file) or dict(teacher=mark, source=self.source, done={})
+        new = dict(teacher=mark, source=self.source, begun={}, done={})
+        state = read_json(self.state_file) or new
         if state["teacher"] != mark:
             raise UsageError(
                 f"{self.out} holds a conversion of another teacher ({state['source']}); choose "
@@ -130,18 +134,21 @@ class Conversion:
         return state
 
     def asked(self, stage: str) -> dict[str, Any]:
+        """What a stage's results depend on."""
         values = as_dict(self.config)
+        for name in SCHEDULING:
+            del values["align"][name]
         return {part: values[part] for part in PARTS[stage]}
 
     def done(self, stage: str) -> bool:
-        there = self.state["done"].get(stage)
-        if there is not None and there["asked"] != self.asked(stage):
-            changed = [p for p in PARTS[stage] if there["asked"][p] != self.asked(stage)[p]]
+        begun, asked = self.state["begun"].get(stage), self.asked(stage)
+        if begun is not None and begun != asked:
+            changed = [part for part in asked if begun[part] != asked[part]]
             raise UsageError(
-                f"{self.out}: stage {stage!r} was done with other options ({', '.join(changed)}); "
+                f"{self.out}: stage {stage!r} was begun with other options ({', '.join(changed)}); "
                 "choose another folder, or ask for the same"
             )
-        return there is not None
+        return stage in self.state["done"]
 
     def check_processes(self, stage: str) -> None:
         """Under `torchrun` only what the Trainer does runs in several processes."""
@@ -151,12 +158,11 @@ class Conversion:
                 "the alignment), then --stage distill with it"
             )
 
-    def finish(self, stage: str, begun: float) -> None:
-        if not self.first:
-            return
-        seconds = round(time.monotonic() - begun, 1)
-        self.state["done"][stage] = dict(asked=self.asked(stage), seconds=seconds)
-        write_json(self.state_file, self.state)
+    def note(self, kind: str, stage: str, value: Any) -> None:
+        """Write down that a stage was begun, or done."""
+        self.state[kind][stage] = value
+        if self.first:
+            write_json(self.state_file, self.state)
 
     def run(self, stage: str | None = None, alone: bool = True) -> None:
         """All stages, or one, whose predecessors must be done; not `alone`: with them."""
@@ -172,9 +178,10 @@ class Conversion:
                 raise UsageError(f"--stage {stage}: stage {name!r} comes first, and is not done")
             self.check_processes(name)
             self.console.rule(name)
+            self.note("begun", name, self.asked(name))
             begun = time.monotonic()
             getattr(self, name)()
-            self.finish(name, begun)
+            self.note("done", name, round(time.monotonic() - begun, 1))
 
     def bank(self, folder: str = "") -> dict[int, LinearizedAttention]:
         """Every layer made linear; with a folder as that stage left them."""
@@ -182,7 +189,7 @@ class Conversion:
         layers = {i: make_linear(self.teacher, i, linear) for i in self.layers}
         if folder:
             for i, layer in layers.items():
-                layer.load_state_dict(load_file(self.out / folder / f"layer_{i:03}.safetensors"))
+                layer.load_state_dict(load_file(layer_file(self.out / folder, i)))
         return layers
 
     def calibrate(self) -> None:
@@ -192,7 +199,7 @@ class Conversion:
             batches = [self.text.batch(i) for i in range(self.config.steps(tokens))]
             found = calibrate(self.teacher, bank, batches)
         for i, layer in bank.items():
-            file = self.out / "calibrate" / f"layer_{i:03}.safetensors"
+            file = layer_file(self.out / "calibrate", i)
             save_tensors(file, {n: x.cpu() for n, x in layer.state_dict().items()})
         rows = {i: {n: x.tolist() for n, x in vars(s).items()} for i, s in found.items()}
         write_json(self.out / "calibrate" / "statistics.json", rows)
@@ -205,6 +212,9 @@ class Conversion:
     def align(self) -> None:
         options = self.config.align
         bank = self.bank("calibrate")
+        outside = sorted(set(options.layers or ()) - set(self.layers))
+        if outside:
+            raise UsageError(f"align.layers: {outside} are outside 0..{self.layers[-1]}")
         wanted = {i: bank[i] for i in (options.layers or self.layers)}
         steps = self.config.steps(options.tokens)
         stage = Alignment(self.teacher, self.text, options, steps, self.out / "align")
@@ -218,20 +228,21 @@ class Conversion:
             interruption.restore()
         if interruption.asked:
             raise Stopped
-        for i, record in sorted(summary(stage.records()).items()):
+        found = records(self.out / "align")
+        for i, record in found.items():
             first = record.checks[0][1] if record.checks else float("nan")
             said = f"; stopped: {record.stopped}" if record.stopped else ""
             self.console.print(f"layer {i}: error {first:.3f} -> {record.error:.3f}{said}")
-        missing = [i for i in self.layers if str(i) not in stage.records()]
+        missing = [i for i in self.layers if i not in found]
         if missing:
             raise UsageError(
                 f"align: layers {missing} are not done yet (align.layers names others); run the "
                 "stage for them before the next one"
             )
 
-    def records(self) -> dict[int, float]:
-        found = summary(read_json(self.out / "align" / "layers.json"))
-        return {i: r.error for i, r in found.items()}
+    def errors(self) -> dict[int, float]:
+        """Of the alignment, by layer."""
+        return {i: record.error for i, record in records(self.out / "align").items()}
 
     def select(self) -> None:
         bank = {i: x.to(self.teacher.dtype) for i, x in self.bank("align").items()}
@@ -240,7 +251,7 @@ class Conversion:
         )
         meter = Meter(self.console, "select", every=0)
         try:
-            found = stage.run(self.records(), meter)
+            found = stage.run(self.errors(), meter)
         finally:
             meter.close()
             stage.swaps.put(set())
@@ -354,7 +365,9 @@ class Conversion:
 
     def compared(self, name: str, train: Callable[[], None]) -> Any:
         """A student for comparison, trained where that is not done."""
-        if not (self.out / name / "config.json").exists():
+        if name not in self.state["done"]:
             self.console.rule(name)
+            begun = time.monotonic()
             train()
+            self.note("done", name, round(time.monotonic() - begun, 1))
         return HybridForCausalLM.from_pretrained(self.out / name)

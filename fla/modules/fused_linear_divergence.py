@@ -163,7 +163,8 @@ class _Rows:
                 own = self.q if o.temperature == 1 else self.z.softmax(-1)
                 grad.add_(own, alpha=o.ce_weight)
                 grad.scatter_add_(-1, at, torch.full_like(at, -o.ce_weight, dtype=grad.dtype))
-        entropies = (-_expect(x.exp(), x).sum() for x in (self.log_p, self.log_q))
+        pairs = ((self.p, self.log_p), (self.q, self.log_q))
+        entropies = (-_expect(*pair).sum() for pair in pairs)
         agree = (likeliest == self.z.argmax(-1)).sum().to(ce.dtype)
         return torch.stack([loss.sum(), ce, *entropies, agree]), grad
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fla.modules.layernorm import RMSNorm, rms_norm
 from fla.ops.engine.dispatch import resolve_module
+from fla.ops.engine.gates import wide
 from fla.ops.engine.kernels.ops import interpreted, on_device
 from fla.ops.engine.kernels.selfcheck import differs_from, trusted
 
@@ -30,17 +31,17 @@ class _Torch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, g, weight, bias, activation: str, eps: float) -> Tensor:
-        wide = _wide(x)
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        row = wide(x)
+        inverse = torch.rsqrt(row.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, g, weight, bias, inverse)
         ctx.activation = activation
-        return _affine(wide * inverse, weight, bias).mul_(ACTIVATIONS[activation](_wide(g)))
+        return _affine(row * inverse, weight, bias).mul_(ACTIVATIONS[activation](wide(g)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor):
         x, g, weight, bias, inverse = ctx.saved_tensors
-        unit, gate = _wide(x) * inverse, _wide(g)
+        unit, gate = wide(x) * inverse, wide(g)
         sigmoid = gate.sigmoid()
         if ctx.activation == "sigmoid":
             value, slope = sigmoid, sigmoid * (1 - sigmoid)
@@ -54,10 +55,6 @@ class _Torch(torch.autograd.Function):
         dn = dn if weight is None else dn.mul_(weight)
         dx = dn.addcmul_(unit, (dn * unit).mean(-1, keepdim=True), value=-1).mul_(inverse)
         return dx.to(x.dtype), dg.to(g.dtype), dweight, dbias, None, None
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -116,8 +113,8 @@ def _differs(kind: Kind) -> str | None:
 def _plain(
     x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str, eps: float
 ) -> Tensor:
-    y: Tensor = rms_norm(_wide(x), weight, bias, eps=eps)  # type: ignore[assignment]
-    return y * ACTIVATIONS[activation](_wide(g))
+    y: Tensor = rms_norm(wide(x), weight, bias, eps=eps)  # type: ignore[assignment]
+    return y * ACTIVATIONS[activation](wide(g))
 
 
 def _form(x: Tensor, activation: str) -> Callable[..., Tensor]:
@@ -149,8 +146,7 @@ def rms_norm_gated(
         )
     total = x
     if residual is not None or residual_in_fp32:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        total = x.to(wide) if residual is None else x.to(wide) + residual
+        total = wide(x) if residual is None else wide(x) + residual
     y = _form(x, activation)(total, g, weight, bias, activation, eps)
     y = y.to(x.dtype)
     return (y, total if residual_in_fp32 else total.to(x.dtype)) if prenorm else y

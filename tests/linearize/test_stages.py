@@ -136,17 +136,19 @@ def test_alignment_reduces_every_error_and_goes_on_where_it_stopped(at_once, tmp
     """Stopped in the middle it ends with the bits of an uninterrupted run, layers together or one by one."""
     parts = make_all(tmp_path, align=dict(layers_at_once=at_once))
     whole = align_bank(make_stage(parts, tmp_path / "a"), parts[3])
-    records = align.summary(make_stage(parts, tmp_path / "a").records())
+    records = align.records(tmp_path / "a/align")
     assert all(r.error < 0.8 * r.checks[0][1] and r.stopped is None for r in records.values())
     again = make_all(tmp_path, align=dict(layers_at_once=at_once))[3]
     asked = iter([False] * 30 + [True] * 5)
     stage = make_stage(parts, tmp_path / "b")
     align_bank(stage, again, lambda: next(asked, True))
-    assert len(stage.records()) < 3 and (tmp_path / "b/align/progress.pt").exists()
+    assert len(align.records(tmp_path / "b/align")) < 3 and list(
+        (tmp_path / "b/align").glob("progress_*")
+    )
     fresh = make_all(tmp_path, align=dict(layers_at_once=at_once))[3]
     rest = align_bank(make_stage(parts, tmp_path / "b"), fresh)
     assert all(torch.equal(x, rest[n]) for n, x in whole.items())
-    assert not (tmp_path / "b/align/progress.pt").exists()
+    assert not list((tmp_path / "b/align").glob("progress_*"))
 
 
 def test_layers_do_not_touch_each_other(tmp_path):
@@ -156,8 +158,7 @@ def test_layers_do_not_touch_each_other(tmp_path):
     other = make_all(tmp_path)[3]
     alone = align_bank(make_stage(parts, tmp_path / "b"), {1: other[1]})
     assert all(torch.equal(x, whole[n]) for n, x in alone.items())
-    files = json.loads((tmp_path / "b/align/layers.json").read_text())
-    assert list(files) == ["1"]
+    assert list(align.records(tmp_path / "b/align")) == [1]
 
 
 def test_a_layer_that_is_no_number_stops_alone(tmp_path):
@@ -169,7 +170,7 @@ def test_a_layer_that_is_no_number_stops_alone(tmp_path):
         lambda m, a, y: (y[0] * math.nan, *y[1:]) if m.training and next(calls) == 20 else None
     )
     align_bank(stage, bank)
-    records = align.summary(stage.records())
+    records = align.records(tmp_path / "align")
     assert "not a number at step" in records[1].stopped
     assert records[0].stopped is None and records[2].error < records[2].checks[0][1]
     assert all(x.isfinite().all() for x in bank[1].state_dict().values())
@@ -179,7 +180,7 @@ def test_a_plateau_ends_a_layer(tmp_path):
     parts = make_all(tmp_path, align=dict(lr=0.0, lr_copied=0.0, patience=1, check=4))
     stage = make_stage(parts, tmp_path)
     align_bank(stage, parts[3])
-    records = align.summary(stage.records())
+    records = align.records(tmp_path / "align")
     assert {r.stopped for r in records.values()} == {"no progress since 1 checks"}
     assert len(records[0].checks) == 2  # of seven
 
