@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +239,3 @@ def load(file: str | None, changes: list[str]) -> Config:
     except ValueError as error:
         raise UsageError(f"--config: {error}") from error
     return config
-
-
-def as_dict(config: Config) -> dict[str, Any]:
-    return asdict(config)

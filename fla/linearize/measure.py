@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -151,11 +151,7 @@ def ablate(model: Any, text: Text, options: Report) -> dict[str, float]:
     return found
 
 
-def as_dict(found: Measures) -> dict[str, Any]:
-    return asdict(found)
-
-
 def from_dict(saved: dict[str, Any]) -> Measures:
-    """Of what JSON made of `as_dict`."""
+    """Of what JSON made of `asdict`."""
     numbers = {n: {int(k): x for k, x in saved[n].items()} for n in ("decode", "cache")}
     return Measures(**saved | numbers)

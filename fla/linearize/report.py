@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ from rich.table import Table
 
 from fla.evals.recall import PROBES
 from fla.linearize.align import Record, records
-from fla.linearize.config import as_dict
 from fla.linearize.files import write_text
 from fla.linearize.measure import Measures
 from fla.linearize.select import Scores, read_scores
@@ -168,7 +168,7 @@ def write(conversion: Conversion, found: dict[str, Measures], branches: dict[str
     plot_alignment(aligned, out / "alignment.png")
     plot_costs(found, out / "costs.png")
     seconds = conversion.state["done"]
-    linear = ", ".join(f"{k}={v}" for k, v in as_dict(config)["linear"].items()) or "defaults"
+    linear = ", ".join(f"{k}={v}" for k, v in asdict(config)["linear"].items()) or "defaults"
     details = [f"method {scores.method}"]
     if scores.agreement is not None:
         details.append(f"two halves of the data rank layers alike to {scores.agreement:.2f}")

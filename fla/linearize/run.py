@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,12 @@ from fla.layers.linearized import LinearizedAttention
 from fla.linearize import report
 from fla.linearize.align import Alignment, records
 from fla.linearize.calibrate import calibrate
-from fla.linearize.config import Config, as_dict
+from fla.linearize.config import Config
 from fla.linearize.data import Text
 from fla.linearize.distill import InOrder, arguments, distill, train_stage
 from fla.linearize.export import obstacle, to_qwen3_5
 from fla.linearize.files import layer_file, read_json, save_tensors, write_json
 from fla.linearize.measure import Measures, ablate, from_dict, measure
-from fla.linearize.measure import as_dict as measures_as_dict
 from fla.linearize.select import Selection, read_scores, uniform_layers
 from fla.linearize.surgery import assemble, load_teacher, make_linear, student_config
 from fla.linearize.teacher import teacher_fingerprint
@@ -135,7 +135,7 @@ class Conversion:
 
     def asked(self, stage: str) -> dict[str, Any]:
         """What a stage's results depend on."""
-        values = as_dict(self.config)
+        values = asdict(self.config)
         for name in SCHEDULING:
             del values["align"][name]
         return {part: values[part] for part in PARTS[stage]}
@@ -353,7 +353,7 @@ class Conversion:
             if saved is None:
                 self.console.print(f"measuring: {name}")
                 model = make().to(self.teacher.device)
-                saved = measures_as_dict(measure(model, self.teacher, self.text, options))
+                saved = asdict(measure(model, self.teacher, self.text, options))
                 write_json(file, saved)
             found[name] = from_dict(read_json(file))
         branches = ablate(loaded(self.out / final).eval(), self.text, options)

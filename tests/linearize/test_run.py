@@ -3,11 +3,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,7 +17,6 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from fla import cli
-from fla.linearize.config import as_dict
 from fla.linearize.export import NATIVE
 from fla.training.tokens import load_tokenizer
 from tests.linearize.common import make_config, write_text
@@ -42,7 +43,7 @@ def config_file(tmp_path_factory):
     text = folder / "text"
     text.mkdir()
     config = make_config(write_text(text), linear=NATIVE, report=EVERYTHING)
-    (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config) | dict(export="qwen3_5")))
+    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config) | dict(export="qwen3_5")))
     return str(folder / "config.yaml")
 
 
@@ -173,6 +174,18 @@ def test_a_teachers_tokens_from_disk(teacher, config_file, tmp_path):
     assert linearize(teacher, tmp_path, "--config", config_file, "--set", *changes) == 0
     assert (tmp_path / "distill/teacher/ids.npy").exists()
     assert (tmp_path / "conversion_report.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("align.layers=[1,9]",), r"align.layers: \[9\] are outside 0..2"),
+        (("distill.top_k=8", "distill.hidden_weight=0.5"), "hidden_weight=0.5 needs the teacher's"),
+    ],
+)
+def test_options_that_cannot_be(change, said, teacher, config_file, tmp_path, capsys):
+    assert linearize(teacher, tmp_path, "--config", config_file, "--set", *change) == 2
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_comparison(teacher, config_file, tmp_path, capsys):

@@ -312,6 +312,8 @@ def test_registered_operators():
     detached = [y.detach() for y in tensors]
     arguments = (*detached, None, None, None, None, None, 0.3, True, False)
     torch.library.opcheck(torch.ops.fla.native_tokens, arguments)
+    arguments = (*detached, None, None, None, torch.randn(2, 4, 24, 40), None, 0.3, True, False)
+    torch.library.opcheck(torch.ops.fla.native_tokens_, arguments)
 
 
 def test_wrong_boundaries_are_refused_before_anything_is_read():

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fla.ops.engine.dispatch import unavailable, use_backend
+from fla.ops.engine.run import overwrite_states
 from fla.ops.registry import OPS
 from tests.ops import properties as P
 
@@ -246,3 +248,38 @@ def test_a_broken_operator_fails(check, op):
     op = _broken(op)
     with pytest.raises(AssertionError):
         check(op)
+
+
+@every_op
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_state_is_overwritten_on_request(op, backend):
+    if op.equation is None or op.state != {"initial_state": "N HV K V"}:
+        pytest.skip("it hands no state to the recurrence as it is")
+    if unavailable(backend, torch.device("cpu"), op.token.__name__):
+        pytest.skip("no kernel")
+    inputs = op.inputs(1, 10, 2, P.K, P.V)
+    states = op.states(3, 2, P.K, P.V, dtype=torch.float32)
+    bounds = torch.tensor([0, 3, 3, 10])
+    with torch.no_grad(), use_backend(backend):
+        for form in (op.token, op.chunk):
+            want = op.call(form, inputs, states, cu_seqlens=bounds)
+            given = [x.clone() for x in states]
+            with overwrite_states():
+                got = op.call(form, inputs, given, cu_seqlens=bounds)
+            P.results(got, want, op.title, 0)
+            assert got[1] is given[0]
+
+
+def test_a_state_that_cannot_be_overwritten_is_refused():
+    inputs, state = GDN.inputs(2, 1, 2, P.K, P.V), GDN.states(2, 2, P.K, P.V, dtype=torch.float32)
+    with overwrite_states():
+        with pytest.raises(ValueError, match=r"initial_state is torch.bfloat16.*float32"):
+            GDN.call(GDN.token, inputs, [state[0].bfloat16()])
+        with pytest.raises(ValueError, match=r"overwrite_states.. while a gradient is recorded"):
+            GDN.call(GDN.token, P.leaves(inputs), state)
+        transposed = state[0].mT.contiguous()
+        with torch.no_grad():
+            want = GDN.call(GDN.token, inputs, state[0].clone()[None])
+            got = GDN.call(GDN.token, inputs, [transposed], state_v_first=True)
+    assert got[1] is transposed
+    P.results([got[0], transposed.mT], want, "V first", 1e-6)

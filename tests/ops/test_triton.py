@@ -17,6 +17,7 @@ from fla.ops.engine.dispatch import explain, unavailable, use_backend
 from fla.ops.engine.kernels import convolution, launch, ops, selfcheck
 from fla.ops.engine.kernels.selective_scan import selective_scan
 from fla.ops.engine.kernels.vector_scan import SCANS
+from fla.ops.engine.run import overwrite_states
 from fla.ops.engine.selective import selective_scan as plain_selective
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from fla.ops.gsa import chunk_gsa
@@ -67,6 +68,8 @@ def test_token_by_token(decay, erase, before):
     want = dict(zip(("o", "final"), chunk(**wide(x), **options), strict=True))
     got = dict(zip(("o", "final"), ops.recurrent(**x, **options), strict=True))
     compare(got, want, f"{decay} {erase}", 1e-5)
+    o, final = ops.recurrent(**x, **options, overwrite=True)
+    assert final is state and torch.equal(state, got["final"]) and torch.equal(o, got["o"])
 
 
 def wide(x):
@@ -287,6 +290,8 @@ def test_registered_operators():
     detached = [y.detach() for y in tensors]
     arguments = (*detached, None, None, None, None, None, 0.3, True, False)
     torch.library.opcheck(torch.ops.fla.triton_tokens, arguments)
+    arguments = (*detached, None, None, None, state, None, 0.3, True, False)
+    torch.library.opcheck(torch.ops.fla.triton_tokens_, arguments)
 
 
 def test_compiles_without_a_break():
@@ -326,6 +331,17 @@ def test_a_decode_step_is_captured_in_a_graph():
         graph.replay()
         for a, b in zip(captured, step(), strict=True):
             assert torch.equal(a, b)
+        # a state that is overwritten goes on from replay to replay
+        kept = state.clone()
+        graph = torch.cuda.CUDAGraph()
+        with overwrite_states(), torch.cuda.graph(graph):
+            captured = step()
+        graph.replay()
+        graph.replay()
+        state = kept.clone()
+        for _ in range(2):
+            o, state = step()
+        assert torch.equal(captured[0], o) and torch.equal(captured[1], state)
 
 
 @on_a_gpu

@@ -28,7 +28,8 @@ _chosen: str | None = None
 
 # operators whose kernels are torch's alone, and those that have none in one language
 _TORCH = (
-    "deltaformer", "deltaformer_attn", "log_linear_attn", "titans_linear", "ttt_linear"
+    "block_sparse_attention", "deltaformer", "deltaformer_attn", "dilated_attention",
+    "log_linear_attn", "titans_linear", "ttt_linear",
 )  # fmt: skip
 _MODULES = (
     "cross_entropy_loss",
@@ -186,6 +187,10 @@ FORMS = {
     "fused_recurrent_log_linear_attn": "chunks of one token, under plain autograd",
     "chunk_mesa_net": "chunk form, conjugate gradients; backward by a second solve",
     "fused_recurrent_mesa_net": "token form with an exact solve, under plain autograd",
+    **dict.fromkeys(
+        ("block_sparse_attention", "dilated_attention"),
+        "dense pieces in torch's flash kernels (elsewhere in blocks), merged; backward by hand",
+    ),
     "deltaformer_attn": "exact blocks of rows, formed again in the backward",
     "fused_recurrent_deltaformer": "exact blocks of one row, formed again in the backward",
     "causal_conv1d": "one product per tap, under plain autograd",

@@ -3,8 +3,8 @@
 of the form.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from fla.ops.engine.checks import (
     check_shapes,
     checks_inputs,
 )
-from fla.ops.engine.chunk import CHUNK_SIZE, chunk
+from fla.ops.engine.chunk import CHUNK_SIZE, chunk, compute_dtype
 from fla.ops.engine.columns import chunk_columns
 from fla.ops.engine.dispatch import requested, resolve
 from fla.ops.engine.kernels import ops as triton
@@ -27,6 +27,52 @@ from fla.ops.engine.native import ops as native
 from fla.ops.engine.token import recurrent
 
 KERNELS: dict[str, Any] = {"native": native, "triton": triton}
+
+
+_overwriting = False
+
+
+@contextmanager
+def overwrite_states() -> Iterator[None]:
+    """Inside the block an operator of the one recurrence writes its final state over the
+    `initial_state` it was given and returns that tensor: a decode step then allocates no state, and
+    a captured graph finds it where it was. The token form in kernels updates it where it lies;
+    others compute it and copy it there. An operator that assembles its state of several returns a
+    new one.
+
+    Raises `ValueError` where a gradient is recorded, which needs the state as it was, or where the
+    given one is not in the dtype of the result (fp32; fp64 for fp64 inputs).
+
+    Example:
+        >>> from fla.ops.linear_attn import fused_recurrent_linear_attn
+        >>> x, state = torch.ones(1, 1, 2, 8), torch.zeros(1, 2, 8, 8)
+        >>> with overwrite_states():
+        ...     final = fused_recurrent_linear_attn(
+        ...         x, x, x, initial_state=state, output_final_state=True
+        ...     )[1]
+        >>> final is state, bool((state == 1).all())
+        (True, True)
+    """
+    global _overwriting
+    previous, _overwriting = _overwriting, True
+    try:
+        yield
+    finally:
+        _overwriting = previous
+
+
+def _check_overwritten(op: str, dtype: torch.dtype, tensors: tuple[Tensor | None, ...]) -> None:
+    state = tensors[-1]
+    if state is not None and state.dtype != dtype:
+        raise ValueError(
+            f"{op}: initial_state is {state.dtype}, but overwrite_states() wants it in the dtype "
+            f"of the result; pass initial_state.to({dtype})"
+        )
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise ValueError(
+            f"{op}: overwrite_states() while a gradient is recorded, which needs the state as it "
+            "was; use torch.no_grad(), or leave overwrite_states()"
+        )
 
 
 class Options(NamedTuple):
@@ -75,6 +121,9 @@ def run(
     erases = beta is not None or a is not None
     kind = (q.dtype, q.shape[3] if erases else 0)
     backend = resolve(op, q.device, options.backend, *kind)
+    given = initial_state if _overwriting and options.output_final_state else None
+    if given is not None:
+        _check_overwritten(op, compute_dtype(q.dtype), tensors)
     if options.state_v_first and initial_state is not None:
         initial_state = initial_state.mT
     inputs: dict[str, Any] = dict(q=q, k=k, v=v, **gates)
@@ -92,7 +141,9 @@ def run(
         if op.startswith("fused_recurrent_"):
             inputs |= dict(l2norm=options.l2norm, read_before=options.read_before)
             if backend in KERNELS:
-                o, final = _tokens(op, options, backend, **inputs)
+                there = initial_state is not None and initial_state is given
+                overwrite = there and initial_state.is_contiguous()
+                o, final = _tokens(op, options, backend, overwrite, **inputs)
             else:
                 o, final = recurrent(**inputs)
         else:
@@ -101,7 +152,8 @@ def run(
         o, final = o.flip(1), _flip_packed(final, cu_seqlens)
     if not options.output_final_state:
         return o, None
-    return o, final.mT.contiguous() if options.state_v_first else final
+    final = final.mT.contiguous() if options.state_v_first else final
+    return o, final if given is None or final is given else given.copy_(final)
 
 
 # Calls whose arguments were found right: a decode step takes as long as its checks.
@@ -180,17 +232,19 @@ def _chunk(op: str, options: Options, backend: str, **inputs: Any) -> tuple[Tens
     return chunk(**inputs, chunk_size=options.chunk_size)
 
 
-def _tokens(op: str, options: Options, backend: str, **inputs: Any) -> tuple[Tensor, Tensor]:
+def _tokens(
+    op: str, options: Options, backend: str, overwrite: bool, **inputs: Any
+) -> tuple[Tensor, Tensor]:
     """Token by token in kernels; with gradients the chunk form, which alone has a backward there,
     and torch where that cannot express the call.
     """
     kernels = KERNELS[backend]
     inputs["g"] = _row_decay(inputs["g"], inputs.pop("gk"))
     if not torch.is_grad_enabled():
-        return kernels.recurrent(**inputs)
+        return kernels.recurrent(**inputs, overwrite=overwrite)
     tensors = (x for x in inputs.values() if isinstance(x, Tensor))
     if not any(x.requires_grad for x in tensors):
-        return kernels.recurrent(**inputs)
+        return kernels.recurrent(**inputs, overwrite=overwrite)
     beta, gv = inputs["beta"], inputs["gv"]
     alone = all(inputs[name] is None for name in ("g", "beta", "a", "b"))
     if gv is None and (beta is None or beta.dim() == 3):

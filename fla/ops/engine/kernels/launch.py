@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from fla.ops.engine.kernels import gradients, parts, scores, state, token, unit, vector
+from fla.ops.engine.kernels.tensors import flat
 from fla.ops.engine.layout import boundaries_to_list
 
 CHUNK = 64
@@ -117,13 +118,6 @@ def cuts(q: Tensor, cu_seqlens: Tensor | None, size: int = CHUNK) -> Cuts:
     return _kept[key]
 
 
-def _flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """`[B, T, ...]` as `[B T, ...]`."""
-    if x is None:
-        return None
-    return x.to(dtype or x.dtype).flatten(0, 1).contiguous()
-
-
 def _rows(x: Tensor) -> tuple[int, dict[str, float]]:
     """Programs, sizes and switches of the kernels of `unit.py` for the rows of x."""
     count, BK = x.shape[0] * x.shape[1], triton.next_power_of_2(x.shape[2])
@@ -163,11 +157,11 @@ class Call:
         self.backward = backward
         self.shape, self.scale, self.cuts = v.shape, scale, cuts(q, cu_seqlens)
         self.H, self.K, self.HV, self.V = *q.shape[2:], *v.shape[2:]
-        self.raw, self.l2norm = dict(q=_flat(q), k=_flat(k)), l2norm
+        self.raw, self.l2norm = dict(q=flat(q), k=flat(k)), l2norm
         q, k = (_unit(x) if l2norm else x for x in self.raw.values())
-        self.q, self.k, self.v = q, k, _flat(v)
-        self.g, self.beta = _flat(g), _flat(beta)
-        self.a, self.own_b = _flat(a, v.dtype), _flat(b, v.dtype)
+        self.q, self.k, self.v = q, k, flat(v)
+        self.g, self.beta = flat(g), flat(beta)
+        self.a, self.own_b = flat(a, v.dtype), flat(b, v.dtype)
         self.kind = dict(
             ERASE=LOW_RANK if a is not None else NO_ERASE if beta is None else DELTA,
             EARLY=read_before,
@@ -369,7 +363,7 @@ class Call:
         self, do: Tensor, initial: Tensor | None, dfinal: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Of all inputs by name as `[B, T, ...]`, and of the initial state."""
-        do = _flat(do, self.v.dtype)
+        do = flat(do, self.v.dtype)
         states, written, _ = self.run_states(initial)
         states_grad, solved, dv, dinitial = self.state_gradients(do, dfinal)
         out = self.row_gradients(do, states, states_grad, written, solved)
@@ -386,18 +380,19 @@ def tokens(
     scale: float,
     l2norm: bool,
     read_before: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """o and the final state, token by token."""
+    """o and the final state, token by token: a new tensor, or `initial` itself, overwritten."""
     q, k, v, g, beta, gv, a, b = tensors
     where = cuts(q, cu_seqlens)
     H, K, HV, V = *q.shape[2:], *v.shape[2:]
     o = v.new_empty(v.shape)
     N = len(where.first_chunks)
-    final = v.new_empty(N, HV, K, V, dtype=torch.float32)
+    final = initial if overwrite else v.new_empty(N, HV, K, V, dtype=torch.float32)
     tiles = TILES["token"]
     BV = _power(V, tiles.values)
     token.token_kernel[(N * HV, triton.cdiv(V, BV))](
-        *(_flat(x) for x in (q, k, v, g, beta, gv, a, b)), o, initial, final, where.bounds, scale,
+        *(flat(x) for x in (q, k, v, g, beta, gv, a, b)), o, initial, final, where.bounds, scale,
         H, HV, K, V,
         DECAY=NO_DECAY if g is None else SCALAR if g.dim() == 3 else VECTOR,
         ERASE=LOW_RANK if a is not None else NO_ERASE if beta is None else DELTA,

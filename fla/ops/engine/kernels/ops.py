@@ -19,6 +19,7 @@ from torch import Tensor
 from fla.ops.engine import chunk as plain
 from fla.ops.engine import token
 from fla.ops.engine.kernels.selfcheck import differs, kind_of, trusted
+from fla.ops.engine.kernels.tensors import fp32
 from fla.ops.engine.layout import count_sequences
 
 K_MOST = 256  # key channels where there is an erase; a program holds them all
@@ -100,21 +101,21 @@ def recurrent(
     cu_seqlens: Tensor | None = None,
     l2norm: bool = False,
     read_before: bool = False,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `fla.ops.engine.token.recurrent`, without gradients: beta may be per value channel."""
+    """As `fla.ops.engine.token.recurrent`, without gradients: beta may be per value channel. With
+    `overwrite` the final state is `initial_state` itself, contiguous fp32, overwritten.
+    """
     inputs: Any = dict(q=q, k=k, v=v, g=g, beta=beta, gv=gv, a=a, b=b)
     kind = kind_of(inputs, read_before, False)
     if not trusted(kind, partial(differs, recurrent), interpreted()):
         inputs["g" if g is None or g.dim() == 3 else "gk"] = inputs.pop("g")
         options: Any = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
         return token.recurrent(**inputs, **options, l2norm=l2norm, read_before=read_before)
-    return torch.ops.fla.triton_tokens(
-        *inputs.values(), initial_state, cu_seqlens, float(scale), l2norm, read_before
-    )
-
-
-def _state(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
+    rest = (initial_state, cu_seqlens, float(scale), l2norm, read_before)
+    if overwrite:
+        return torch.ops.fla.triton_tokens_(*inputs.values(), *rest), initial_state
+    return torch.ops.fla.triton_tokens(*inputs.values(), *rest)
 
 
 @torch.library.custom_op("fla::triton_chunk", mutates_args=())
@@ -137,7 +138,7 @@ def _chunk(
 
     with on_device(q.device):
         call = Call((q, k, v, g, beta, a, b), cu_seqlens, scale, l2norm, read_before)
-        states, written, final = call.run_states(_state(initial_state))
+        states, written, final = call.run_states(fp32(initial_state))
         return call.output(states, written), final
 
 
@@ -172,7 +173,7 @@ def _chunk_backward(
     tensors = (q, k, v, g, beta, a, b)
     with on_device(q.device):
         call = Call(tensors, cu_seqlens, scale, l2norm, read_before, backward=True)
-        found, dstate = call.gradients(do, _state(initial_state), _state(dfinal))
+        found, dstate = call.gradients(do, fp32(initial_state), fp32(dfinal))
     grads: Any = (
         q.new_empty(0) if x is None else found[name].to(x.dtype)
         for name, x in zip(INPUTS, tensors, strict=True)
@@ -231,7 +232,7 @@ def _tokens(
 
     tensors = (q, k, v, g, beta, gv, a, b)
     with on_device(q.device):
-        state = _state(initial_state)
+        state = fp32(initial_state)
         return launch.tokens(tensors, state, cu_seqlens, scale, l2norm, read_before)
 
 
@@ -239,3 +240,32 @@ def _tokens(
 def _(q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, scale, l2norm, read_before):
     shape = (count_sequences(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
     return v.new_empty(v.shape), v.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("fla::triton_tokens_", mutates_args=("state",))
+def _overwriting_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    gv: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    l2norm: bool,
+    read_before: bool,
+) -> Tensor:
+    """o; the final state is written over `state`."""
+    from fla.ops.engine.kernels import launch
+
+    tensors = (q, k, v, g, beta, gv, a, b)
+    with on_device(q.device):
+        return launch.tokens(tensors, state, cu_seqlens, scale, l2norm, read_before, True)[0]
+
+
+@_overwriting_tokens.register_fake
+def _(q, k, v, g, beta, gv, a, b, state, cu_seqlens, scale, l2norm, read_before):
+    return v.new_empty(v.shape)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fla.ops.engine import selective as plain
 from fla.ops.engine.kernels.ops import interpreted, on_device
 from fla.ops.engine.kernels.selfcheck import TOKENS, differs_from, trusted
+from fla.ops.engine.kernels.tensors import flat, fp32
 from fla.ops.engine.layout import count_sequences
 
 
@@ -51,19 +52,11 @@ def differs(kind: Kind) -> str | None:
     return differs_from(plain.selective_scan, selective_scan, inputs, kind.dtype)
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.flatten(0, 1).contiguous()
-
-
-def _wide(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
-
-
 def _inputs(x, dt, A, B, C, cu_seqlens):
     from fla.ops.engine.kernels import selective
     from fla.ops.engine.kernels.launch import cuts
 
-    inputs = selective.Inputs(_flat(x), _flat(dt), _wide(A), _flat(B), _flat(C))
+    inputs = selective.Inputs(flat(x), flat(dt), fp32(A), flat(B), flat(C))
     return selective, inputs, cuts(x, cu_seqlens, selective.CHUNK)
 
 
@@ -80,7 +73,7 @@ def _scan(
     """y and the final state."""
     with on_device(x.device):
         kernels, inputs, where = _inputs(x, dt, A, B, C, cu_seqlens)
-        y, final, _ = kernels.forward(inputs, _wide(initial_state), where, False)
+        y, final, _ = kernels.forward(inputs, fp32(initial_state), where, False)
     return y.view(x.shape), final
 
 
@@ -105,8 +98,8 @@ def _scan_backward(
     """Gradients of x, dt, A, B, C and of the initial state."""
     with on_device(x.device):
         kernels, inputs, where = _inputs(x, dt, A, B, C, cu_seqlens)
-        states = (_wide(initial_state), _wide(dfinal))
-        *grads, dstate = kernels.backward(inputs, _flat(dy), *states, where)
+        states = (fp32(initial_state), fp32(dfinal))
+        *grads, dstate = kernels.backward(inputs, flat(dy), *states, where)
     tensors = zip(grads, (x, dt, A, B, C), strict=True)
     dx, ddt, dA, dB, dC = (grad.view(y.shape).to(y.dtype) for grad, y in tensors)
     return dx, ddt, dA, dB, dC, dstate

@@ -11,6 +11,7 @@ from torch import Tensor
 from fla.ops.engine import scan as plain
 from fla.ops.engine.kernels.ops import interpreted, on_device
 from fla.ops.engine.kernels.selfcheck import TOKENS, differs_from, trusted
+from fla.ops.engine.kernels.tensors import flat, fp32
 from fla.ops.engine.layout import count_sequences
 
 
@@ -48,14 +49,6 @@ def differs(kind: Kind) -> str | None:
     return differs_from(plain.scan, scan, inputs, kind.dtype)
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.flatten(0, 1).contiguous()
-
-
-def _state(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
-
-
 @torch.library.custom_op("fla::triton_scan", mutates_args=())
 def _scan(
     x: Tensor, g: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
@@ -66,7 +59,7 @@ def _scan(
 
     with on_device(x.device):
         where = cuts(x, cu_seqlens)
-        h, final, _ = forward(_flat(x), _flat(g), _state(initial_state), where, False)
+        h, final, _ = forward(flat(x), flat(g), fp32(initial_state), where, False)
     return h.view(x.shape), final
 
 
@@ -90,8 +83,8 @@ def _scan_backward(
     from fla.ops.engine.kernels.scan import backward
 
     with on_device(x.device):
-        states = (_state(initial_state), _state(dfinal))
-        dx, dg, dinitial = backward(_flat(x), _flat(g), _flat(dh), *states, cuts(x, cu_seqlens))
+        states = (fp32(initial_state), fp32(dfinal))
+        dx, dg, dinitial = backward(flat(x), flat(g), flat(dh), *states, cuts(x, cu_seqlens))
     return dx.view(x.shape), dg.view(g.shape), dinitial
 
 

@@ -65,13 +65,18 @@ def recurrent(
     cu_seqlens: Tensor | None = None,
     l2norm: bool = False,
     read_before: bool = False,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `fla.ops.engine.token.recurrent`, without gradients: beta may be per value channel."""
+    """As `fla.ops.engine.token.recurrent`, without gradients: beta may be per value channel. With
+    `overwrite` the final state is `initial_state` itself, contiguous fp32, overwritten.
+    """
     arguments = (
         q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, float(scale), l2norm, read_before
     )  # fmt: skip
     if type(q) is Tensor and not torch.compiler.is_compiling():
-        return _tokens(*arguments)  # an operator's dispatch costs as much as the step
+        return _tokens(*arguments, overwrite)  # an operator's dispatch costs as much as the step
+    if overwrite:
+        return torch.ops.fla.native_tokens_(*arguments), initial_state
     return torch.ops.fla.native_tokens(*arguments)
 
 
@@ -278,10 +283,13 @@ def _tokens(
     scale: float,
     l2norm: bool,
     read_before: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """o and the final state."""
+    """o and the final state: a new tensor, or `initial_state` itself, overwritten."""
     N = count_sequences(q, cu_seqlens)
-    final = torch.empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+    final = initial_state if overwrite else None
+    if final is None:
+        final = torch.empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
     p, alive = _problem((q, k, v, g, beta, gv, a, b), cu_seqlens, N, (scale, l2norm, read_before))
     o = torch.empty_like(alive[2], memory_format=torch.contiguous_format)
     _state(initial_state, p, "initial", alive)
@@ -290,12 +298,55 @@ def _tokens(
     return o if o.dtype == q.dtype else o.to(q.dtype), final
 
 
-_tokens_op = torch.library.custom_op("fla::native_tokens", mutates_args=(), device_types="cpu")(
-    _tokens
-)
+@torch.library.custom_op("fla::native_tokens", mutates_args=(), device_types="cpu")
+def _tokens_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    gv: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    l2norm: bool,
+    read_before: bool,
+) -> tuple[Tensor, Tensor]:
+    return _tokens(
+        q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, scale, l2norm, read_before
+    )
 
 
 @_tokens_op.register_fake
 def _(q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, scale, l2norm, read_before):
     shape = (count_sequences(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
     return q.new_empty(v.shape), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("fla::native_tokens_", mutates_args=("state",), device_types="cpu")
+def _overwriting_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    gv: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    l2norm: bool,
+    read_before: bool,
+) -> Tensor:
+    """o; the final state is written over `state`."""
+    return _tokens(q, k, v, g, beta, gv, a, b, state, cu_seqlens, scale, l2norm, read_before, True)[
+        0
+    ]
+
+
+@_overwriting_tokens.register_fake
+def _(q, k, v, g, beta, gv, a, b, state, cu_seqlens, scale, l2norm, read_before):
+    return q.new_empty(v.shape)

@@ -111,7 +111,7 @@ int64_t tokens(const Problem& p, Task task, float* workspace) {
     float* S = p.final_state + at;
     if (!p.initial)
       std::memset(S, 0, sizeof(float) * p.K * p.V);
-    else if (begin == end)
+    else if (begin == end && p.initial != p.final_state)
       std::memcpy(S, p.initial + at, sizeof(float) * p.K * p.V);
     for (int64_t t = begin; t < end; t++) {
       token.load_token(n, hv / (p.HV / p.H), hv, t);
