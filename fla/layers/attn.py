@@ -6,6 +6,7 @@ o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s        over s <= t, and t - s < w
 given
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ from torch import Tensor
 from fla.layers.mixer import Mixer
 from fla.modules import RMSNorm, RotaryEmbedding
 from fla.ops.engine.layout import SequenceLayout
+
+
+@dataclass(frozen=True)
+class Where:
+    """Positions of tokens in their sequences.
+
+    Fields:
+        queries: `[B, T]`.
+        keys: `[B or 1, S]`, below 0 where there is none.
+        real: `[B, T]`, the queries that are no padding; None for all.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    real: Tensor | None
 
 
 class SoftmaxMixer(Mixer):
@@ -37,11 +53,11 @@ class SoftmaxMixer(Mixer):
     def _sequences(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
         """Every sequence from its start."""
         if not layout.packed:
-            return self._causal(q, k, v)
+            return self._whole(q, k, v)
         parts = zip(*(y.split(layout.lengths(), 1) for y in (q, k, v)), strict=True)
-        return torch.cat([self._causal(*part) for part in parts], 1)
+        return torch.cat([self._whole(*part) for part in parts], 1)
 
-    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Tokens of whole sequences; with a window in blocks of its size, so cost stays linear in
         the length.
         """
@@ -57,19 +73,21 @@ class SoftmaxMixer(Mixer):
             )
         return torch.cat(blocks, 1)
 
+    def _sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether queries at some positions may look at keys at others of their sequence."""
+        visible = key <= query
+        return visible if self.window_size is None else visible & (query - key < self.window_size)
+
     def _visible(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """`[queries, keys]` of the last queries on the last keys."""
-        distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(
-            keys, device=device
-        )
-        visible = distance >= 0
-        return visible if self.window_size is None else visible & (distance < self.window_size)
+        positions = torch.arange(keys, device=device)
+        return self._sees(positions[keys - queries :, None], positions)
 
     def _remember(
         self, k: Tensor, v: Tensor, layout: SequenceLayout, cache
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values `[B, S, H, D]` that the new tokens may look at, and which of them each
-        sees: `[T, S]` or `[B, 1, T, S]`, None where the tokens are whole sequences.
+    ) -> tuple[Tensor, Tensor, Where | None]:
+        """Keys and values `[B, S, H, D]` that the new tokens may look at, and where both stand in
+        their sequences; None where the tokens are whole sequences.
         """
         if layout.packed and not layout.padded:
             raise ValueError(
@@ -82,33 +100,29 @@ class SoftmaxMixer(Mixer):
         keys, values = cache.update_keys(keys, values, self.layer_idx, real, self.window_size)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         S = keys.shape[1]
-        if real is None and isinstance(layout.starts, int):
-            return keys, values, None if T == S else self._visible(T, S, keys.device)
-        return keys, values, self._visible_by_position(layout, real, S)
+        even = real is None and isinstance(layout.starts, int)
+        if even and T == S:
+            return keys, values, None
+        # the cache keeps a row's real keys at its end, so their positions count back from there
+        positions = layout.unpack(layout.positions(k.device).unsqueeze(-1)).squeeze(-1)
+        now = T if real is None else real.sum(1)
+        seen = torch.as_tensor(layout.starts + now, device=k.device).view(-1, 1)
+        return keys, values, Where(positions, seen - S + torch.arange(S, device=k.device), real)
 
-    def _look(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention under a mask of `_remember`."""
-        return self._causal(q, k, v) if mask is None else self._attend(q, k, v, attn_mask=mask)
-
-    def _visible_by_position(
-        self, layout: SequenceLayout, real: Tensor | None, keys: int
-    ) -> Tensor:
-        """`[B, 1, T, keys]`: the cache keeps a row's real keys at its end, so their positions count
-        back from there.
-        """
-        positions = layout.unpack(layout.positions().unsqueeze(-1)).squeeze(-1)
-        now = layout.length if real is None else real.sum(1)
-        seen = torch.as_tensor(layout.starts + now, device=positions.device).view(-1, 1)
-        key_positions = seen - keys + torch.arange(keys, device=positions.device)
-        distance = positions[:, :, None] - key_positions[:, None, :]
-        visible = (distance >= 0) & (key_positions >= 0)[:, None, :]
-        if self.window_size is not None:
-            visible &= distance < self.window_size
-        if (
-            real is not None
-        ):  # a padded query, whose result is dropped, must not face an empty softmax
-            visible |= ~real[:, :, None]
+    def _mask(self, where: Where, q: Tensor, k: Tensor) -> Tensor:
+        """`[B, 1 or heads, T, S]`, True where a query looks at a key."""
+        queries, keys = where.queries[:, :, None], where.keys[:, None]
+        visible = self._sees(queries, keys) & (keys >= 0)
+        if where.real is not None:
+            # a padded query, whose result is dropped, must not face an empty softmax
+            visible = visible | ~where.real[:, :, None]
         return visible.unsqueeze(1)
+
+    def _look(self, q: Tensor, k: Tensor, v: Tensor, where: Where | None) -> Tensor:
+        """Attention of tokens to what `_remember` returned."""
+        if where is None:
+            return self._whole(q, k, v)
+        return self._attend(q, k, v, attn_mask=self._mask(where, q, k))
 
 
 class Attention(SoftmaxMixer):
@@ -177,6 +191,7 @@ class Attention(SoftmaxMixer):
             self.q_norm, self.k_norm = (RMSNorm(n, eps=qk_norm_eps) for n in widths)
         self.qk_norm = qk_norm
         turned = int(self.head_dim * partial_rotary_factor)
+        self.inner_norm: nn.Module | None = None  # of what o_proj reads
         self.rotary = None
         if rope_theta is not None:
             self.rotary = RotaryEmbedding(turned, base=rope_theta, scaling=rope_scaling)
@@ -209,5 +224,5 @@ class Attention(SoftmaxMixer):
             o = layout.pack(self._look(layout.unpack(q), *self._remember(k, v, layout, cache)))
         else:
             o = self._sequences(q, k, v, layout)
-        o = o if gate is None else o * gate.sigmoid()
-        return self.o_proj(o.flatten(-2))
+        o = (o if gate is None else o * gate.sigmoid()).flatten(-2)
+        return self.o_proj(o if self.inner_norm is None else self.inner_norm(o))

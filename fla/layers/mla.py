@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fla.layers.attn import SoftmaxMixer
+from fla.layers.attn import SoftmaxMixer, Where
 from fla.modules import RMSNorm, RotaryEmbedding
 from fla.ops.engine.layout import SequenceLayout
 
@@ -93,11 +93,11 @@ class MultiheadLatentAttention(SoftmaxMixer):
             o = self._sequences(*self._expanded(q, latent), layout)[..., : self.v_head_dim]
             return self.o_proj(o.flatten(-2))
         q = layout.unpack(q)
-        latent, _, mask = self._remember(latent, latent[..., :0], layout, cache)
+        latent, _, where = self._remember(latent, latent[..., :0], layout, cache)
         if q.shape[1] == latent.shape[1]:
-            o = self._look(*self._expanded(q, latent), mask)[..., : self.v_head_dim]
+            o = self._look(*self._expanded(q, latent), where)[..., : self.v_head_dim]
         else:
-            o = self._absorbed(q, latent, mask)
+            o = self._absorbed(q, latent, where)
         return self.o_proj(layout.pack(o).flatten(-2))
 
     def _expanded(self, q: Tensor, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,12 +110,12 @@ class MultiheadLatentAttention(SoftmaxMixer):
         k = torch.cat([k, turned.expand(-1, -1, self.num_heads, -1)], -1)
         return q, k, nn.functional.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
 
-    def _absorbed(self, q: Tensor, latent: Tensor, mask: Tensor | None) -> Tensor:
+    def _absorbed(self, q: Tensor, latent: Tensor, where: Where | None) -> Tensor:
         """o `[B, T, H, v_head_dim]` without a key or value per head."""
         maps: Any = self.kv_proj[2]
         weight = maps.weight.unflatten(0, (self.num_heads, -1))
         up_k, up_v = weight.split([self.parts[0], self.v_head_dim], 1)
         plain, turned = q.split(self.parts, -1)
         q = torch.cat([torch.einsum("bthn,hnc->bthc", plain, up_k), turned], -1)
-        o = self._look(q, latent, latent, mask)[..., : self.kv_lora_rank]
+        o = self._look(q, latent, latent, where)[..., : self.kv_lora_rank]
         return torch.einsum("bthc,hvc->bthv", o, up_v)

@@ -42,6 +42,7 @@ from fla.models.log_linear_mamba2 import (
     LogLinearMamba2ForCausalLM,
     LogLinearMamba2Model,
 )
+from fla.models.longnet import LongNetConfig, LongNetForCausalLM, LongNetModel
 from fla.models.mamba import MambaConfig, MambaForCausalLM, MambaModel
 from fla.models.mamba2 import Mamba2Config, Mamba2ForCausalLM, Mamba2Model
 from fla.models.mamba3 import Mamba3Config, Mamba3ForCausalLM, Mamba3Model
@@ -117,6 +118,9 @@ __all__ = [
     "LogLinearMamba2Config",
     "LogLinearMamba2ForCausalLM",
     "LogLinearMamba2Model",
+    "LongNetConfig",
+    "LongNetForCausalLM",
+    "LongNetModel",
     "MLAConfig",
     "MLAForCausalLM",
     "MLAModel",

@@ -5,6 +5,7 @@ same parts, and RWKV's channel mixing.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch.nn as nn
@@ -17,7 +18,7 @@ from fla.layers.rwkv7 import RWKV7FeedForward
 from fla.models.config import DecoderConfig
 from fla.models.decoder import DecoderForCausalLM, DecoderModel, build_mixer
 from fla.models.utils import Cache
-from fla.modules import GatedMLP, LayerNorm, RMSNorm
+from fla.modules import GatedMLP, LayerNorm, RMSNorm, SubNormMLP
 from fla.ops.engine.layout import SequenceLayout
 
 
@@ -67,6 +68,39 @@ class MixerMLPBlock(GradientCheckpointingLayer):
     ) -> Tensor:
         mixed, _, _ = self.mixer(
             self.mixer_norm(hidden), layout=layout, past_key_values=past_key_values, shared=shared
+        )
+        hidden, residual = self.mlp_norm(mixed, residual=hidden, prenorm=True)
+        return residual + self.mlp(hidden)
+
+
+class SubNormBlock(GradientCheckpointingLayer):
+    """`h + attn(attn_norm(h))`, then `h + mlp(mlp_norm(h))` with LayerNorms, one of them in the
+    middle of the MLP (sub-LN, MAGNETO, arXiv:2210.06423); the attention brings its own.
+    """
+
+    def __init__(self, config: DecoderConfig, layer_idx: int):
+        super().__init__()
+        self.attn_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = build_mixer(config, layer_idx)
+        self.mlp_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
+        width = config.intermediate_size or 4 * config.hidden_size
+        self.mlp = SubNormMLP(config.hidden_size, width, config.hidden_act, config.norm_eps)
+        # gains of Xavier's initialisation: maps that write grow with the depth
+        gain = math.sqrt(math.log(2 * config.num_hidden_layers))
+        for name in ("attn.q_proj", "attn.k_proj"):
+            self.get_submodule(name).gain = 1.0  # type: ignore[assignment]
+        for name in ("attn.v_proj", "attn.o_proj", "mlp.fc1", "mlp.fc2"):
+            self.get_submodule(name).gain = gain  # type: ignore[assignment]
+
+    def forward(
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        past_key_values: Cache | None = None,
+        shared: dict[str, Any] | None = None,
+    ) -> Tensor:
+        mixed, _, _ = self.attn(
+            self.attn_norm(hidden), layout=layout, past_key_values=past_key_values, shared=shared
         )
         hidden, residual = self.mlp_norm(mixed, residual=hidden, prenorm=True)
         return residual + self.mlp(hidden)
@@ -141,5 +175,6 @@ class BackboneForCausalLM(DecoderForCausalLM):
 
 
 def layer_norm_last(config: DecoderConfig) -> nn.Module:
-    """RWKV's last norm."""
-    return LayerNorm(config.hidden_size, bias=config.norm_bias, eps=config.norm_eps)
+    """The last norm where it is a LayerNorm."""
+    bias = getattr(config, "norm_bias", True)
+    return LayerNorm(config.hidden_size, bias=bias, eps=config.norm_eps)

@@ -9,11 +9,18 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from fla.layers.attn import Attention
+from fla.layers.block_sparse_attn import BlockSparseAttention
+from fla.layers.dilated_attn import DilatedAttention
 from fla.layers.mla import MultiheadLatentAttention
 from fla.modules.moe import Experts
 
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
-ATTENTIONS: dict[str, Any] = {"softmax": Attention, "mla": MultiheadLatentAttention}
+ATTENTIONS: dict[str, Any] = {
+    "softmax": Attention,
+    "mla": MultiheadLatentAttention,
+    "dilated": DilatedAttention,
+    "block_sparse": BlockSparseAttention,
+}
 OF_THE_MODEL = {"hidden_size", "max_position_embeddings", "layer_idx"}
 
 
@@ -28,12 +35,12 @@ class DecoderConfig(PretrainedConfig):
 
     `layer_types[i]` is "linear_attention" (the architecture's own mixer), "full_attention" or
     "sliding_attention". `attn` describes the attention layers: a dictionary with the arguments of
-    `fla.layers.Attention`, num_heads first, or with `kind="mla"` those of
-    `MultiheadLatentAttention`; the older form also names its `layers` (and may be a list of such
-    dictionaries), and is translated into `layer_types`. `moe` describes mixtures of experts in the
-    place of MLPs: a dictionary with the fields of `fla.modules.moe.Experts`, and `layers` where not
-    all have one. Layers of the types in `norm_after` norm what their mixer and MLP return, not what
-    they read. `fuse_norm` is accepted so that published configs load.
+    `fla.layers.Attention`, num_heads first, or with a `kind` ("mla", "dilated", "block_sparse")
+    those of another in `ATTENTIONS`; the older form also names its `layers` (and may be a list of
+    such dictionaries), and is translated into `layer_types`. `moe` describes mixtures of experts in
+    the place of MLPs: a dictionary with the fields of `fla.modules.moe.Experts`, and `layers` where
+    not all have one. Layers of the types in `norm_after` norm what their mixer and MLP return, not
+    what they read. `fuse_norm` is accepted so that published configs load.
     """
 
     mixer: ClassVar[Any] = None
@@ -170,7 +177,7 @@ class DecoderConfig(PretrainedConfig):
             values |= {name: getattr(self, name, None) for name in of_config}
         values |= {name: value for name, value in spec.items() if name not in ("layers", "kind")}
         self._check_attention(layer_idx, values)
-        if self.layer_types[layer_idx] == "full_attention":
+        if self.layer_types[layer_idx] == "full_attention" and "window_size" in values:
             values["window_size"] = None
         return attention, values
 
@@ -182,7 +189,7 @@ class DecoderConfig(PretrainedConfig):
                 f"{name}: attention layer {layer_idx} has num_heads={heads}, which does not "
                 f"divide hidden_size={self.hidden_size}; give attn={{'num_heads': ...}}"
             )
-        if self.layer_types[layer_idx] == "sliding_attention" and not values["window_size"]:
+        if self.layer_types[layer_idx] == "sliding_attention" and not values.get("window_size"):
             raise ValueError(
                 f"{name}: layer {layer_idx} is sliding_attention without a window; "
                 "give attn={'window_size': ...}"

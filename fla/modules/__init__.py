@@ -18,7 +18,7 @@ __getattr__, __all__ = lazy_names(
         "fla.modules.fused_norm_gate": ["FusedRMSNormGated", "FusedRMSNormSwishGate"],
         "fla.modules.l2norm": ["L2Norm"],
         "fla.modules.layernorm": ["GroupNorm", "LayerNorm", "RMSNorm"],
-        "fla.modules.mlp": ["GatedMLP"],
+        "fla.modules.mlp": ["GatedMLP", "SubNormMLP"],
         "fla.modules.moe": ["Experts", "MixtureOfExperts"],
         "fla.modules.token_shift": ["token_shift"],
         "fla.modules.rotary": ["RotaryEmbedding"],

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Gated MLP: `down(silu(gate(x)) * up(x))`; Shazeer (2020), arXiv:2002.05202."""
+"""Gated MLP: `down(silu(gate(x)) * up(x))`; Shazeer (2020), arXiv:2002.05202. And the plain one
+with a norm in its middle.
+"""
 
 import math
 
 import torch.nn as nn
 from torch import Tensor
 
-from fla.modules.activations import swiglu, swiglu_linear
+from fla.modules.activations import ACT2FN, swiglu, swiglu_linear
+from fla.modules.layernorm import LayerNorm
 
 
 def intermediate_width(hidden_size: int, hidden_ratio: float | None) -> int:
@@ -47,3 +50,34 @@ class GatedMLP(nn.Module):
         if self.fuse_swiglu:
             return swiglu_linear(gate, up, self.down_proj.weight, self.down_proj.bias)
         return self.down_proj(swiglu(gate, up))
+
+
+class SubNormMLP(nn.Module):
+    """`fc2(norm(act(fc1(x))))` on `[..., hidden_size]`: sub-LN, Wang et al. (2022),
+    arXiv:2210.06423.
+
+    Example:
+        >>> import torch
+        >>> SubNormMLP(8, 32)(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        hidden_act: str = "gelu",
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        if hidden_act not in ACT2FN:
+            raise ValueError(
+                f"SubNormMLP: hidden_act is {hidden_act!r}; expected one of {', '.join(ACT2FN)}"
+            )
+        self.hidden_act = hidden_act
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.norm = LayerNorm(intermediate_size, eps=norm_eps)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.norm(ACT2FN[self.hidden_act](self.fc1(x))))

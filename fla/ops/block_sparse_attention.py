@@ -216,13 +216,22 @@ def hierarchical(
 def random_blocks(
     n: int, count: int, *, seed: int = 0, block_size: int = 128, causal: bool = False
 ) -> BlockPattern:
-    """For every block `count` others, drawn from those it may see."""
+    """For every block `count` others, drawn from those it may see; if causal the same ones however
+    long the sequence is.
+    """
     i, j = _blocks(n, block_size)
-    draw = torch.rand(len(j), len(j), generator=torch.Generator().manual_seed(seed))
-    draw = draw.masked_fill((i == j) | ((j > i) & causal), -1.0)
+    draw = _mixed(_mixed(_mixed(torch.tensor(seed)) + i) + j)
+    draw = draw.masked_fill((i == j) | ((j > i) & causal), -1)
     best = draw.topk(min(count, len(j)), -1)
     kept = torch.zeros(draw.shape, dtype=torch.bool).scatter(1, best.indices, best.values >= 0)
     return _pattern(kept, n, block_size, causal)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Numbers below 2^31 that look random, one for each integer: xorshift and multiply, twice."""
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 73244475 + 12345) & 0x7FFFFFFF
+    return x ^ (x >> 16)
 
 
 def big_bird(
@@ -252,21 +261,29 @@ def topk_content(
     Choosing has no gradient. `gated` adds `logsigmoid(mean(k) . q / sqrt(D))` to the scores of
     another block that was chosen, through which q and k learn to choose.
     """
-    T, D = q.shape[1], q.shape[3]
     step = query_block or block_size
-    keys = _means(k, block_size)  # [B, H, key blocks, D]
     asks = q[:, ::step].transpose(1, 2) if causal else _means(q, step)
-    scores = asks @ keys.mT / math.sqrt(D)
-    own = torch.arange(asks.shape[2], device=q.device)[:, None] * step // block_size
-    j = torch.arange(keys.shape[2], device=q.device)
+    scores = asks @ _means(k, block_size).mT / math.sqrt(q.shape[3])
+    own = torch.arange(asks.shape[2], device=q.device) * step // block_size
+    kept = choose(scores, own, count, causal)
+    gate = None
+    if gated:
+        mine = torch.arange(scores.shape[3], device=q.device) == own[:, None]
+        gate = F.logsigmoid(scores).masked_fill(mine, 0.0)
+    return BlockPattern(kept, q.shape[1], block_size, step, causal, gate)
+
+
+def choose(scores: Tensor, own: Tensor, count: int, causal: bool) -> Tensor:
+    """Which blocks of keys are kept, of scores `[B, H, queries, blocks]` for queries whose own
+    blocks, `[queries]` or `[B, 1, queries]`, are kept in any case: the best `count` with it.
+    """
+    j, own = torch.arange(scores.shape[3], device=scores.device), own.unsqueeze(-1)
     rank = scores.detach().masked_fill(j == own, torch.inf)
     if causal:
         rank = rank.masked_fill(j > own, -torch.inf)
     best = rank.topk(min(count, len(j)), -1)
-    kept = torch.zeros(rank.shape, dtype=torch.bool, device=q.device)
-    kept = kept.scatter(-1, best.indices, best.values > -torch.inf)
-    gate = F.logsigmoid(scores).masked_fill(j == own, 0.0) if gated else None
-    return BlockPattern(kept, T, block_size, step, causal, gate)
+    kept = torch.zeros(rank.shape, dtype=torch.bool, device=scores.device)
+    return kept.scatter(-1, best.indices, best.values > -torch.inf)
 
 
 def _means(x: Tensor, size: int) -> Tensor:

@@ -76,6 +76,13 @@ FAMILY = {
     "PrecondGatedDeltaNet": [GDN | dict(num_v_heads=4)],
     "PrecondKDA": [GDN | dict(num_v_heads=4, lower_bound=-5.0)],
     "BasedLinearAttention": [HEADS | dict(feature_dim=4, num_key_value_heads=1)],
+    "BlockSparseAttention": [dict(hidden_size=32, num_heads=4, num_kv_heads=2, block_size=2,
+        pattern=name, pattern_options=options) for name, options in dict(
+        local_window=dict(window=2), big_bird=dict(global_tokens=1, window=2, count=1),
+        topk_content=dict(count=2)).items()],
+    "DilatedAttention": [dict(hidden_size=32, num_heads=4, num_kv_heads=2, segment_lengths=[3, 8],
+        dilation_rates=[1, 2]), dict(hidden_size=32, num_heads=4, segment_lengths=[2, 5, 16],
+        dilation_rates=[1, 3, 4], inner_norm=True, qk_norm=True, rope_theta=None)],
     "BitAttention": [dict(hidden_size=32, num_heads=4, num_kv_heads=2)],
     "MomAttention": [GDN | dict(num_memories=3, topk=2), GDN | dict(num_memories=3, topk=1,
         shared_mem=True, single_kv_proj=True, use_short_conv=False, use_output_gate=False)],

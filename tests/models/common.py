@@ -23,6 +23,29 @@ MODELS = {
         GatedDeltaNetConfig,
         GDN | dict(attn=dict(layers=[1], num_heads=4, num_kv_heads=2, window_size=4)),
     ),
+    "gated_deltanet-dilated": (
+        GatedDeltaNetForCausalLM,
+        GatedDeltaNetConfig,
+        GDN
+        | dict(
+            attn=[
+                dict(
+                    layers=[1],
+                    kind="dilated",
+                    num_heads=4,
+                    segment_lengths=[4, 8],
+                    dilation_rates=[1, 3],
+                ),
+                dict(
+                    layers=[2],
+                    kind="block_sparse",
+                    num_heads=4,
+                    block_size=2,
+                    pattern_options=dict(window=3),
+                ),
+            ]
+        ),
+    ),
     "gated_deltanet-experts": (
         GatedDeltaNetForCausalLM,
         GatedDeltaNetConfig,
@@ -119,6 +142,7 @@ FAMILY = {
         qk_nope_head_dim=8,
         qk_head_dim=12,
     ),
+    "LongNet": dict(num_heads=4, num_kv_heads=2, segment_lengths=[3, 8], dilation_rates=[1, 2]),
     "Mom": GDN | dict(num_memories=3, topk=2),
     "Raven": HEADS | dict(num_slots=8, topk=2, use_rope=True),
     "RetNet": HEADS,
