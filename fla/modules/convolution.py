@@ -19,6 +19,8 @@ from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.kernels import conv as triton
 from fla.ops.engine.layout import boundaries_to_list
 from fla.ops.engine.native import conv as native
+from fla.ops.engine.parallel import current, refuse_sharded, using
+from fla.ops.engine.sharded import tokens_before
 
 ACTIVATIONS = (None, "silu", "swish")
 CONVOLVE = {"native": native.convolve, "triton": triton.convolve}
@@ -58,6 +60,15 @@ def causal_conv1d(
     N = check_sequences(op, x.shape[0], cu_seqlens, initial_state)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}; expected None, 'silu' or 'swish'")
+    parallel = current()
+    if parallel is not None:
+        if initial_state is not None or output_final_state:
+            refuse_sharded(op, "a state goes in or out")
+        states, cuts = tokens_before(op, parallel, x, cu_seqlens, weight.shape[1])
+        with using(None):
+            return causal_conv1d(
+                x, weight, bias, residual, states.transpose(1, 2), False, activation, backend, cuts
+            )
     chosen = resolve(op, x.device, backend, x.dtype)
     kernels = CONVOLVE.get(chosen)
     if kernels is not None and (

@@ -20,9 +20,11 @@ On the one equation: K = V = 1 with q = k = 1 and a head per channel, so a vecto
 import torch
 from torch import Tensor
 
+from fla.ops.engine import sharded
 from fla.ops.engine.checks import check_log_decay, check_sequences, check_tensors
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.kernels.vector_scan import SCANS
+from fla.ops.engine.parallel import current
 from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
 
 
@@ -73,8 +75,16 @@ def _hgrn(
     check_sequences(op, sizes["B"], cu_seqlens, initial_state)
     check_log_decay(op, g=g)
     check_chunk_size(op, chunk_size)
-    form = SCANS[resolve(op, x.device, backend, x.dtype)]
-    h, final = form(x, g, initial_state, cu_seqlens, chunk_size)
+    parallel = current()
+    if parallel is not None:
+
+        def local(x: Tensor, g: Tensor, state: Tensor, bounds: Tensor | None):
+            return SCANS[resolve(op, x.device, backend, x.dtype)](x, g, state, bounds, chunk_size)
+
+        h, final = sharded.scan(local, op, parallel, x, g, initial_state, cu_seqlens)
+    else:
+        form = SCANS[resolve(op, x.device, backend, x.dtype)]
+        h, final = form(x, g, initial_state, cu_seqlens, chunk_size)
     return h, final if output_final_state else None
 
 

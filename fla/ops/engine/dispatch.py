@@ -20,6 +20,7 @@ from torch import Tensor
 from fla.ops.engine.chunk import CHUNK_SIZE, compute_dtype
 from fla.ops.engine.kernels import ops as triton_ops
 from fla.ops.engine.native import library
+from fla.ops.engine.parallel import refuse_sharded
 from fla.ops.engine.token import SEGMENT
 
 BACKENDS = ("triton", "native", "torch")
@@ -94,6 +95,7 @@ def resolve(
     """The backend that runs `op` on `device`. An explicit choice that cannot run raises
     `ValueError`.
     """
+    refuse_sharded(op)
     choice, origin = requested(backend)
     if choice is None:
         return _first_available(op, device, dtype, key_channels)

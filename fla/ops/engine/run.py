@@ -24,6 +24,8 @@ from fla.ops.engine.columns import chunk_columns
 from fla.ops.engine.dispatch import requested, resolve
 from fla.ops.engine.kernels import ops as triton
 from fla.ops.engine.native import ops as native
+from fla.ops.engine.parallel import SequenceParallel, current
+from fla.ops.engine.sharded import recurrence
 from fla.ops.engine.token import recurrent
 
 KERNELS: dict[str, Any] = {"native": native, "triton": triton}
@@ -118,6 +120,10 @@ def run(
         if kinds is not None and len(_checked) < CHECKED:
             _checked.add(kinds)
     cu_seqlens = host_boundaries(op, cu_seqlens, cu_seqlens_cpu)
+    parallel = current()
+    if parallel is not None:
+        sequences = dict(initial_state=initial_state, cu_seqlens=cu_seqlens)
+        return _sharded(op, options, parallel, q, k, v, **gates, **sequences)
     erases = beta is not None or a is not None
     kind = (q.dtype, q.shape[3] if erases else 0)
     backend = resolve(op, q.device, options.backend, *kind)
@@ -154,6 +160,25 @@ def run(
         return o, None
     final = final.mT.contiguous() if options.state_v_first else final
     return o, final if given is None or final is given else given.copy_(final)
+
+
+def _sharded(
+    op: str, options: Options, parallel: SequenceParallel, q: Tensor, k: Tensor, v: Tensor,
+    g: Tensor | None, gv: Tensor | None, initial_state: Tensor | None, **rest: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The same on a shard of every sequence, inside `sequence_parallel`."""
+    if options.reverse or _overwriting:
+        what = "reverse=True" if options.reverse else "overwrite_states()"
+        raise ValueError(f"{op}: {what} is not possible inside sequence_parallel; call it outside")
+    scale = q.shape[3] ** -0.5 if options.scale is None else options.scale
+    local = options._replace(scale=scale, output_final_state=True, state_v_first=False)
+    if options.state_v_first and initial_state is not None:
+        initial_state = initial_state.mT
+    o, final = recurrence(
+        partial(run, op, local), op, parallel, q, k, v, gv, initial_state, scale=scale,
+        read_before=options.read_before, keep=options.output_final_state, g=g, **rest,
+    )  # fmt: skip
+    return o, final.mT.contiguous() if options.state_v_first and final is not None else final
 
 
 # Calls whose arguments were found right: a decode step takes as long as its checks.

@@ -11,11 +11,15 @@ Backward, with dh the gradient of h: `l_t = dh_t + exp(g_{t+1}) l_{t+1}`, the sa
 end; `dx_t = l_t`, `dg_t = l_t exp(g_t) h_{t-1}`.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from fla.ops.engine import sharded
 from fla.ops.engine.chunk import CHUNK_SIZE, compute_dtype
 from fla.ops.engine.layout import boundaries_to_list, count_sequences
+from fla.ops.engine.parallel import current
 from fla.ops.engine.plan import Plan, count_chunks, make_plan
 
 
@@ -29,6 +33,10 @@ def scan(
     """x, g `[B, T, ...]`; returns h `[B, T, ...]` in x's dtype and the last h of every sequence
     `[N, ...]` in fp32 (fp64 for fp64 inputs). Differentiable in every tensor.
     """
+    parallel = current()
+    if parallel is not None:
+        local = partial(scan, chunk_size=chunk_size)
+        return sharded.scan(local, "scan", parallel, x, g, initial_state, cu_seqlens)
     h, final, _ = torch.ops.fla.scan(x, g, initial_state, cu_seqlens, chunk_size)
     return h, final
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from fla.ops.engine.layout import boundaries_to_list, count_sequences
+from fla.ops.engine.parallel import refuse_sharded
 
 
 def per_segment(form: Callable[[Tensor], Tensor], x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """`form`, a map of `[B, T, ...]` along its tokens, applied to every sequence of x."""
+    refuse_sharded("a sum over tokens")
     if cu_seqlens is None:
         return form(x) if x.shape[1] else x
     bounds = boundaries_to_list(cu_seqlens, x.shape[1])
@@ -21,6 +23,7 @@ def per_segment(form: Callable[[Tensor], Tensor], x: Tensor, cu_seqlens: Tensor 
 
 def starts(x: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """x `[B, T, ...]` one token later: `first` `[N, ...]` at every sequence's first token."""
+    refuse_sharded("a shift of tokens")
     if x.shape[1] == 0:
         return x
     if cu_seqlens is None:

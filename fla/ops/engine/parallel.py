@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: MIT
+"""One sequence over several processes: the context, and what its ranks say to each other.
+
+Rank p holds the tokens after those of the ranks before it, any number of them. Inside
+`sequence_parallel` operators take and return a rank's own tokens, and boundaries (`cu_seqlens`) of
+the whole row. What a rank sends is counted in `sent`, in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fla.ops.engine.layout import boundaries_to_list
+
+
+@dataclass
+class SequenceParallel:
+    """Fields:
+    group: the processes; rank, size: this one among them.
+    lengths: tokens of every rank; learnt from the first operator where not given.
+    sent: bytes that this rank sent, forward and backward.
+    """
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    lengths: tuple[int, ...] | None = None
+    sent: int = 0
+
+    def of(self, op: str, T: int, device: torch.device) -> Shard:
+        """This rank's place, for an operator on T tokens here."""
+        if self.lengths is None:
+            count = torch.tensor([T], device=device)
+            every = [torch.empty_like(count) for _ in range(self.size)]
+            dist.all_gather(every, count, group=self.group)
+            self.lengths = tuple(int(x) for x in every)
+        mine = self.lengths[self.rank]
+        steps = T // mine if mine else 1  # an operator may take several a token
+        if mine * steps != T or (T and not steps):
+            raise ValueError(
+                f"{op}: {T} tokens on rank {self.rank}, but sequence_parallel holds "
+                f"{self.lengths[self.rank]} there (of {list(self.lengths)}); pass the shard that "
+                "`shard` gives, and open a new context for sequences of another length"
+            )
+        return Shard(self, [x * steps for x in accumulate(self.lengths, initial=0)])
+
+    def peer(self, rank: int) -> int:
+        """The number of a rank of the group among all processes."""
+        return dist.get_global_rank(self.group, rank % self.size)
+
+    def count(self, *tensors: Tensor) -> None:
+        self.sent += sum(x.numel() * x.element_size() for x in tensors)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The tokens of a rank: `ends[p]` to `ends[p + 1]` of the whole row."""
+
+    parallel: SequenceParallel
+    ends: list[int]
+
+    @property
+    def rank(self) -> int:
+        return self.parallel.rank
+
+    @property
+    def begin(self) -> int:
+        return self.ends[self.rank]
+
+    @property
+    def end(self) -> int:
+        return self.ends[self.rank + 1]
+
+    @property
+    def total(self) -> int:
+        return self.ends[-1]
+
+    def bounds(self, op: str, cu_seqlens: Tensor | None) -> list[int]:
+        """Of the whole row, on the host; one sequence where there are none."""
+        if cu_seqlens is None:
+            return [0, self.total]
+        return boundaries_to_list(cu_seqlens, self.total, op)
+
+    def own(self, bounds: list[int]) -> Own:
+        """The sequences that have tokens here."""
+        found = [
+            (n, max(a, self.begin), min(b, self.end))
+            for n, (a, b) in enumerate(pairwise(bounds))
+            if max(a, self.begin) < min(b, self.end)
+        ]
+        cuts = [self.begin, *(b for _, _, b in found)] if found else [self.begin, self.begin]
+        numbers = [n for n, _, _ in found]
+        continued = bool(found) and bounds[numbers[0]] < self.begin
+        return Own([x - self.begin for x in cuts], numbers, continued)
+
+
+@dataclass(frozen=True)
+class Own:
+    """Fields:
+    cuts: boundaries of this rank's pieces of sequences, from 0.
+    numbers: which sequences they are of; empty where there are no tokens.
+    continued: whether the first one began on an earlier rank.
+    """
+
+    cuts: list[int]
+    numbers: list[int]
+    continued: bool
+
+
+_active: SequenceParallel | None = None
+
+
+def current() -> SequenceParallel | None:
+    """The context in force."""
+    return _active
+
+
+@contextmanager
+def using(parallel: SequenceParallel | None) -> Iterator[None]:
+    """Inside the block a context, or none."""
+    global _active
+    previous, _active = _active, parallel
+    try:
+        yield
+    finally:
+        _active = previous
+
+
+def refuse_sharded(op: str, why: str = "it has no sequence-parallel form") -> None:
+    """Raise `ValueError` inside a context."""
+    if _active is not None:
+        raise ValueError(f"{op}: called inside sequence_parallel, but {why}; call it outside")
+
+
+Message = tuple[Tensor, int]
+
+
+def _exchange(
+    parallel: SequenceParallel,
+    sends: Sequence[tuple[Tensor, int]],
+    receives: Sequence[tuple[Tensor, int]],
+) -> None:
+    """Point to point, all at once; ranks are those of the group."""
+    work = [dist.P2POp(dist.isend, x, parallel.peer(to), parallel.group) for x, to in sends]
+    work += [dist.P2POp(dist.irecv, x, parallel.peer(by), parallel.group) for x, by in receives]
+    for request in dist.batch_isend_irecv(work) if work else []:
+        request.wait()
+    parallel.count(*(x for x, _ in sends))
+
+
+class _Shift(torch.autograd.Function):
+    """x of the rank before, zeros on the first; its gradient goes back there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parallel: SequenceParallel) -> Tensor:
+        ctx.parallel = parallel
+        return _shifted(parallel, x, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _shifted(ctx.parallel, grads[0], -1), None
+
+
+def _shifted(parallel: SequenceParallel, x: Tensor, by: int) -> Tensor:
+    """x of the rank `by` before, zeros where there is none."""
+    out, to, source = x.new_zeros(x.shape), parallel.rank + by, parallel.rank - by
+    x = x.contiguous()
+    inside = range(parallel.size)
+    _exchange(
+        parallel, [(x, to)] if to in inside else [], [(out, source)] if source in inside else []
+    )
+    return out
+
+
+def halo(shard: Shard, x: Tensor, n: int) -> Tensor:
+    """The n tokens before this rank's x `[B, T, ...]`, zeros before the first of all."""
+    lengths = shard.parallel.lengths or ()
+    # as many hops as the rank needs that has the shortest ones before it
+    hops = 0
+    for p in range(1, len(lengths)):
+        reach = next((h for h in range(1, p + 1) if sum(lengths[p - h : p]) >= n), p)
+        hops = max(hops, reach)
+    tail = x[:, max(0, x.shape[1] - n) :]
+    moving = torch.cat([x.new_zeros(x.shape[0], n - tail.shape[1], *x.shape[2:]), tail], 1)
+    found = x[:, :0]
+    for hop in range(1, hops + 1):
+        moving = _Shift.apply(moving, shard.parallel)
+        source = shard.rank - hop
+        real = min(n, lengths[source]) if source >= 0 else 0
+        found = torch.cat([moving[:, n - real :], found], 1)
+    found = found[:, max(0, found.shape[1] - n) :]
+    return torch.cat([x.new_zeros(x.shape[0], n - found.shape[1], *x.shape[2:]), found], 1)
+
+
+class _Carry(torch.autograd.Function):
+    """A state through the ranks in turn: `S_out = A S_in + S`, where S_in is what the rank before
+    sent (zeros on the first). Returns S_in. Its gradient goes the other way round.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, A: Tensor, S: Tensor, parallel: SequenceParallel, elementwise: bool
+    ) -> Tensor:
+        ctx.parallel, ctx.elementwise = parallel, elementwise
+        arrived = S.new_zeros(S.shape)
+        if parallel.rank > 0:
+            _exchange(parallel, [], [(arrived, parallel.rank - 1)])
+        if parallel.rank + 1 < parallel.size:
+            out = torch.addcmul(S, A, arrived) if elementwise else S + A @ arrived
+            _exchange(parallel, [(out.contiguous(), parallel.rank + 1)], [])
+        ctx.save_for_backward(A, arrived)
+        return arrived
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        A, arrived = ctx.saved_tensors
+        dout = arrived.new_zeros(arrived.shape)
+        if ctx.parallel.rank + 1 < ctx.parallel.size:
+            _exchange(ctx.parallel, [], [(dout, ctx.parallel.rank + 1)])
+        darrived = grads[0] + (A * dout if ctx.elementwise else A.mT @ dout)
+        if ctx.parallel.rank > 0:
+            _exchange(ctx.parallel, [(darrived.contiguous(), ctx.parallel.rank - 1)], [])
+        dA = (dout * arrived).sum_to_size(A.shape) if ctx.elementwise else dout @ arrived.mT
+        return dA, dout, None, None
+
+
+def carry(parallel: SequenceParallel, A: Tensor, S: Tensor, elementwise: bool = False) -> Tensor:
+    """The state that reaches this rank, of every rank's transition and contribution: A is a matrix
+    `[..., K, K]`, or with `elementwise` factors that spread over S `[..., K, V]`.
+    """
+    return _Carry.apply(A, S, parallel, elementwise)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks, on every rank; so is its gradient. `tie` has a gradient wherever some
+    rank's x has: all ranks must take part in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tie: Tensor, parallel: SequenceParallel) -> Tensor:
+        ctx.parallel = parallel
+        return _summed(parallel, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _summed(ctx.parallel, grads[0]), None, None
+
+
+def _summed(parallel: SequenceParallel, x: Tensor) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=parallel.group)
+    parallel.count(x)
+    return x
+
+
+def total(parallel: SequenceParallel, x: Tensor, tie: Tensor) -> Tensor:
+    """The sum of x over the ranks; `tie` is what x comes from on the ranks that have some."""
+    return _Sum.apply(x, tie, parallel)
