@@ -17,6 +17,8 @@ from torch import Tensor
 from fla.layers.mixer import Mixer
 from fla.modules import RMSNorm, RotaryEmbedding
 from fla.ops.engine.layout import SequenceLayout
+from fla.ops.engine.parallel import Shard, halo, tie
+from fla.ops.ring_attention import ring_attention
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,12 @@ class SoftmaxMixer(Mixer):
 
     def _sequences(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
         """Every sequence from its start."""
+        if layout.shard is not None:
+            if self.window_size is not None:
+                return self._window_over_ranks(q, k, v, layout.shard, layout.positions(q.device))
+            o = ring_attention(q, k, v, scale=self.scale, cu_seqlens=layout.cu_seqlens)
+            assert isinstance(o, Tensor)
+            return o
         if not layout.packed:
             return self._whole(q, k, v)
         parts = zip(*(y.split(layout.lengths(), 1) for y in (q, k, v)), strict=True)
@@ -72,6 +80,23 @@ class SoftmaxMixer(Mixer):
                 self._attend(q[:, begin:end], k[:, first:end], v[:, first:end], attn_mask=mask)
             )
         return torch.cat(blocks, 1)
+
+    def _window_over_ranks(
+        self, q: Tensor, k: Tensor, v: Tensor, shard: Shard, positions: Tensor
+    ) -> Tensor:
+        """This rank's tokens, which see the last ones of the ranks before it."""
+        window, T = self.window_size or 0, q.shape[1]
+        k, v = (torch.cat([halo(shard, x, window - 1), x], 1) for x in (k, v))
+        blocks = [q[:, :0]]
+        for begin in range(0, T, window):
+            end = min(begin + window, T)
+            query = torch.arange(begin, end, device=q.device)[:, None]
+            key = torch.arange(begin, end + window - 1, device=q.device) - (window - 1)
+            own = key >= query - positions[0, begin:end, None]  # of the query's sequence
+            keys = slice(begin, end + window - 1)
+            mask = self._sees(query, key) & own
+            blocks.append(self._attend(q[:, begin:end], k[:, keys], v[:, keys], attn_mask=mask))
+        return tie(torch.cat(blocks, 1), k, v)
 
     def _sees(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether queries at some positions may look at keys at others of their sequence."""

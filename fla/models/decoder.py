@@ -31,9 +31,10 @@ from fla.models.config import DecoderConfig
 from fla.models.utils import Cache
 from fla.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss, GatedMLP, RMSNorm
 from fla.modules.feature_map import HedgehogFeatureMap
-from fla.modules.l2warp import l2_warp
+from fla.modules.l2warp import L2_FACTOR, l2_warp
 from fla.modules.moe import ExpertMLPs, MixtureOfExperts
 from fla.ops.engine.layout import SequenceLayout
+from fla.ops.engine.parallel import mean_over_ranks, refuse_sharded, sharded_next_tokens
 
 IGNORE = -100
 
@@ -338,6 +339,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss, logits = self._loss(hidden, labels, layout)
             if output.auxiliary_loss is not None:
+                refuse_sharded(type(self).__name__, "the experts' balance is that of all tokens")
                 loss = loss + output.auxiliary_loss
         if logits is None and (labels is None or not self.config.fuse_linear_cross_entropy):
             keep = logits_to_keep
@@ -357,6 +359,19 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
                 f"T={layout.length}]"
             )
         targets = next_tokens(labels, layout)
+        loss, logits = self._mean_loss(hidden, targets)
+        share = 1.0
+        if layout.shard is not None:
+            if self.config.use_l2warp and logits is None:
+                refuse_sharded(type(self).__name__, "fuse_linear_cross_entropy meets use_l2warp")
+            count, parallel = int((targets != IGNORE).sum()), layout.shard.parallel
+            loss = mean_over_ranks(loss, count, hidden, parallel)
+            share = layout.length / max(1, layout.shard.total)
+        if self.config.use_l2warp and logits is not None:
+            loss = l2_warp(loss, logits, L2_FACTOR * share)
+        return loss, logits
+
+    def _mean_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.config.fuse_linear_cross_entropy:
             loss = FusedLinearCrossEntropyLoss(use_l2warp=self.config.use_l2warp)
             return loss(hidden, targets, self.lm_head.weight), None
@@ -366,7 +381,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         else:
             rows = logits.flatten(0, 1).float()
             loss = nn.functional.cross_entropy(rows, targets.flatten(), ignore_index=IGNORE)
-        return l2_warp(loss, logits) if self.config.use_l2warp else loss, logits
+        return loss, logits
 
 
 def next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:
@@ -377,6 +392,8 @@ def next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:
         >>> next_tokens(torch.tensor([[1, 2, 3, 4, 5]]), layout).tolist()
         [[2, -100, 4, 5, -100]]
     """
+    if layout.shard is not None:
+        return sharded_next_tokens(labels, layout, IGNORE)
     if not layout.packed:
         return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
     packed = layout.pack(labels.unsqueeze(-1)).squeeze(-1)

@@ -19,7 +19,7 @@ from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.kernels import conv as triton
 from fla.ops.engine.layout import boundaries_to_list
 from fla.ops.engine.native import conv as native
-from fla.ops.engine.parallel import current, refuse_sharded, using
+from fla.ops.engine.parallel import current, refuse_sharded, tie, using
 from fla.ops.engine.sharded import tokens_before
 
 ACTIVATIONS = (None, "silu", "swish")
@@ -66,9 +66,10 @@ def causal_conv1d(
             refuse_sharded(op, "a state goes in or out")
         states, cuts = tokens_before(op, parallel, x, cu_seqlens, weight.shape[1])
         with using(None):
-            return causal_conv1d(
+            y, _ = causal_conv1d(
                 x, weight, bias, residual, states.transpose(1, 2), False, activation, backend, cuts
             )
+            return tie(y, states), None
     chosen = resolve(op, x.device, backend, x.dtype)
     kernels = CONVOLVE.get(chosen)
     if kernels is not None and (

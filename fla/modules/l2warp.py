@@ -19,7 +19,10 @@ class _L2Wrap(torch.autograd.Function):
         return grad, push.new_zeros(ctx.shape).scatter_(-1, where, push) * grad, None
 
 
-def l2_warp(loss: Tensor, logits: Tensor, l2_penalty_factor: float = 1e-4) -> Tensor:
+L2_FACTOR = 1e-4
+
+
+def l2_warp(loss: Tensor, logits: Tensor, l2_penalty_factor: float = L2_FACTOR) -> Tensor:
     """loss, with `factor * max(z) / M` added to the gradient of the largest logit z of each of the
     M rows of `logits` `[..., vocab]`.
 

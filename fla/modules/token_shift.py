@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from fla.ops.engine.checks import check_sequences, check_tensors
-from fla.ops.engine.parallel import current, refuse_sharded, using
 from fla.ops.engine.segments import lasts, starts
-from fla.ops.engine.sharded import tokens_before
 
 
 def token_shift(
@@ -27,13 +25,6 @@ def token_shift(
     """
     sizes = check_tensors("token_shift", x=(x, "B T D"), cache=(cache, "N D"))
     N = check_sequences("token_shift", sizes["B"], cu_seqlens, cache, "cache")
-    parallel = current()
-    if parallel is not None:
-        if cache is not None or output_cache:
-            refuse_sharded("token_shift", "a cache goes in or out")
-        last, cuts = tokens_before("token_shift", parallel, x, cu_seqlens, 1)
-        with using(None):
-            return token_shift(x, cuts, last[:, 0])
     first = x.new_zeros(N, x.shape[-1]) if cache is None else cache.to(x.dtype)
     delta = starts(x, first, cu_seqlens) - x
     return (delta, lasts(x, first, cu_seqlens)) if output_cache else delta

@@ -17,6 +17,8 @@ Numerics: products of factors in [0, 1] and sums in fp32; no quotient of decays.
 On the one equation: K = V = 1 with q = k = 1 and a head per channel, so a vector scan.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from fla.ops.engine import sharded
 from fla.ops.engine.checks import check_log_decay, check_sequences, check_tensors
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.kernels.vector_scan import SCANS
-from fla.ops.engine.parallel import current
+from fla.ops.engine.parallel import current, using
 from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
 
 
@@ -76,15 +78,11 @@ def _hgrn(
     check_log_decay(op, g=g)
     check_chunk_size(op, chunk_size)
     parallel = current()
+    with using(None):
+        form = partial(SCANS[resolve(op, x.device, backend, x.dtype)], chunk_size=chunk_size)
     if parallel is not None:
-
-        def local(x: Tensor, g: Tensor, state: Tensor, bounds: Tensor | None):
-            return SCANS[resolve(op, x.device, backend, x.dtype)](x, g, state, bounds, chunk_size)
-
-        h, final = sharded.scan(local, op, parallel, x, g, initial_state, cu_seqlens)
-    else:
-        form = SCANS[resolve(op, x.device, backend, x.dtype)]
-        h, final = form(x, g, initial_state, cu_seqlens, chunk_size)
+        form = partial(sharded.scan, form, op, parallel)
+    h, final = form(x, g, initial_state, cu_seqlens)
     return h, final if output_final_state else None
 
 

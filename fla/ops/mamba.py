@@ -33,8 +33,10 @@ from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.gates import wide
 from fla.ops.engine.kernels.selective_scan import selective_scan as triton_scan
 from fla.ops.engine.native.selective import selective_scan as native_scan
+from fla.ops.engine.parallel import current, using
 from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
 from fla.ops.engine.selective import selective_scan
+from fla.ops.engine.sharded import selective
 from fla.ops.mamba2 import step_sizes
 
 SCANS = {"native": native_scan, "triton": triton_scan}
@@ -96,12 +98,18 @@ def chunk_mamba(
     check_tensors(op, A=(A, "D N"), initial_state=(initial_state, "sequences D N"))
     check_sequences(op, sizes["B"], cu_seqlens, initial_state)
     check_chunk_size(op, chunk_size)
-    chosen = resolve(op, x.device, backend, x.dtype)
+    parallel = current()
+    with using(None):
+        chosen = resolve(op, x.device, backend, x.dtype)
     check_log_decay(op, A=A)
     dt = step_sizes(dt, dt_bias, dt_softplus, (0.0, float("inf")))
-    inputs = (x, dt, wide(A), B, C, initial_state, cu_seqlens)
-    scan = SCANS.get(chosen, partial(selective_scan, chunk_size=chunk_size))
-    y, final = scan(*inputs)
+    scan = partial(
+        SCANS.get(chosen, partial(selective_scan, chunk_size=chunk_size)), x, dt, wide(A), B, C
+    )
+    if parallel is not None:
+        y, final = selective(scan, op, parallel, x, dt, A, initial_state, cu_seqlens)
+    else:
+        y, final = scan(initial_state, cu_seqlens)
     if D is not None:
         y = (wide(y) + wide(D) * wide(x)).to(y.dtype)
     return y, final if output_final_state else None

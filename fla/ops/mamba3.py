@@ -37,8 +37,9 @@ from torch import Tensor
 
 from fla.ops.engine.checks import check_parts, check_sequences, check_tensors
 from fla.ops.engine.gates import wide
+from fla.ops.engine.parallel import refuse_sharded
 from fla.ops.engine.run import CHUNK_SIZE, Options, run
-from fla.ops.engine.segments import lasts, per_segment, repeat_rows, starts
+from fla.ops.engine.segments import lasts, repeat_rows, running, starts
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -95,7 +96,7 @@ def _turned(
     B: Tensor, C: Tensor, turn: Tensor, theta: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """B and C turned, and the last angle of every sequence."""
-    total = per_segment(lambda y: y.cumsum(1), turn.double(), cu_seqlens)
+    total = running("sum", turn.double(), cu_seqlens)
     total = total + repeat_rows(theta.double(), turn.shape[1], cu_seqlens)
     total = torch.remainder(total + math.pi, 2 * math.pi) - math.pi
     last = lasts(total, theta.double(), cu_seqlens).to(turn.dtype)
@@ -123,6 +124,7 @@ def _mamba3(
             f"{sizes['K'] // 2} pairs to turn; pass at most that many"
         )
     N = check_sequences(op, sizes["B"], cu_seqlens, None)
+    refuse_sharded(op)
     state = _state(op, N, sizes, tensors, state)
     x, dt, A, B, C, trap, angles = (wide(y) for y in tensors.values())
     if not m:

@@ -30,7 +30,7 @@ from fla.ops.engine.checks import check_groups, check_parts, check_sequences, ch
 from fla.ops.engine.gates import wide
 from fla.ops.engine.layout import count_sequences
 from fla.ops.engine.run import CHUNK_SIZE, Options, run
-from fla.ops.engine.segments import lasts, per_segment, repeat_rows, starts
+from fla.ops.engine.segments import lasts, repeat_rows, running, starts
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -68,8 +68,8 @@ def _stabiliser(
     """(m_t, m_{t-1}, the last m): `m_t = F_t + max(m_0, max_{j <= t} (i_j - F_j))`."""
     N = count_sequences(i, cu_seqlens)
     first = i.new_full((N, *i.shape[2:]), -torch.inf) if m0 is None else m0
-    F_t = per_segment(lambda x: x.cumsum(1), log_f.double(), cu_seqlens)
-    top = per_segment(lambda x: x.cummax(1).values, i.double() - F_t, cu_seqlens)
+    F_t = running("sum", log_f.double(), cu_seqlens)
+    top = running("max", i.double() - F_t, cu_seqlens)
     carried = repeat_rows(first.double(), i.shape[1], cu_seqlens)
     m = (F_t + torch.maximum(carried, top)).to(i.dtype)
     return m, starts(m, first.to(m), cu_seqlens), lasts(m, first.to(m), cu_seqlens)

@@ -22,15 +22,19 @@ sum to one.
 On the one equation: K = V = 1, so the average is a vector scan, read before the write.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from fla.ops.engine import sharded
 from fla.ops.engine.checks import check_sequences, check_tensors
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.gates import wide
 from fla.ops.engine.kernels.vector_scan import SCANS
+from fla.ops.engine.parallel import current, using
 from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
-from fla.ops.engine.segments import lasts, per_segment, repeat_rows, starts
+from fla.ops.engine.segments import lasts, repeat_rows, running, starts
 
 
 def naive_recurrent_rwkv4(
@@ -61,9 +65,9 @@ def naive_recurrent_rwkv4(
 
 def _log_b(w: Tensor, k: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """`log b_t = log sum_{j <= t} exp(k_j - (t - j) exp(w))`, `first` before the first token."""
-    steps = per_segment(lambda x: x.cumsum(1), torch.ones_like(k[:, :, :1]).double(), cu_seqlens)
+    steps = running("sum", torch.ones_like(k[:, :, :1]).double(), cu_seqlens)
     line = steps * w.double().exp()
-    log = per_segment(lambda x: x.logcumsumexp(1), k.double() + line, cu_seqlens)
+    log = running("logsumexp", k.double() + line, cu_seqlens)
     first = repeat_rows(first.double(), k.shape[1], cu_seqlens)
     return torch.logaddexp(log, first) - line
 
@@ -95,7 +99,13 @@ def chunk_rwkv4(
         raise ValueError(f"{op}: state has shape {list(state.shape)}; [N, 3, 1, C] was expected")
     N = check_sequences(op, sizes["B"], cu_seqlens, state, "state")
     check_chunk_size(op, chunk_size)
-    form = SCANS[resolve(op, k.device, backend, k.dtype)]
+    parallel = current()
+    with using(None):
+        form = SCANS[resolve(op, k.device, backend, k.dtype)]
+    if parallel is not None:
+        form = partial(sharded.scan, partial(form, chunk_size=chunk_size), op, parallel)
+    else:
+        form = partial(form, chunk_size=chunk_size)
     keys, values = wide(k), wide(v)
     if state is None:
         average, first = None, keys.new_full((N, sizes["C"]), -torch.inf)
@@ -106,7 +116,7 @@ def chunk_rwkv4(
     before = starts(log_b, first.to(log_b), cu_seqlens)
     decay = (before - w.double().exp() - log_b).to(keys.dtype)
     gain = (keys - log_b).exp().to(keys.dtype)
-    means, last = form(gain * values, decay, average, cu_seqlens, chunk_size)
+    means, last = form(gain * values, decay, average, cu_seqlens)
     zero = last.new_zeros(last.shape) if average is None else average
     new = torch.sigmoid(wide(u) + keys - before).to(keys.dtype)
     o = (1 - new) * starts(means, zero, cu_seqlens) + new * values

@@ -6,27 +6,22 @@ import os
 import sys
 import traceback
 from datetime import timedelta
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
 
-from fla.distributed import sequence_parallel
+from fla.distributed import reduce_gradients, sequence_parallel
 from fla.modules.convolution import causal_conv1d
 from fla.modules.token_shift import token_shift
+from fla.ops.delta_rule import chunk_delta_rule
+from fla.ops.engine.parallel import current
 from fla.ops.registry import OPS
+from fla.ops.ring_attention import naive_ring_attention, ring_attention, unzigzag, zigzag
+from tests.models.common import MODELS, ids
+from tests.models.common import make as make_model
 
-OWN = (
-    "log_linear_attn",
-    "deltaformer",
-    "ttt",
-    "titans",
-    "mesa_net",
-    "rwkv4",
-    "mamba",
-    "abc",
-    "mlstm",
-)
+OWN = ("log_linear_attn", "deltaformer", "ttt", "titans", "mesa_net", "mamba3")
 CHECKS = {}
 
 
@@ -163,6 +158,135 @@ def shift(rank, size):
             compare(
                 lambda x, b=bound: [token_shift(x, b)], dict(x=x), lengths_of(11, size, kind), rank
             )
+
+
+@check
+def ring(rank, size):
+    """Dense attention, any lengths, boundaries, grouped queries, and in zigzag order."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(T, B):
+        shapes = dict(q=(B, T, 4, 5), k=(B, T, 2, 5), v=(B, T, 2, 7))
+        return {
+            n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()
+        }
+
+    def naive(q, k, v, causal, bounds):
+        parts = [
+            naive_ring_attention(q[:, a:b], k[:, a:b], v[:, a:b], causal)
+            for a, b in pairwise(bounds)
+        ]
+        return [torch.cat(parts, 1)]
+
+    for causal in (False, True):
+        for kind in ("even", "uneven"):
+            for bounds in ([0, 22], [0, 3, 3, 17, 22]):
+                packed = len(bounds) > 2
+                cu = dict(cu_seqlens=torch.tensor(bounds)) if packed else {}
+
+                def run(q, k, v, causal=causal, bounds=bounds, cu=cu):
+                    if current() is None:
+                        return naive(q, k, v, causal, bounds)
+                    return [ring_attention(q, k, v, causal=causal, **cu)]
+
+                compare(run, rows(22, 1 if packed else 2), lengths_of(22, size, kind), rank)
+        T = 4 * size
+        x = {n: y.requires_grad_() for n, y in rows(T, 2).items()}
+        want = naive(**x, causal=causal, bounds=[0, T])[0]
+        weights = torch.randn(
+            want.shape, generator=torch.Generator().manual_seed(1), dtype=want.dtype
+        )
+        grads = torch.autograd.grad((want * weights).sum(), list(x.values()))
+
+        def mine(y):
+            return zigzag(y, size).chunk(size, 1)[rank]
+
+        own = {n: mine(y.detach()).clone().requires_grad_() for n, y in x.items()}
+        with sequence_parallel() as parallel:
+            got = ring_attention(**own, causal=causal, order="zigzag")
+        # keys and values of all ranks but one, 4 tokens of 2 heads of 5 and 7 channels, twice
+        assert parallel.sent == 2 * 4 * (size - 1) * 2 * (5 + 7) * 8, parallel.sent
+        close(got, mine(want), "zigzag o")
+        found = torch.autograd.grad((got * mine(weights)).sum(), list(own.values()))
+        for n, grad, exact in zip(own, found, grads, strict=True):
+            close(grad, mine(exact), f"zigzag d{n}")
+    assert torch.equal(unzigzag(zigzag(want, size), size), want)
+
+
+@check
+def bytes_moved(rank, size):
+    """A state a hop, forward and backward; the tail of the convolution."""
+    q, k, v = (torch.randn(1, 8, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    beta = torch.rand(1, 8, 2, dtype=torch.float64)
+    with sequence_parallel(lengths=[8] * size) as parallel:
+        o, _ = chunk_delta_rule(q, k, v, beta)
+        state = 2 * 4 * 4 * 8
+        assert parallel.sent == (state if rank + 1 < size else 0)
+        o.sum().backward()
+        assert parallel.sent == state * ((rank + 1 < size) + (rank > 0))
+    x = torch.randn(1, 8, 3, dtype=torch.float64)
+    with sequence_parallel(lengths=[8] * size) as parallel:
+        causal_conv1d(x, torch.randn(3, 4, dtype=torch.float64))
+        assert parallel.sent == (4 * 3 * 8 if rank + 1 < size else 0)
+
+
+def model_check(name):
+    def run(rank, size):
+        model = make_model(name).double()
+        for packed in (False, True):
+            T = 19
+            lengths = lengths_of(T, size, "even" if packed else "uneven")
+            ends = ends_of(lengths)
+            x = ids(1 if packed else 2, T)
+            cu = dict(cu_seqlens=torch.tensor([0, 4, 4, 11, T])) if packed else {}
+            model.zero_grad()
+            want = model(x, labels=x, use_cache=False, **cu)
+            want.loss.backward()
+            grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            model.zero_grad()
+            own = x[:, ends[rank] : ends[rank + 1]]
+            with sequence_parallel(lengths=lengths):
+                got = model(own, labels=own, use_cache=False, **cu)
+                got.loss.backward()
+                reduce_gradients(model)
+            close(got.loss, want.loss, "loss")
+            if want.logits is not None:
+                close(got.logits, want.logits[:, ends[rank] : ends[rank + 1]], "logits")
+            for n, p in model.named_parameters():
+                if n in grads:
+                    close(p.grad, grads[n], f"d{n}", 1e-8)
+
+    return run
+
+
+REFUSED = ("mamba3", "mesa_net", "log_linear_mamba2", "deltaformer", "mom", "longnet", "rodimus")
+for _name, (_, _config, _arguments) in MODELS.items():
+    sparse = any(key in _arguments for key in ("moe", "attn"))
+    if _name not in REFUSED and not sparse and "hybrid-" not in _name:
+        CHECKS[f"model {_name}"] = model_check(_name)
+
+
+@check
+def refusals(rank, size):
+    x = torch.randn(1, 4, 8, dtype=torch.float64)
+    model = make_model("longnet").double()
+    with sequence_parallel(lengths=[4] * size):
+        for function, said in (
+            (lambda: causal_conv1d(x[:, :3], torch.randn(8, 4)), "causal_conv1d: 3 tokens on rank"),
+            (lambda: causal_conv1d(x, torch.randn(8, 4), output_final_state=True), "a state goes"),
+            (lambda: model(ids(1, 4), use_cache=False), "dilated_attention: called inside"),
+            (lambda: model(ids(1, 4), attention_mask=torch.tensor([[0, 1, 1, 1]])), "padding in"),
+            (
+                lambda: ring_attention(*[x.view(1, 4, 2, 4)] * 3, order="spiral"),
+                "order is 'spiral'",
+            ),
+        ):
+            try:
+                function()
+            except ValueError as error:
+                assert said in str(error), error
+            else:
+                raise AssertionError(f"nothing said {said!r}")
 
 
 def main(rank, size, port, folder):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fla.ops.engine.checks import check_boundaries
+from fla.ops.engine.parallel import Shard, current, refuse_sharded
 
 
 def count_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -73,6 +74,8 @@ class SequenceLayout:
         cu_seqlens: boundaries `[N+1]` of the packed real tokens; None for B dense rows of T.
         indices: positions of the real tokens in the flattened rectangle, or None when all are real.
         starts: tokens already seen per sequence, an int or a tensor `[N]`.
+        shard: inside `sequence_parallel`, which of the tokens of the whole rows these are;
+            cu_seqlens is then of the whole row.
 
     Example:
         >>> mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
@@ -88,6 +91,7 @@ class SequenceLayout:
     cu_seqlens: Tensor | None = None
     indices: Tensor | None = None
     starts: int | Tensor = 0
+    shard: Shard | None = None
 
     @classmethod
     def resolve(
@@ -107,6 +111,16 @@ class SequenceLayout:
         position_ids are read as boundaries only for B = 1 without a cache, where they restart at
         each sequence.
         """
+        parallel = current()
+        if parallel is not None:
+            if past_length or (attention_mask is not None and not attention_mask.bool().all()):
+                what = "a cache" if past_length else "padding in attention_mask"
+                refuse_sharded("SequenceLayout", f"with {what}: pack sequences with cu_seqlens")
+            if position_ids is not None:
+                refuse_sharded("SequenceLayout", "with position_ids: pass cu_seqlens of all tokens")
+            shard = parallel.of("SequenceLayout", length)
+            shard.bounds("SequenceLayout", cu_seqlens)
+            return cls(batch, length, cu_seqlens, shard=shard)
         if attention_mask is not None and attention_mask.shape == (batch, length):
             attention_mask = torch.nn.functional.pad(attention_mask, (past_length, 0), value=1)
         mask, starts = cls._split_mask(batch, length, attention_mask, past_length)
@@ -195,6 +209,8 @@ class SequenceLayout:
     def positions(self, device: torch.device | None = None) -> Tensor:
         """Position of every travelling token in its own sequence, `[B, T]` or `[1, total]`."""
         starts = self.starts
+        if self.shard is not None:
+            return self._sharded_positions(self.shard, device)
         if self.cu_seqlens is None:
             row = torch.arange(self.length, device=device).expand(self.batch, -1)
             return row + (starts.view(-1, 1).to(device) if isinstance(starts, Tensor) else starts)
@@ -204,3 +220,11 @@ class SequenceLayout:
         begin = cu[:-1] - (starts.to(cu) if isinstance(starts, Tensor) else starts)
         offsets = begin.repeat_interleave(lengths, output_size=total)
         return (torch.arange(total, device=device) - offsets).unsqueeze(0)
+
+    def _sharded_positions(self, shard: Shard, device: torch.device | None) -> Tensor:
+        tokens = torch.arange(shard.begin, shard.end, device=device)
+        if self.cu_seqlens is None:
+            return tokens.expand(self.batch, -1)
+        bounds = self.cu_seqlens.to(tokens)
+        first = bounds[torch.searchsorted(bounds, tokens, right=True) - 1]
+        return (tokens - first).unsqueeze(0)

@@ -18,8 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fla.ops.engine.layout import boundaries_to_list
-
 
 @dataclass
 class SequenceParallel:
@@ -35,9 +33,11 @@ class SequenceParallel:
     lengths: tuple[int, ...] | None = None
     sent: int = 0
 
-    def of(self, op: str, T: int, device: torch.device) -> Shard:
+    def of(self, op: str, T: int) -> Shard:
         """This rank's place, for an operator on T tokens here."""
         if self.lengths is None:
+            nccl = dist.get_backend(self.group) == "nccl"
+            device = torch.device("cuda" if nccl else "cpu")
             count = torch.tensor([T], device=device)
             every = [torch.empty_like(count) for _ in range(self.size)]
             dist.all_gather(every, count, group=self.group)
@@ -85,21 +85,25 @@ class Shard:
 
     def bounds(self, op: str, cu_seqlens: Tensor | None) -> list[int]:
         """Of the whole row, on the host; one sequence where there are none."""
+        from fla.ops.engine.layout import boundaries_to_list  # which knows of shards itself
+
         if cu_seqlens is None:
             return [0, self.total]
         return boundaries_to_list(cu_seqlens, self.total, op)
 
-    def own(self, bounds: list[int]) -> Own:
-        """The sequences that have tokens here."""
+    def own(self, bounds: list[int], rank: int | None = None) -> Own:
+        """The sequences that have tokens here, or on another rank."""
+        rank = self.rank if rank is None else rank
+        begin, end = self.ends[rank], self.ends[rank + 1]
         found = [
-            (n, max(a, self.begin), min(b, self.end))
+            (n, min(b, end))
             for n, (a, b) in enumerate(pairwise(bounds))
-            if max(a, self.begin) < min(b, self.end)
+            if max(a, begin) < min(b, end)
         ]
-        cuts = [self.begin, *(b for _, _, b in found)] if found else [self.begin, self.begin]
-        numbers = [n for n, _, _ in found]
-        continued = bool(found) and bounds[numbers[0]] < self.begin
-        return Own([x - self.begin for x in cuts], numbers, continued)
+        cuts = [begin, *(b for _, b in found)] if found else [begin, begin]
+        numbers = [n for n, _ in found]
+        continued = bounds[numbers[0]] < begin if numbers else rank > 0
+        return Own([x - begin for x in cuts], numbers, continued)
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Own:
     """Fields:
     cuts: boundaries of this rank's pieces of sequences, from 0.
     numbers: which sequences they are of; empty where there are no tokens.
-    continued: whether the first one began on an earlier rank.
+    continued: whether the first one began on an earlier rank, or would have where there are none.
     """
 
     cuts: list[int]
@@ -143,7 +147,7 @@ def refuse_sharded(op: str, why: str = "it has no sequence-parallel form") -> No
 Message = tuple[Tensor, int]
 
 
-def _exchange(
+def exchange(
     parallel: SequenceParallel,
     sends: Sequence[tuple[Tensor, int]],
     receives: Sequence[tuple[Tensor, int]],
@@ -174,7 +178,7 @@ def _shifted(parallel: SequenceParallel, x: Tensor, by: int) -> Tensor:
     out, to, source = x.new_zeros(x.shape), parallel.rank + by, parallel.rank - by
     x = x.contiguous()
     inside = range(parallel.size)
-    _exchange(
+    exchange(
         parallel, [(x, to)] if to in inside else [], [(out, source)] if source in inside else []
     )
     return out
@@ -200,6 +204,34 @@ def halo(shard: Shard, x: Tensor, n: int) -> Tensor:
     return torch.cat([x.new_zeros(x.shape[0], n - found.shape[1], *x.shape[2:]), found], 1)
 
 
+class _Gather(torch.autograd.Function):
+    """Every rank's x, `[size, ...]`; each gets the sum of its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parallel: SequenceParallel) -> Tensor:
+        ctx.parallel = parallel
+        return _everyone(parallel, [x] * parallel.size)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _everyone(ctx.parallel, list(grads[0])).sum(0), None
+
+
+def _everyone(parallel: SequenceParallel, xs: list[Tensor]) -> Tensor:
+    """What each rank has for this one, of `xs[p]` for rank p."""
+    mine = [x.contiguous() for x in xs]
+    out = [x.new_zeros(x.shape) for x in mine]
+    out[parallel.rank].copy_(mine[parallel.rank])
+    others = [p for p in range(parallel.size) if p != parallel.rank]
+    exchange(parallel, [(mine[p], p) for p in others], [(out[p], p) for p in others])
+    return torch.stack(out)
+
+
+def gather(parallel: SequenceParallel, x: Tensor) -> Tensor:
+    """x of all ranks, `[size, ...]`."""
+    return _Gather.apply(x, parallel)
+
+
 class _Carry(torch.autograd.Function):
     """A state through the ranks in turn: `S_out = A S_in + S`, where S_in is what the rank before
     sent (zeros on the first). Returns S_in. Its gradient goes the other way round.
@@ -212,10 +244,10 @@ class _Carry(torch.autograd.Function):
         ctx.parallel, ctx.elementwise = parallel, elementwise
         arrived = S.new_zeros(S.shape)
         if parallel.rank > 0:
-            _exchange(parallel, [], [(arrived, parallel.rank - 1)])
+            exchange(parallel, [], [(arrived, parallel.rank - 1)])
         if parallel.rank + 1 < parallel.size:
             out = torch.addcmul(S, A, arrived) if elementwise else S + A @ arrived
-            _exchange(parallel, [(out.contiguous(), parallel.rank + 1)], [])
+            exchange(parallel, [(out.contiguous(), parallel.rank + 1)], [])
         ctx.save_for_backward(A, arrived)
         return arrived
 
@@ -224,10 +256,10 @@ class _Carry(torch.autograd.Function):
         A, arrived = ctx.saved_tensors
         dout = arrived.new_zeros(arrived.shape)
         if ctx.parallel.rank + 1 < ctx.parallel.size:
-            _exchange(ctx.parallel, [], [(dout, ctx.parallel.rank + 1)])
+            exchange(ctx.parallel, [], [(dout, ctx.parallel.rank + 1)])
         darrived = grads[0] + (A * dout if ctx.elementwise else A.mT @ dout)
         if ctx.parallel.rank > 0:
-            _exchange(ctx.parallel, [(darrived.contiguous(), ctx.parallel.rank - 1)], [])
+            exchange(ctx.parallel, [(darrived.contiguous(), ctx.parallel.rank - 1)], [])
         dA = (dout * arrived).sum_to_size(A.shape) if ctx.elementwise else dout @ arrived.mT
         return dA, dout, None, None
 
@@ -239,19 +271,35 @@ def carry(parallel: SequenceParallel, A: Tensor, S: Tensor, elementwise: bool = 
     return _Carry.apply(A, S, parallel, elementwise)
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over the ranks, on every rank; so is its gradient. `tie` has a gradient wherever some
-    rank's x has: all ranks must take part in the backward.
-    """
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor | None) -> Tensor:
+        ctx.shapes = [None if y is None else y.shape for y in others]
+        return x.view_as(x)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tie: Tensor, parallel: SequenceParallel) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], *(s if s is None else grads[0].new_zeros(s) for s in ctx.shapes)
+
+
+def tie(x: Tensor, *others: Tensor | None) -> Tensor:
+    """x, with a gradient of zero for `others`: where a rank does not use what came, or has no
+    tokens, it still has to take part in sending the gradient back.
+    """
+    return _Tie.apply(x, *others)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks, on every rank; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parallel: SequenceParallel) -> Tensor:
         ctx.parallel = parallel
         return _summed(parallel, x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _summed(ctx.parallel, grads[0]), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _summed(ctx.parallel, grads[0]), None
 
 
 def _summed(parallel: SequenceParallel, x: Tensor) -> Tensor:
@@ -261,6 +309,33 @@ def _summed(parallel: SequenceParallel, x: Tensor) -> Tensor:
     return x
 
 
-def total(parallel: SequenceParallel, x: Tensor, tie: Tensor) -> Tensor:
-    """The sum of x over the ranks; `tie` is what x comes from on the ranks that have some."""
-    return _Sum.apply(x, tie, parallel)
+def total(parallel: SequenceParallel, x: Tensor, source: Tensor) -> Tensor:
+    """The sum of x over the ranks; `source` is what x comes from on the ranks that have some."""
+    return _Sum.apply(tie(x, source), parallel)
+
+
+def mean_over_ranks(mean: Tensor, count: int, source: Tensor, parallel: SequenceParallel) -> Tensor:
+    """The mean over all ranks' tokens, of a rank's own mean over `count`, which comes from
+    `source`; its gradient is the share of this rank.
+    """
+    share = mean * count if count else tie(source.new_zeros((), dtype=mean.dtype), source)
+    both = _summed(parallel, torch.stack([share.detach(), share.new_tensor(float(count))]))
+    share = share / both[1]
+    return share + (both[0] / both[1] - share).detach()
+
+
+def sharded_next_tokens(labels: Tensor, layout: Any, ignore: int) -> Tensor:
+    """`[B, l]`: at each token of this rank the label of the next one of its sequence, else
+    `ignore`.
+    """
+    shard = layout.shard
+    first = labels[:, :1] if labels.shape[1] else labels.new_zeros(len(labels), 1)
+    every = _everyone(shard.parallel, [first] * shard.parallel.size)
+    later = [p for p in range(shard.rank + 1, len(every)) if shard.ends[p] < shard.ends[p + 1]]
+    after = every[later[0]] if later else torch.full_like(first, ignore)
+    targets = torch.cat([labels, after], 1)[:, 1:][:, : labels.shape[1]]
+    ends = [b - 1 - shard.begin for b in shard.bounds("labels", layout.cu_seqlens)[1:]]
+    inside = [i for i in ends if 0 <= i < labels.shape[1]]
+    return targets.index_fill(
+        1, torch.tensor(inside, device=labels.device, dtype=torch.long), ignore
+    )

@@ -1,19 +1,32 @@
 # SPDX-License-Identifier: MIT
-"""Running maxima and log-sums that pages normalise with, restarted at every boundary."""
+"""Running sums and maxima that pages normalise with, restarted at every boundary; on a sequence
+that lies on several ranks too.
+"""
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from fla.ops.engine import sharded
 from fla.ops.engine.layout import boundaries_to_list, count_sequences
-from fla.ops.engine.parallel import refuse_sharded
+from fla.ops.engine.parallel import current, tie, using
+
+RUNNING = {
+    "sum": lambda x: x.cumsum(1),
+    "logsumexp": lambda x: x.logcumsumexp(1),
+    "max": lambda x: x.cummax(1).values,
+}
 
 
-def per_segment(form: Callable[[Tensor], Tensor], x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """`form`, a map of `[B, T, ...]` along its tokens, applied to every sequence of x."""
-    refuse_sharded("a sum over tokens")
+def running(kind: str, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The sum, logsumexp or maximum of x `[B, T, ...]` over the tokens of a sequence so far."""
+    parallel = current()
+    if parallel is not None:
+        pieces = sharded.Pieces.of(f"a running {kind}", parallel, x, cu_seqlens)
+        with using(None):
+            return sharded.running(kind, pieces, running(kind, x, pieces.cuts))
+    form = RUNNING[kind]
     if cu_seqlens is None:
         return form(x) if x.shape[1] else x
     bounds = boundaries_to_list(cu_seqlens, x.shape[1])
@@ -23,7 +36,11 @@ def per_segment(form: Callable[[Tensor], Tensor], x: Tensor, cu_seqlens: Tensor 
 
 def starts(x: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """x `[B, T, ...]` one token later: `first` `[N, ...]` at every sequence's first token."""
-    refuse_sharded("a shift of tokens")
+    parallel = current()
+    if parallel is not None:
+        before, cuts = sharded.tokens_before("a shift of tokens", parallel, x, cu_seqlens, 1, first)
+        with using(None):
+            return tie(starts(x, before[:, 0], cuts), before)
     if x.shape[1] == 0:
         return x
     if cu_seqlens is None:
@@ -38,6 +55,9 @@ def starts(x: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 def lasts(x: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The last token of every sequence `[N, ...]`, or `first` of a sequence without any."""
+    parallel = current()
+    if parallel is not None:
+        return sharded.lasts("the last tokens", parallel, x, first, cu_seqlens)
     if cu_seqlens is None:
         return x[:, -1] if x.shape[1] else first
     bounds = boundaries_to_list(cu_seqlens, x.shape[1])
@@ -49,6 +69,10 @@ def repeat_rows(first: Tensor, length: int, cu_seqlens: Tensor | None) -> Tensor
     """`first` `[N, ...]` at every token of its sequence, `[B, T, ...]`."""
     if cu_seqlens is None:
         return first.unsqueeze(1).expand(first.shape[0], length, *first.shape[1:])
+    parallel = current()
+    if parallel is not None:
+        pieces = sharded.Pieces.of("a state a token", parallel, first, cu_seqlens, length)
+        first, cu_seqlens = first[pieces.own.numbers or [0]], pieces.cuts
     lengths = cu_seqlens.diff().to(first.device)
     return first.repeat_interleave(lengths, 0, output_size=length).unsqueeze(0)
 
@@ -65,7 +89,7 @@ def log_cumulative_sum(
     """
     N = count_sequences(x, cu_seqlens)
     first = x.new_full((N, *x.shape[2:]), -torch.inf) if initial is None else initial.to(x)
-    z = per_segment(lambda y: y.logcumsumexp(1), x, cu_seqlens)
+    z = running("logsumexp", x, cu_seqlens)
     if initial is not None:
         z = torch.logaddexp(z, repeat_rows(first, x.shape[1], cu_seqlens))
     return z, starts(z, first, cu_seqlens), lasts(z, first, cu_seqlens)

@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fla.ops.engine.parallel import Own, SequenceParallel, Shard, carry, halo, total, using
+from fla.ops.engine.parallel import (
+    Own,
+    SequenceParallel,
+    Shard,
+    carry,
+    gather,
+    halo,
+    tie,
+    total,
+    using,
+)
 
 
 class Pieces(NamedTuple):
@@ -27,20 +37,17 @@ class Pieces(NamedTuple):
 
     @classmethod
     def of(
-        cls, op: str, parallel: SequenceParallel, x: Tensor, cu_seqlens: Tensor | None
-    ) -> "Pieces":
-        shard = parallel.of(op, x.shape[1], x.device)
+        cls, op: str, parallel: SequenceParallel, x: Tensor, cu_seqlens: Tensor | None,
+        length: int | None = None,
+    ) -> "Pieces":  # fmt: skip
+        shard = parallel.of(op, x.shape[1] if length is None else length)
         bounds = shard.bounds(op, cu_seqlens)
         return cls(shard, shard.own(bounds), bounds, cu_seqlens is not None)
 
     @property
     def continued(self) -> bool:
-        """Whether the first piece, or what would be it where there are no tokens, goes on with what
-        an earlier rank began.
-        """
-        if self.packed and self.own.numbers:
-            return self.own.continued
-        return self.shard.rank > 0
+        """Whether the first piece goes on with what an earlier rank began."""
+        return self.own.continued if self.packed else self.shard.rank > 0
 
     @property
     def cuts(self) -> Tensor | None:
@@ -130,6 +137,8 @@ def recurrence(
             )
         form = _rows
     state = pieces.starts(initial_state, zero)
+    # a rank without tokens may get its state back as it is
+    state = tie(state, q, k, v, gv, initial_state, *gates.values())
     o, ends = form(run, pieces, q, k, v, gv, state, zero, scale, read_before, gates)
     return o, pieces.finals(ends, initial_state, zero[:1]) if keep else None
 
@@ -181,7 +190,8 @@ def scan(
     shape = (1 if pieces.packed else len(x), *x.shape[2:])
     zero = torch.zeros(shape, dtype=wide, device=x.device)
     with using(None):
-        h, ends = run(x, g, pieces.starts(initial_state, zero), pieces.cuts)
+        state = tie(pieces.starts(initial_state, zero), x, g, initial_state)
+        h, ends = run(x, g, state, pieces.cuts)
     seen, first, whole = pieces.decays(g.to(wide))
     arrived = carry(parallel, whole, ends[-1:] if pieces.packed else ends, True)
     head = ends[: len(zero)] + first * arrived
@@ -191,18 +201,85 @@ def scan(
 
 
 def tokens_before(
-    op: str, parallel: SequenceParallel, x: Tensor, cu_seqlens: Tensor | None, n: int
-) -> tuple[Tensor, Tensor | None]:
-    """The n tokens before every piece of x `[B, T, D]`, `[pieces or B, n, D]`, zeros before the
-    start of a sequence; and the boundaries of the pieces.
+    op: str, parallel: SequenceParallel, x: Tensor, cu_seqlens: Tensor | None, n: int,
+    first: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The n tokens before every piece of x `[B, T, ...]`, `[pieces or B, n, ...]`, `first` `[N,
+    ...]` (zeros where absent) before the start of a sequence; and the boundaries of the pieces.
     """
     pieces = Pieces.of(op, parallel, x, cu_seqlens)
     found = halo(pieces.shard, x, n)
-    if not pieces.packed:
-        return found, None
-    own = pieces.own
-    reach = pieces.shard.begin - pieces.bounds[own.numbers[0]] if own.continued else 0
-    keep = torch.arange(n, device=x.device) >= n - reach
-    count = max(1, len(own.numbers))
-    rest = found.new_zeros(count - 1, *found.shape[1:])
-    return torch.cat([found * keep.view(1, -1, 1), rest]), pieces.cuts
+    if pieces.packed and pieces.own.numbers and pieces.continued:
+        reach = pieces.shard.begin - pieces.bounds[pieces.own.numbers[0]]
+        keep = torch.arange(n, device=x.device) >= n - reach
+        found = found * keep.view(1, -1, *[1] * (x.dim() - 2))
+    start = None if first is None else first.to(x.dtype).unsqueeze(1)
+    if start is None and pieces.packed:
+        start = found.new_zeros(len(pieces.bounds) - 1, *found.shape[1:])
+    return tie(pieces.starts(start, found), found), pieces.cuts
+
+
+def lasts(
+    op: str, parallel: SequenceParallel, x: Tensor, first: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The last token of every sequence, `first` of one without any, on every rank."""
+    pieces = Pieces.of(op, parallel, x, cu_seqlens)
+    zero = x.new_zeros(1 if pieces.packed else len(x), *x.shape[2:])
+    if pieces.packed:
+        ends = [x[0, cut - 1] if cut else zero[0] for cut in pieces.own.cuts[1:]]
+        return pieces.finals(tie(torch.stack(ends), x, first), first, zero)
+    lengths = parallel.lengths or ()
+    holds = max((p for p, length in enumerate(lengths) if length), default=-1)
+    if holds < 0:
+        return first
+    return total(parallel, x[:, -1] if holds == pieces.shard.rank else zero, x)
+
+
+MERGE: dict[str, Any] = {
+    "sum": (0.0, lambda x: x.sum(0), torch.add),
+    "logsumexp": (-torch.inf, lambda x: x.logsumexp(0), torch.logaddexp),
+    "max": (-torch.inf, lambda x: x.amax(0), torch.maximum),
+}
+
+
+def running(kind: str, pieces: Pieces, x: Tensor) -> Tensor:
+    """Running values `[B, T, ...]` within the pieces, of which the first goes on with what its
+    sequence came to on the ranks before.
+    """
+    neutral, merge, join = MERGE[kind]
+    shard, rank = pieces.shard, pieces.shard.rank
+    last = x[:, -1] if x.shape[1] else x.new_full((len(x), *x.shape[2:]), neutral)
+    every = gather(shard.parallel, tie(last, x))
+    ranks = []
+    for p in reversed(range(rank if pieces.continued else 0)):
+        there = shard.own(pieces.bounds, p)
+        if shard.ends[p] < shard.ends[p + 1]:
+            ranks.append(p)
+        if pieces.packed and (len(there.numbers) > 1 or not there.continued):
+            break
+    if not ranks:
+        return tie(x, every)
+    end = pieces.own.cuts[1] if pieces.packed else x.shape[1]
+    head = join(x[:, :end], merge(every[ranks]).unsqueeze(1))
+    return torch.cat([head, x[:, end:]], 1)
+
+
+def selective(
+    run: Run, op: str, parallel: SequenceParallel, x: Tensor, dt: Tensor, A: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The selective scan `run(initial_state, cu_seqlens)` over all ranks: once for what the tokens
+    add to a state, and once more from the state that arrives.
+    """
+    pieces = Pieces.of(op, parallel, x, cu_seqlens)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    shape = (1 if pieces.packed else len(x), *A.shape)
+    zero = torch.zeros(shape, dtype=wide, device=x.device)
+    with using(None):
+        _, ends = run(tie(pieces.starts(initial_state, zero), x, dt, A, initial_state), pieces.cuts)
+        alone = not pieces.packed or len(pieces.own.numbers) <= 1
+        through = (A.to(wide) * dt.to(wide).sum(1).unsqueeze(-1)).exp()
+        whole = through * (pieces.continued and alone)
+        arrived = carry(parallel, whole, ends[-1:] if pieces.packed else ends, True)
+        y, ends = run(tie(pieces.starts(initial_state, arrived), arrived), pieces.cuts)
+    return y, pieces.finals(ends, initial_state, zero[:1])
