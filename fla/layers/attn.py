@@ -87,7 +87,7 @@ class SoftmaxMixer(Mixer):
         """This rank's tokens, which see the last ones of the ranks before it."""
         window, T = self.window_size or 0, q.shape[1]
         k, v = (torch.cat([halo(shard, x, window - 1), x], 1) for x in (k, v))
-        blocks = [q[:, :0]]
+        blocks = [q.new_empty(len(q), 0, q.shape[2], v.shape[3])]
         for begin in range(0, T, window):
             end = min(begin + window, T)
             query = torch.arange(begin, end, device=q.device)[:, None]
