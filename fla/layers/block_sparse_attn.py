@@ -4,6 +4,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from fla.layers.attn import Attention, Where
 from fla.ops import block_sparse_attention as page
 from fla.ops.block_sparse_attention import BlockPattern, block_sparse_attention
+from fla.ops.engine.layout import SequenceLayout
+from fla.ops.engine.parallel import refuse_sharded, tie, using
+from fla.ops.engine.spread import among_all, collect
 
 PATTERNS: dict[str, Callable[..., BlockPattern]] = {
     f.__name__: f
@@ -100,7 +104,26 @@ class BlockSparseAttention(Attention):
         """The queries that choose for a head of k, `[B, T, H, D]`."""
         return q.unflatten(2, (self.num_kv_heads, -1)).mean(3)
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _sequences(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+        shard = layout.shard
+        if shard is None:
+            return super()._sequences(q, k, v, layout)
+        if self.by_content and not self.causal:
+            refuse_sharded(
+                "BlockSparseAttention", "a block of queries asks by the mean of all ranks'"
+            )
+        q, k, v = among_all(q, shard), collect(k, shard), collect(v, shard)
+        parts = [q.new_empty(len(q), 0, *q.shape[2:])]
+        with using(None):
+            for a, b in pairwise(shard.bounds("BlockSparseAttention", layout.cu_seqlens)):
+                own = (max(shard.begin, a) - a, min(shard.end, b) - a)
+                if own[0] < own[1]:
+                    o = self._whole(q[:, a:b], k[:, a:b], v[:, a:b], own)
+                    parts.append(o[:, own[0] : own[1]])
+        return tie(torch.cat(parts, 1), k, v)
+
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, own: tuple[int, int] | None = None) -> Tensor:
+        """`own` are the queries whose results are wanted; all where absent."""
         if self.by_content:
             pattern = page.topk_content(
                 self._asks(q),
@@ -112,7 +135,7 @@ class BlockSparseAttention(Attention):
             )
         else:
             pattern = self.pattern_of(q.shape[1])
-        o = block_sparse_attention(q, k, v, pattern)
+        o = block_sparse_attention(q, k, v, pattern if own is None else pattern.only(*own))
         assert isinstance(o, Tensor)
         return o
 

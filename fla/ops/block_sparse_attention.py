@@ -36,7 +36,9 @@ from torch import Tensor
 from fla.ops.engine import pieces
 from fla.ops.engine.checks import check_groups, check_same, check_shapes
 from fla.ops.engine.dispatch import resolve
+from fla.ops.engine.parallel import current, tie, using
 from fla.ops.engine.pieces import Piece
+from fla.ops.engine.spread import among_all, collect
 
 RUN = 64  # blocks of queries that meet one block of keys in a problem, a power of four
 
@@ -84,6 +86,12 @@ class BlockPattern:
             raise ValueError("BlockPattern: union of two patterns that both have a gate")
         gate = other.gate if self.gate is None else self.gate
         return replace(self, kept=self.kept | other.kept.to(self.kept.device), gate=gate)
+
+    def only(self, first: int, last: int) -> "BlockPattern":
+        """For the blocks of queries that hold the tokens from first to last; nothing for others."""
+        begin = torch.arange(self.kept.shape[2], device=self.kept.device) * self.query_block
+        rows = (begin < last) & (begin + self.query_block > first)
+        return replace(self, kept=self.kept & rows[:, None])
 
     def dense(self) -> Tensor:
         """Which tokens see which, `[B or 1, H or 1, T, T]`."""
@@ -291,7 +299,8 @@ def _means(x: Tensor, size: int) -> Tensor:
     x = x.transpose(1, 2)
     blocks = F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size)).sum(3)
     counts = torch.full((blocks.shape[2], 1), size, device=x.device)
-    counts[-1] -= -x.shape[2] % size
+    if x.shape[2] % size:
+        counts[-1] = x.shape[2] % size
     return blocks / counts
 
 
@@ -509,7 +518,9 @@ def block_sparse_attention(
     """Attention to the blocks that a pattern keeps; o `[B, T, HQ, V]`, and with `return_lse` the
     log-sum-exp `[B, T, HQ]`, through which no gradient flows.
 
-    `backend="flex"` runs torch's FlexAttention, which has no backward on CPUs.
+    `backend="flex"` runs torch's FlexAttention, which has no backward on CPUs. Inside
+    `sequence_parallel` q, k, v are a rank's own tokens and the pattern is of the whole row; keys
+    and values of all ranks are gathered.
 
     Raises `ValueError` where pattern and tensors do not fit.
 
@@ -523,6 +534,18 @@ def block_sparse_attention(
     sizes = check_shapes(op, q=(q, "B T HV K"), k=(k, "B T H K"), v=(v, "B T H V"))
     check_groups(op, sizes, "q")
     check_same(op, q=q, k=k, v=v)
+    parallel = current()
+    if parallel is not None:
+        shard = parallel.of(op, sizes["T"])
+        _check_pattern(op, pattern, sizes | {"T": shard.total})
+        q, k, v = among_all(q, shard), collect(k, shard), collect(v, shard)
+        pattern = pattern.only(shard.begin, shard.end)
+        with using(None):
+            found = block_sparse_attention(
+                q, k, v, pattern, scale=scale, return_lse=True, backend=backend
+            )
+        o, lse = (tie(x[:, shard.begin : shard.end], k, v) for x in found)
+        return (o, lse) if return_lse else o
     _check_pattern(op, pattern, sizes)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend == "flex":

@@ -32,7 +32,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,11 @@ from fla.ops.engine import pieces
 from fla.ops.engine.checks import check_groups, check_same, check_sequences, check_shapes
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.layout import boundaries_to_list
+from fla.ops.engine.parallel import SequenceParallel, current, using
 from fla.ops.engine.pieces import Piece
+from fla.ops.engine.spread import attend_spread, check_heads, turn
+
+MODES = ("gather", "ring", "heads")
 
 
 def naive_dilated_attention(
@@ -150,7 +154,7 @@ def branches(
 
 class Places(NamedTuple):
     """Where tokens lie in the flat rows of q `[B, T, HQ, .]` and k `[B, S, H, .]`; the queries are
-    the tokens from `first` = S - T on.
+    the T tokens from `first` on, of S.
     """
 
     B: int
@@ -158,11 +162,8 @@ class Places(NamedTuple):
     S: int
     HQ: int
     H: int
+    first: int
     device: torch.device
-
-    @property
-    def first(self) -> int:
-        return self.S - self.T
 
     def of(self, tokens: Tensor, heads: Tensor, queries: bool) -> Tensor:
         """Of tokens `[count, h, n]` of heads `[h]` of k, in every row of the batch."""
@@ -175,57 +176,72 @@ class Places(NamedTuple):
 
 
 def plan(
-    b: Branches, places: Places, bounds: Sequence[int] | None, causal: bool
+    b: Branches,
+    places: Places,
+    bounds: Sequence[int] | None,
+    causal: bool,
+    keys: tuple[int, int] | None = None,
 ) -> Iterator[Piece]:
     """The dense problems: for each branch and length of segment, those of the heads that have the
-    same number of tokens on its grid.
+    same number of tokens on its grid. `keys` are the tokens looked at, all where absent; they hold
+    all queries or none.
     """
     for i, (w, r) in enumerate(zip(b.segments, b.rates, strict=True)):
-        for (length, past), starts in _segments(w, places, bounds).items():
+        for edges, starts in _segments(w, places, bounds, keys).items():
             first = torch.tensor(starts, device=places.device).view(-1, 1, 1)
-            for heads, count, before in _classes(b, i, length, past):
+            for heads, counts in _classes(b, i, edges):
                 offsets = torch.tensor([b.offsets[h] % r for h in heads], device=places.device)
-                steps = r * torch.arange(count, device=places.device)
+                steps = r * torch.arange(counts[0], device=places.device)
                 tokens = first + offsets[:, None] + steps
                 at = torch.tensor(heads, device=places.device)
-                yield from _problems(places, tokens, at, before, causal)
+                yield from _problems(places, tokens, at, counts[1:], causal)
 
 
-def _classes(b: Branches, i: int, length: int, past: int) -> list[tuple[list[int], int, int]]:
-    """Heads with equally many tokens on their grid of a segment, and equally many of those among
-    the first `past`: (heads, tokens, of the past). Two offsets differ by at most one token.
-    """
-    r, found = b.rates[i], dict[tuple[int, int], list[int]]()
-    for h in b.heads(i):
-        count, before = (len(range(b.offsets[h] % r, n, r)) for n in (length, past))
-        if count > before:
-            found.setdefault((count, before), []).append(h)
-    return [(heads, *counts) for counts, heads in found.items()]
+Edges = tuple[int, int, int, int, int]  # of a segment: its length; where queries and keys lie in it
 
 
 def _segments(
-    w: int, places: Places, bounds: Sequence[int] | None
-) -> dict[tuple[int, int], list[int]]:
-    """First tokens of the segments with queries in them, by length and tokens before those."""
-    found: dict[tuple[int, int], list[int]] = {}
+    w: int, places: Places, bounds: Sequence[int] | None, keys: tuple[int, int] | None
+) -> dict[Edges, list[int]]:
+    """First tokens of the segments that hold queries and keys, by their edges."""
+    found: dict[Edges, list[int]] = {}
+    spans = (places.first, places.first + places.T, *(keys or (0, places.S)))
     for begin, end in pairwise([0, places.S] if bounds is None else bounds):
-        first = begin + (places.first - begin) // w * w if places.first > begin else begin
-        for start in range(first, end, w):
-            key = (min(w, end - start), max(0, places.first - start))
-            found.setdefault(key, []).append(start)
+        for start in range(begin + max(0, spans[0] - begin) // w * w, min(end, spans[1]), w):
+            length = min(w, end - start)
+            edges = (length, *(min(max(0, x - start), length) for x in spans))
+            if edges[1] < edges[2] and edges[3] < edges[4]:
+                found.setdefault(edges, []).append(start)
     return found
 
 
+def _classes(b: Branches, i: int, edges: Edges) -> list[tuple[list[int], Edges]]:
+    """Heads with equally many tokens on their grid before every edge of a segment: (heads, those
+    numbers). Two offsets differ by at most one token.
+    """
+    r, found = b.rates[i], dict[Edges, list[int]]()
+    for h in b.heads(i):
+        counts: Any = tuple(len(range(b.offsets[h] % r, x, r)) for x in edges)
+        if counts[1] < counts[2] and counts[3] < counts[4]:
+            found.setdefault(counts, []).append(h)
+    return [(heads, counts) for counts, heads in found.items()]
+
+
 def _problems(
-    places: Places, tokens: Tensor, heads: Tensor, before: int, causal: bool
+    places: Places, tokens: Tensor, heads: Tensor, spans: tuple[int, ...], causal: bool
 ) -> Iterator[Piece]:
-    """Of tokens `[count, h, n]` on grids, of which the first `before` are no queries."""
-    q, k = places.of(tokens[:, :, before:], heads, True), places.of(tokens, heads, False)
-    if not causal or before == 0:
-        yield Piece(q, k, causal)
-    else:
-        yield Piece(q, k[:, :, :before])
-        yield Piece(q, k[:, :, before:], True)
+    """Of tokens `[count, h, n]` on grids: queries are those from spans[0] to spans[1], keys those
+    from spans[2] to spans[3].
+    """
+    first, last, begin, end = spans
+    q = places.of(tokens[:, :, first:last], heads, True)
+    if not causal:
+        yield Piece(q, places.of(tokens[:, :, begin:end], heads, False))
+        return
+    if begin < min(end, first):
+        yield Piece(q, places.of(tokens[:, :, begin : min(end, first)], heads, False))
+    if begin <= first and end >= last:
+        yield Piece(q, places.of(tokens[:, :, first:last], heads, False), True)
 
 
 def _pieces(
@@ -234,7 +250,8 @@ def _pieces(
     bounds = None
     if cu_seqlens is not None:
         bounds = boundaries_to_list(cu_seqlens, k.shape[1], "dilated_attention")
-    places = Places(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.device)
+    T, S = q.shape[1], k.shape[1]
+    places = Places(q.shape[0], T, S, q.shape[2], k.shape[2], S - T, q.device)
     return partial(plan, b, places, bounds, causal)
 
 
@@ -327,12 +344,18 @@ def dilated_attention(
     cu_seqlens: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    mode: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Dilated attention; o `[B, T, HQ, V]`, and with `return_lse` the log-sum-exp `[B, T, HQ]`,
     through which no gradient flows. Segments restart at every boundary of `cu_seqlens`.
 
     Fewer queries than keys are the last of the tokens, as in decoding. One branch a head, as some
     packages have it, is `branch_heads=[[0, 1], [2, 3], ...]`.
+
+    Inside `sequence_parallel` these are a rank's own tokens, and `mode` says what moves: "gather"
+    (where absent) fetches from all ranks at once the keys and values that its queries meet, and no
+    others; "ring" from one rank after the other, and holds those of one at a time; "heads" turns
+    tokens into shares of the heads, which must go up. All give the same.
 
     Raises `ValueError` for branches that do not fit each other or the heads; warns where no rate
     is 1.
@@ -347,20 +370,54 @@ def dilated_attention(
     op = "dilated_attention"
     sizes = _check(op, q, k, v)
     check_sequences(op, sizes["B"], cu_seqlens, None)
-    if sizes["T"] > sizes["S"] or (cu_seqlens is not None and sizes["T"] != sizes["S"]):
+    whole = cu_seqlens is not None or current() is not None
+    if sizes["T"] > sizes["S"] or (whole and sizes["T"] != sizes["S"]):
         raise ValueError(
             f"{op}: q has T={sizes['T']} tokens and k has S={sizes['S']}; "
-            + ("packed sequences need as many of each" if cu_seqlens is not None else "the queries "
+            + ("whole sequences need as many of each" if whole else "the queries "
                "are the last of the tokens of k, so T must be at most S")
         )  # fmt: skip
-    resolve(op, q.device, backend, q.dtype)
+    parallel = current()
+    with using(None):
+        resolve(op, q.device, backend, q.dtype)
     b = branches(
         op, segment_lengths, dilation_rates, sizes["H"], sizes["HV"] // max(1, sizes["H"]),
         head_offsets, branch_heads,
     )  # fmt: skip
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, lse = torch.ops.fla.dilated_attention(q, k, v, cu_seqlens, *b, causal, float(scale))
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    if parallel is not None:
+        o, lse = _over_ranks(op, parallel, q, k, v, cu_seqlens, b, causal, scale, mode or "gather")
+    elif mode is not None:
+        raise ValueError(f"{op}: mode={mode!r} is for sequence_parallel; drop it")
+    else:
+        o, lse = torch.ops.fla.dilated_attention(q, k, v, cu_seqlens, *b, causal, scale)
     return (o, lse) if return_lse else o
+
+
+def _over_ranks(
+    op: str, parallel: SequenceParallel, q: Tensor, k: Tensor, v: Tensor,
+    cu_seqlens: Tensor | None, b: Branches, causal: bool, scale: float, mode: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if mode not in MODES:
+        raise ValueError(f"{op}: mode is {mode!r}; expected one of {', '.join(MODES)}")
+    shard, H = parallel.of(op, q.shape[1]), k.shape[2]
+    bounds = shard.bounds(op, cu_seqlens)
+    if mode == "heads":
+        check_heads(op, parallel, H)
+        share = H // parallel.size
+        mine = slice(parallel.rank * share, (parallel.rank + 1) * share)
+        on = [x for i in range(len(b.rates)) for x in b.on[i * H : (i + 1) * H][mine]]
+        own = Branches(b.segments, b.rates, b.offsets[mine], on)
+        rows = (turn(x, shard) for x in (q, k, v))
+        o, lse = torch.ops.fla.dilated_attention(*rows, cu_seqlens, *own, causal, scale)
+        return turn(o, shard, False), turn(lse.unsqueeze(3), shard, False).squeeze(3)
+
+    def problems(rank: int, batch: int, keys: tuple[int, int]) -> Iterator[Piece]:
+        begin, end = shard.ends[rank], shard.ends[rank + 1]
+        places = Places(batch, end - begin, shard.total, q.shape[2], H, begin, q.device)
+        return plan(b, places, bounds, causal, keys)
+
+    return attend_spread(q, k, v, shard, problems, scale, mode == "ring")
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:

@@ -40,3 +40,35 @@ def test_without_processes_it_says_what_to_do():
         D.sequence_parallel(),
     ):
         pass
+
+
+DYING = """
+import os, sys, torch, torch.distributed as dist
+from datetime import timedelta
+from fla.distributed import sequence_parallel
+from fla.ops.delta_rule import chunk_delta_rule
+rank, port = int(sys.argv[1]), sys.argv[2]
+os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=20))
+q, k, v = torch.randn(3, 1, 8, 2, 4)
+with sequence_parallel(lengths=[8, 8]):
+    chunk_delta_rule(q, k, v, torch.ones(1, 8, 2))
+    if rank == 0:
+        os._exit(7)
+    chunk_delta_rule(q, k, v, torch.ones(1, 8, 2))
+"""
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path):
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", DYING, str(rank), port], stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    _, said = ranks[1].communicate(timeout=100)
+    assert ranks[0].wait(timeout=10) == 7
+    assert ranks[1].returncode not in (0, None) and b"gloo" in said
+
+
+def test_shards_of_what_does_not_divide():
+    assert D.context.split_evenly(10, 4) == [3, 3, 2, 2]

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from datetime import timedelta
 from itertools import accumulate, pairwise
 
@@ -12,9 +13,12 @@ import torch
 import torch.distributed as dist
 
 from fla.distributed import reduce_gradients, sequence_parallel
+from fla.layers import BlockSparseAttention
 from fla.modules.convolution import causal_conv1d
 from fla.modules.token_shift import token_shift
+from fla.ops.block_sparse_attention import big_bird, block_sparse_attention
 from fla.ops.delta_rule import chunk_delta_rule
+from fla.ops.dilated_attention import dilated_attention
 from fla.ops.engine.parallel import current
 from fla.ops.registry import OPS
 from fla.ops.ring_attention import naive_ring_attention, ring_attention, unzigzag, zigzag
@@ -214,6 +218,93 @@ def ring(rank, size):
 
 
 @check
+def dilated(rank, size):
+    """In all modes, for lengths and segments that do not divide each other."""
+    branches = dict(segment_lengths=[4, 7, 16, 50], dilation_rates=[1, 3, 2, 5])
+    generator = torch.Generator().manual_seed(0)
+    for causal in (False, True):
+        for kind, bounds in (("even", None), ("uneven", None), ("uneven", [0, 3, 3, 17, 29])):
+            shapes = dict(q=(4, 5), k=(size, 5), v=(size, 7))
+            B = 2 if bounds is None else 1
+            x = {
+                n: torch.randn(B, 29, *s, generator=generator, dtype=torch.float64)
+                for n, s in shapes.items()
+            }
+            cu = {} if bounds is None else dict(cu_seqlens=torch.tensor(bounds))
+            for mode in ("gather", "ring", "heads"):
+
+                def run(q, k, v, mode=mode, cu=cu, causal=causal):
+                    own = {} if current() is None else dict(mode=mode)
+                    return [dilated_attention(q, k, v, **branches, **cu, **own, causal=causal)]
+
+                compare(run, x, lengths_of(29, size, kind), rank)
+
+
+@check
+def block_sparse(rank, size):
+    """A pattern of the whole row, on shards that no block divides; and a layer that chooses."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = dict(q=(4, 5), k=(2, 5), v=(2, 7))
+    for causal in (False, True):
+        pattern = big_bird(29, 3, 4, 1, block_size=4, causal=causal)
+        for kind in ("even", "uneven"):
+            x = {
+                n: torch.randn(2, 29, *s, generator=generator, dtype=torch.float64)
+                for n, s in shapes.items()
+            }
+            compare(
+                lambda p=pattern, **x: [block_sparse_attention(**x, pattern=p)],
+                x, lengths_of(29, size, kind), rank,
+            )  # fmt: skip
+    layer = BlockSparseAttention(
+        8, 2, pattern="topk_content", pattern_options=dict(count=2), block_size=3
+    )
+    layer = layer.double()
+    for parameter in layer.parameters():
+        dist.broadcast(parameter.data, 0)
+    for bounds in (None, [0, 4, 4, 21, 29]):
+        cu = {} if bounds is None else dict(cu_seqlens=torch.tensor(bounds))
+        x = torch.randn(1, 29, 8, generator=generator, dtype=torch.float64)
+        compare(
+            lambda x, cu=cu: [layer(x, **cu)[0]], dict(x=x), lengths_of(29, size, "uneven"), rank
+        )
+
+
+@check
+def dilated_bytes(rank, size):
+    """Where segments, rates and shards divide each other: sum over w > l of 2 (l / r) (w / l - 1)
+    rows of each head, received; the heads mode 4 l (P - 1) / P.
+    """
+    branches = dict(segment_lengths=[8, 16, 32], dilation_rates=[1, 2, 4])
+    l, H, D = 8, 4, 3  # noqa: E741
+    q, k, v = torch.randn(3, 1, l, H, D, dtype=torch.float64)
+    rows = sum(
+        2 * (l // r) * (min(w, l * size) // l - 1) for w, r in zip(*branches.values(), strict=True)
+    )
+    for mode in ("gather", "ring"):
+        with sequence_parallel(lengths=[l] * size) as parallel:
+            dilated_attention(q, k, v, **branches, mode=mode)
+        # two branches may ask for a row, which moves once
+        assert 0 < parallel.sent <= rows * H * D * 8, (parallel.sent, rows * H * D * 8)
+        for i in range(3):
+            warnings.simplefilter("ignore")
+            one = {n: [x[i]] for n, x in branches.items()}
+            with sequence_parallel(lengths=[l] * size) as parallel:
+                dilated_attention(q, k, v, **one, mode=mode)
+            w, r = (x[i] for x in branches.values())
+            rows = 2 * (l // r) * (min(w, l * size) // l - 1)
+            assert parallel.sent == rows * H * D * 8, (i, parallel.sent, rows * H * D * 8)
+        rows = sum(
+            2 * (l // r) * (min(w, l * size) // l - 1)
+            for w, r in zip(*branches.values(), strict=True)
+        )
+    with sequence_parallel(lengths=[l] * size) as parallel:
+        dilated_attention(q, k, v, **branches, mode="heads")
+    # the log-sum-exp comes back too
+    assert parallel.sent == (4 * D + 1) * l * (size - 1) // size * H * 8
+
+
+@check
 def bytes_moved(rank, size):
     """A state a hop, forward and backward; the tail of the convolution."""
     q, k, v = (torch.randn(1, 8, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
@@ -261,7 +352,7 @@ def model_check(name):
 
 # experts, and what has no such form yet
 REFUSED = {
-    "gated_deltanet-experts", "gated_deltanet-dilated", "longnet", "mamba3", "mesa_net",
+    "gated_deltanet-experts", "mamba3", "mesa_net",
     "log_linear_mamba2", "deltaformer", "mom",
 }  # fmt: skip
 for _name in MODELS:
@@ -272,12 +363,14 @@ for _name in MODELS:
 @check
 def refusals(rank, size):
     x = torch.randn(1, 4, 8, dtype=torch.float64)
-    model = make_model("longnet").double()
+    model, deltaformer = (make_model(n).double() for n in ("longnet", "deltaformer"))
+    experts = make_model("gated_deltanet-experts").double().train()
     with sequence_parallel(lengths=[4] * size):
         for function, said in (
             (lambda: causal_conv1d(x[:, :3], torch.randn(8, 4)), "causal_conv1d: 3 tokens on rank"),
             (lambda: causal_conv1d(x, torch.randn(8, 4), output_final_state=True), "a state goes"),
-            (lambda: model(ids(1, 4), use_cache=False), "dilated_attention: called inside"),
+            (lambda: experts(ids(1, 4), labels=ids(1, 4), use_cache=False), "the experts' balance"),
+            (lambda: deltaformer(ids(1, 4), use_cache=False), "deltaformer_attn: called inside"),
             (lambda: model(ids(1, 4), attention_mask=torch.tensor([[0, 1, 1, 1]])), "padding in"),
             (
                 lambda: ring_attention(*[x.view(1, 4, 2, 4)] * 3, order="spiral"),

@@ -98,6 +98,8 @@ def test_chosen_by_content(causal, step, gated):
     pattern = topk_content(q, k, 3, query_block=step, causal=causal, gated=gated, **OPTIONS)
     own = torch.arange(pattern.kept.shape[2]) * pattern.query_block // 8
     assert pattern.kept[:, :, range(len(own)), own].all()
+    empty = topk_content(q[:, :0], k[:, :0], 3, causal=causal, **OPTIONS)
+    assert block_sparse_attention(q[:, :0], k[:, :0], v[:, :0], empty).shape == (2, 0, 2, 5)
     counts = pattern.kept.sum(-1)
     assert (counts <= 3).all() and (causal or (counts == 3).all())
     if gated:

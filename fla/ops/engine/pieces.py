@@ -100,13 +100,17 @@ def _add(x: Tensor, blocks: Tensor, new: Tensor, repeated: bool) -> None:
         _put(x, blocks, new + _take(x, blocks))
 
 
-def forward(rows: Rows, pieces: Pieces, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    rows: Rows, pieces: Pieces, scale: float, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """o `[RQ, L, V]` in fp32 or wider, and lse `[RQ, L]`; a row without keys has o = 0 and lse =
-    -inf.
+    -inf. `into` are those of other pieces, which these join.
     """
     wide, V = compute_dtype(rows.q.dtype), rows.v.shape[-1]
-    o = torch.zeros(*rows.q.shape[:2], V, dtype=wide, device=rows.q.device)
-    lse = torch.full(rows.q.shape[:2], -torch.inf, dtype=wide, device=rows.q.device)
+    if into is None:
+        o = torch.zeros(*rows.q.shape[:2], V, dtype=wide, device=rows.q.device)
+        into = o, torch.full(rows.q.shape[:2], -torch.inf, dtype=wide, device=rows.q.device)
+    o, lse = into
     for piece in pieces():
         for part in piece.parts(rows):
             new, new_lse = attend(*rows.of(part, scale), scale, part.causal)
