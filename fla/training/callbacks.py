@@ -28,6 +28,7 @@ class FlaTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.tokens_done = 0
+        self.ranks_a_batch = 1
         self.last_loss: torch.Tensor | None = None
         self._broken: torch.Tensor | None = None
 

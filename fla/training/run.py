@@ -32,6 +32,7 @@ from fla.training.callbacks import FlaTrainer, Interruption, LiveProgress, LossG
 from fla.training.checkpoints import checkpoints, newest_whole
 from fla.training.corpus import Corpus, compressed_bits_per_byte, load_corpus
 from fla.training.errors import TrainingDiverged, UsageError
+from fla.training.sharded import ShardedTrainer
 from fla.training.tokens import TokenBlocks, collate, encode, load_tokenizer, make_blocks
 
 
@@ -56,6 +57,9 @@ class RunArguments:
     streaming: bool = field(default=False, metadata={"help": "Read a table or dataset on the fly."})
     tokenizer: str = field(default="byte", metadata={"help": "'byte' or a Hugging Face tokenizer."})
     seq_len: int = field(default=512, metadata={"help": "Tokens in a block."})
+    sequence_parallel: bool = field(
+        default=False, metadata={"help": "All processes of torchrun hold every sequence together."}
+    )
     resume: bool = field(
         default=False, metadata={"help": "Go on from the newest whole checkpoint in output_dir."}
     )
@@ -153,7 +157,13 @@ def train(run: RunArguments, args: TrainingArguments) -> Result | None:
         f"model {run.model}: {parameters / 1e6:.2f}M parameters; data {corpus.name}: held out "
         f"{len(corpus.held_out)} documents, {corpus.held_out_bytes() / 1e6:.2f} MB"
     )
-    trainer, interruption = make_trainer(run, args, model, tokenizer, blocks, held_out, console)
+    kind = FlaTrainer
+    if run.sequence_parallel:
+        check_sharded(args)
+        kind = ShardedTrainer
+    trainer, interruption = make_trainer(
+        run, args, model, tokenizer, blocks, held_out, console, kind
+    )
     run_trainer(trainer, interruption, resume_from)
     if interruption.asked:
         last = newest_whole(folder)
@@ -168,6 +178,20 @@ def train(run: RunArguments, args: TrainingArguments) -> Result | None:
     result = finish(run, args, trainer, corpus, tokenizer, console)
     (folder / "results.json").write_text(json.dumps(vars(result), indent=2) + "\n")
     return result
+
+
+def check_sharded(args: TrainingArguments) -> None:
+    """Raise `UsageError` where sequences cannot lie on all processes."""
+    if args.world_size == 1:
+        raise UsageError(
+            "--sequence_parallel: one process holds whole sequences anyway; launch several with "
+            "torchrun --nproc_per_node"
+        )
+    if args.eval_strategy != "no":
+        raise UsageError(
+            "--sequence_parallel: scoring while training runs on whole sequences; drop "
+            "--eval_strategy, the run ends with a score"
+        )
 
 
 def find_resume_point(run: RunArguments, folder: Path) -> Path | None:
@@ -324,7 +348,8 @@ def finish(
         * run.seq_len
         * args.train_batch_size
         * args.gradient_accumulation_steps
-        * args.world_size,
+        * args.world_size
+        // trainer.ranks_a_batch,
         parameters=model.num_parameters(),
         sample=text,
     )
