@@ -70,5 +70,23 @@ def test_a_rank_that_dies_ends_the_others(tmp_path):
     assert ranks[1].returncode not in (0, None) and b"gloo" in said
 
 
+def test_the_example_runs_on_two_processes():
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    done = subprocess.run(
+        [*command, "examples/sequence_parallel.py"], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "2049 of 4097 tokens here" in line]
+    losses = [float(line.split()[-1]) for line in lines]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+
+
 def test_shards_of_what_does_not_divide():
     assert D.context.split_evenly(10, 4) == [3, 3, 2, 2]

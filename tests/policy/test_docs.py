@@ -35,8 +35,13 @@ def test_public_operators_have_an_example_or_name_one():
         assert ">>>" in op.chunk.__doc__, op.title
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_readme_examples_run(code):
+GUIDES = [p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize(
+    "code", re.findall(r"```python\n(.*?)```", "".join([README, *GUIDES]), re.DOTALL)
+)
+def test_examples_run(code):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
