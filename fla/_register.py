@@ -21,7 +21,7 @@ AUTO = "transformers.models.auto.configuration_auto"
 MODEL_TYPES = (
     "abc", "bitnet", "comba", "delta_net", "deltaformer", "gated_deltanet", "gated_deltanet2",
     "gated_deltaproduct", "gla", "gsa", "hgrn", "hgrn2", "hybrid", "kda", "lightnet", "linear_attn",
-    "log_linear_mamba2", "mamba", "mamba2", "mamba3", "mesa_net", "mla", "mom",
+    "log_linear_mamba2", "longnet", "mamba", "mamba2", "mamba3", "mesa_net", "mla", "mom",
     "precond_gated_deltanet", "precond_kda", "raven", "retnet", "rodimus", "rwkv4",
     "rwkv6", "rwkv7", "samba", "transformer",
 )

@@ -72,7 +72,7 @@ def test_every_head_reads_what_the_teachers_does(name):
         seen = {}
         linear.rule.forward = lambda q, k, v, *_, seen=seen: seen.update(q=q, k=k, v=v) or (v, v)
         linear(x)
-        o = attention._causal(*seen.values())
+        o = attention._whole(*seen.values())
         assert_same(attention.o_proj(o.flatten(-2)), attention(x)[0], name, rtol=1e-5)
         assert torch.equal(linear.o_proj.weight, attention.o_proj.weight)
         assert seen["k"].shape == (1, 12, 4, attention.head_dim)

@@ -18,7 +18,7 @@ from torch import Tensor
 from fla.ops.engine.chunk import compute_dtype
 from fla.ops.engine.flash import attend, attend_backward, merge_
 
-BYTES = 64 << 20  # gathered at a time
+BYTES = 16 << 20  # gathered at a time
 
 
 @dataclass(frozen=True)
