@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, gate_steps, register, whole
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
+from fla.ops.engine.parallel import refuse_sharded
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
 
@@ -101,6 +102,7 @@ class MomAttention(RecurrentMixer):
         return {"A_log": A.log(), "dt_bias": gate_steps(self.num_heads)}
 
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
+        refuse_sharded("MomAttention")
         logits = self.gate(x)
         context.shared.setdefault("router_logits", []).append(logits)
         weights, chosen = logits.softmax(-1).topk(self.topk, -1)

@@ -7,6 +7,7 @@ import sys
 import traceback
 import warnings
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -363,14 +364,19 @@ for _name in MODELS:
 @check
 def refusals(rank, size):
     x = torch.randn(1, 4, 8, dtype=torch.float64)
-    model, deltaformer = (make_model(n).double() for n in ("longnet", "deltaformer"))
+    model = make_model("longnet").double()
+    others = ("deltaformer", "log_linear_mamba2", "mamba3", "mesa_net", "mom")
+    refused = [
+        (partial(make_model(n).double(), ids(1, 4), use_cache=False), "called inside sequence_par")
+        for n in others
+    ]
     experts = make_model("gated_deltanet-experts").double().train()
     with sequence_parallel(lengths=[4] * size):
         for function, said in (
+            *refused,
             (lambda: causal_conv1d(x[:, :3], torch.randn(8, 4)), "causal_conv1d: 3 tokens on rank"),
             (lambda: causal_conv1d(x, torch.randn(8, 4), output_final_state=True), "a state goes"),
             (lambda: experts(ids(1, 4), labels=ids(1, 4), use_cache=False), "the experts' balance"),
-            (lambda: deltaformer(ids(1, 4), use_cache=False), "deltaformer_attn: called inside"),
             (lambda: model(ids(1, 4), attention_mask=torch.tensor([[0, 1, 1, 1]])), "padding in"),
             (
                 lambda: ring_attention(*[x.view(1, 4, 2, 4)] * 3, order="spiral"),
