@@ -35,6 +35,7 @@ from torch import Tensor
 
 from fla.ops.engine import pieces
 from fla.ops.engine.checks import check_groups, check_same, check_shapes
+from fla.ops.engine.chunk import compute_dtype
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.parallel import current, tie, using
 from fla.ops.engine.pieces import Piece
@@ -455,8 +456,8 @@ def _forward(
 
 @_forward.register_fake
 def _empty(q, k, v, kept, gate, sizes, causal, scale):
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=wide)
+    lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+    return q.new_empty(*q.shape[:3], v.shape[-1]), lse
 
 
 @torch.library.custom_op("fla::block_sparse_attention_backward", mutates_args=())

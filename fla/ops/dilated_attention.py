@@ -40,6 +40,7 @@ from torch import Tensor
 
 from fla.ops.engine import pieces
 from fla.ops.engine.checks import check_groups, check_same, check_sequences, check_shapes
+from fla.ops.engine.chunk import compute_dtype
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.layout import boundaries_to_list
 from fla.ops.engine.parallel import SequenceParallel, current, using
@@ -282,8 +283,8 @@ def _forward(
 
 @_forward.register_fake
 def _empty(q, k, v, cu_seqlens, segments, rates, offsets, on, causal, scale):
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=wide)
+    lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+    return q.new_empty(*q.shape[:3], v.shape[-1]), lse
 
 
 @torch.library.custom_op("fla::dilated_attention_backward", mutates_args=())

@@ -34,6 +34,7 @@ from fla.ops.engine.checks import check_groups, check_same, check_sequences, che
 from fla.ops.engine.chunk import compute_dtype
 from fla.ops.engine.flash import attend, attend_backward, merge_
 from fla.ops.engine.parallel import SequenceParallel
+from fla.ops.engine.pieces import compute
 
 ORDERS = ("contiguous", "zigzag")
 
@@ -98,11 +99,11 @@ class _Ring(torch.autograd.Function):
         wide = compute_dtype(q.dtype)
         o = torch.zeros(*q.shape[:3], v.shape[3], dtype=wide, device=q.device)
         lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
-        rows = _compute(q)
+        rows = compute(q)
         blocks = [k, v]
         for step in range(parallel.size):
             source = (parallel.rank - step) % parallel.size
-            keys, values = (_compute(x) for x in blocks)
+            keys, values = (compute(x) for x in blocks)
             for mine, theirs, own in _pairs(spans, parallel.rank, source, causal):
                 found = attend(
                     rows[:, :, mine], keys[:, :, theirs], values[:, :, theirs], scale, own
@@ -120,12 +121,12 @@ class _Ring(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
         parallel, spans, causal, scale = ctx.options
-        do, rows, out = (_compute(x) for x in (grads[0], q, o))
+        do, rows, out = (compute(x) for x in (grads[0], q, o))
         dq = torch.zeros_like(q, dtype=lse.dtype)
         blocks = [k, v, *(x.new_zeros(x.shape, dtype=lse.dtype) for x in (k, v))]
         for step in range(parallel.size):
             source = (parallel.rank - step) % parallel.size
-            keys, values = (_compute(x) for x in blocks[:2])
+            keys, values = (compute(x) for x in blocks[:2])
             for mine, theirs, own in _pairs(spans, parallel.rank, source, causal):
                 found = attend_backward(
                     do[:, :, mine], rows[:, :, mine], keys[:, :, theirs], values[:, :, theirs],
@@ -139,10 +140,6 @@ class _Ring(torch.autograd.Function):
             blocks = _turn(parallel, blocks, source)
         dk, dv = blocks
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
-
-
-def _compute(x: Tensor) -> Tensor:
-    return x.to(compute_dtype(x.dtype)) if x.device.type == "cpu" else x
 
 
 def _pairs(

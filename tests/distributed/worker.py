@@ -39,7 +39,7 @@ def lengths_of(total, size, kind):
     """Even, not divisible, a rank without tokens."""
     if kind == "even":
         return [total // size + (p < total % size) for p in range(size)]
-    parts = [1, total - 1 - 0] if size == 2 else [2, 0, total - 5, 3]
+    parts = [1, total - 1] if size == 2 else [2, 0, total - 5, 3]
     return parts if kind == "uneven" else parts[::-1]
 
 
@@ -54,7 +54,7 @@ def close(got, want, what, rtol=1e-10):
         assert error <= rtol * max(1.0, want.abs().max().item()), f"{what}: off by {error:.2e}"
 
 
-def compare(run, tensors, lengths, rank, shared=(), total=None, along=None):
+def compare(run, tensors, lengths, rank, shared=(), along=None):
     """`run(**tensors)` -> (o, *finals) whole, and from shards of every tensor with tokens: outputs,
     states and the sum of the ranks' gradients.
     """

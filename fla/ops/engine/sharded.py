@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fla.ops.engine.chunk import compute_dtype
 from fla.ops.engine.parallel import (
     Own,
     SequenceParallel,
@@ -119,33 +120,31 @@ def recurrence(
     channels `[0, v]` from the state `[1, S]`.
     """
     pieces = Pieces.of(op, parallel, v, cu_seqlens)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = compute_dtype(q.dtype)
     shape = (1 if pieces.packed else v.shape[0], v.shape[2], q.shape[3], v.shape[3])
     zero = torch.zeros(shape, dtype=wide, device=v.device)
-    if gv is not None:
-        if any(x is not None for x in gates.values()):
-            raise ValueError(
-                f"{op}: inside sequence_parallel a decay of value channels comes alone; call it "
-                "outside"
-            )
-        form: Any = _columns
-    else:
+    # a rank without tokens may get its state back as it is
+    state = tie(pieces.starts(initial_state, zero), q, k, v, gv, initial_state, *gates.values())
+    if gv is None:
         if gates["beta"] is not None and gates["beta"].dim() == 4:
             raise ValueError(
                 f"{op}: inside sequence_parallel beta is one number a head; pass [B, T, HV], or "
                 "call it outside"
             )
-        form = _rows
-    state = pieces.starts(initial_state, zero)
-    # a rank without tokens may get its state back as it is
-    state = tie(state, q, k, v, gv, initial_state, *gates.values())
-    o, ends = form(run, pieces, q, k, v, gv, state, zero, scale, read_before, gates)
+        o, ends = _rows(run, pieces, q, k, v, state, zero, gates)
+    else:
+        if any(x is not None for x in gates.values()):
+            raise ValueError(
+                f"{op}: inside sequence_parallel a decay of value channels comes alone; call it "
+                "outside"
+            )
+        o, ends = _columns(run, pieces, q, k, v, gv, state, zero, scale, read_before)
     return o, pieces.finals(ends, initial_state, zero[:1]) if keep else None
 
 
 def _rows(
-    run: Run, pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, gv: None, state: Tensor,
-    zero: Tensor, scale: float, read_before: bool, gates: dict[str, Tensor | None],
+    run: Run, pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, state: Tensor, zero: Tensor,
+    gates: dict[str, Tensor | None],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o, and the last states of the pieces."""
     K = q.shape[3]
@@ -164,7 +163,7 @@ def _rows(
 
 def _columns(
     run: Run, pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, gv: Tensor, state: Tensor,
-    zero: Tensor, scale: float, read_before: bool, gates: dict[str, Tensor | None],
+    zero: Tensor, scale: float, read_before: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same where value channels decay: what arrives is multiplied, channel by channel."""
     with using(None):
@@ -186,7 +185,7 @@ def scan(
     every sequence.
     """
     pieces = Pieces.of(op, parallel, x, cu_seqlens)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = compute_dtype(x.dtype)
     shape = (1 if pieces.packed else len(x), *x.shape[2:])
     zero = torch.zeros(shape, dtype=wide, device=x.device)
     with using(None):
@@ -272,7 +271,7 @@ def selective(
     add to a state, and once more from the state that arrives.
     """
     pieces = Pieces.of(op, parallel, x, cu_seqlens)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = compute_dtype(x.dtype)
     shape = (1 if pieces.packed else len(x), *A.shape)
     zero = torch.zeros(shape, dtype=wide, device=x.device)
     with using(None):
