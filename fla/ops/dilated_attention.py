@@ -64,15 +64,8 @@ def naive_dilated_attention(
 ) -> Tensor:
     """The equation, with all M."""
     HQ, H, S = q.shape[2], k.shape[2], k.shape[1]
-    k, v = (x.repeat_interleave(HQ // H, 2) for x in (k, v))
-    t, M = torch.arange(S, device=q.device), q.new_zeros(HQ, S, S)
-    for i, (w, r) in enumerate(zip(segment_lengths, dilation_rates, strict=True)):
-        for h in range(HQ):
-            group = h * H // HQ
-            if branch_heads is None or group in branch_heads[i]:
-                offset = group if head_offsets is None else head_offsets[group]
-                on = (t % w - offset) % r == 0
-                M[h] += (t[:, None] // w == t // w) & on[:, None] & on
+    M = multiplicities(S, H, segment_lengths, dilation_rates, head_offsets, branch_heads).to(q)
+    k, v, M = (x.repeat_interleave(HQ // H, d) for x, d in ((k, 2), (v, 2), (M, 0)))
     if causal:
         M = M.tril()
     M = M[:, S - q.shape[1] :]
@@ -82,6 +75,24 @@ def naive_dilated_attention(
     empty = (M == 0).all(-1, keepdim=True)
     weights = (scores + M.log().masked_fill(empty, 0.0)).softmax(-1).masked_fill(empty, 0.0)
     return torch.einsum("bhts,bshv->bthv", weights, v)
+
+
+def multiplicities(
+    tokens: int,
+    heads: int,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    head_offsets: Sequence[int] | None = None,
+    branch_heads: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
+    """M of the equation, `[heads, tokens, tokens]`: how many branches pair two tokens."""
+    t, M = torch.arange(tokens), torch.zeros(heads, tokens, tokens, dtype=torch.long)
+    for i, (w, r) in enumerate(zip(segment_lengths, dilation_rates, strict=True)):
+        for h in range(heads):
+            if branch_heads is None or h in branch_heads[i]:
+                on = (t % w - (h if head_offsets is None else head_offsets[h])) % r == 0
+                M[h] += (t[:, None] // w == t // w) & on[:, None] & on
+    return M
 
 
 class Branches(NamedTuple):

@@ -3,6 +3,8 @@
 every other test."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -55,3 +57,29 @@ def test_wrong_layers_are_refused():
         BlockSparseAttention(32, 4, pattern="diagonal")
     with pytest.raises(ValueError, match="expected window, at least window"):
         BlockSparseAttention(32, 4, pattern_options=dict(count=3))
+
+
+def test_autocast_keeps_the_softmax_exact_and_has_gradients():
+    torch.manual_seed(0)
+    layer = DilatedAttention(32, 4, segment_lengths=[8, 32], dilation_rates=[1, 3])
+    x = torch.randn(2, 50, 32, requires_grad=True)
+    exact = layer(x)[0]
+    want = torch.autograd.grad(exact.sum(), x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o = layer(x)[0]
+    assert o.dtype == torch.bfloat16
+    found = torch.autograd.grad(o.float().sum(), x)[0]
+    for got, ref in ((o, exact), (found, want)):
+        assert (got.float() - ref).norm() < 0.02 * ref.norm()
+
+
+def test_the_example_runs():
+    done = subprocess.run(
+        [sys.executable, "examples/dilated_attention.py"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(x.split()[-1]) for x in done.stdout.splitlines() if x.startswith("step")]
+    assert losses[-1] < losses[0] - 1

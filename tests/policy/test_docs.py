@@ -12,11 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import dilated_attention_pytorch
 import fla
 from fla.ops.registry import OPS
 
 ROOT = Path(__file__).parents[2]
-MODULES = [m.name for m in pkgutil.walk_packages(fla.__path__, "fla.")]
+MODULES = [
+    m.name
+    for package in (fla, dilated_attention_pytorch)
+    for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+]
 README = (ROOT / "README.md").read_text()
 
 

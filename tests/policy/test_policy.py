@@ -14,7 +14,7 @@ from fla.ops.registry import OPS
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
     p
-    for folder in ("fla", "tests", "benchmarks", "examples", "scripts")
+    for folder in ("fla", "dilated_attention_pytorch", "tests", "benchmarks", "examples", "scripts")
     for p in (ROOT / folder).rglob("*.py")
 )
 # A folder may import from itself and from folders before it.
