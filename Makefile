@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
 LINEARIZED ?= runs/linearize
+TASKS ?= runs/tasks
 PY := $(VENV)/bin/python
 
-.PHONY: demo linearize-demo test check sanitize kernels bench clean
+.PHONY: demo linearize-demo tasks-demo test check sanitize kernels bench clean
 
 demo: $(VENV)/.ready
 	$(PY) -m fla.cli train --config examples/demo.yaml --output_dir $(RUN)
@@ -13,6 +14,10 @@ demo: $(VENV)/.ready
 linearize-demo: $(VENV)/.ready
 	$(PY) -m fla.cli train --config examples/teacher.yaml --output_dir $(LINEARIZED)/teacher
 	$(PY) -m fla.cli linearize $(LINEARIZED)/teacher $(LINEARIZED)/student --config examples/linearize.yaml
+
+tasks-demo: $(VENV)/.ready
+	$(PY) -m fla.cli task mqar,parity --output_dir $(TASKS) --model \
+	gated_deltanet,gated_deltanet:allow_neg_eigval=true,delta_net,gla,mamba2,rwkv7,transformer
 
 test: $(VENV)/.ready
 	$(PY) -m pytest -n 2

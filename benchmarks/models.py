@@ -12,68 +12,23 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
-import fla.models
 from benchmarks.common import alternate, machine
 from benchmarks.family import write_table
 from fla.models import Cache
+from fla.tasks.models import FIELDS, small_config
 
 TOKENS = 1024
-SIZES: dict[str, Any] = dict(
-    hidden_size=256, num_hidden_layers=4, vocab_size=256, max_position_embeddings=2 * TOKENS
-)
-HEADS = dict(num_heads=4)
-GDN = HEADS | dict(head_dim=64)
-SSM = dict(head_dim=64, state_size=64)
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "Transformer": HEADS,
-    "LinearAttention": HEADS,
-    "RetNet": HEADS,
-    "GLA": HEADS,
-    "HGRN": {},
-    "HGRN2": dict(expand_ratio=64),
-    "LightNet": dict(expand_ratio=64),
-    "GSA": HEADS | dict(num_slots=64),
-    "ABC": HEADS | dict(num_slots=64),
-    "Raven": HEADS | dict(num_slots=64, topk=16),
-    "RWKV4": {},
-    "RWKV6": HEADS,
-    "RWKV7": dict(head_dim=64),
-    "Rodimus": dict(ska_attn=dict(num_heads=4, window_size=256)),
-    "Mamba": {},
-    "Mamba2": SSM,
-    "Mamba3": SSM,
-    "LogLinearMamba2": SSM,
-    "Samba": dict(attn=dict(layers=[1, 3], num_heads=4, window_size=256)),
-    "DeltaNet": HEADS,
-    "GatedDeltaNet": GDN | dict(expand_v=1.0),
-    "GatedDeltaNet2": GDN,
-    "GatedDeltaProduct": GDN | dict(expand_v=1.0, num_householder=2),
-    "KDA": GDN,
-    "Comba": GDN | dict(expand_v=1.0),
-    "PrecondGatedDeltaNet": GDN | dict(expand_v=1.0),
-    "PrecondKDA": GDN,
-    "MesaNet": GDN,
-    "Mom": GDN,
-    "DeltaFormer": HEADS,
-    "BitNet": HEADS,
-    "MLA": HEADS
-    | dict(
-        q_lora_rank=None,
-        kv_lora_rank=64,
-        qk_rope_head_dim=32,
-        qk_nope_head_dim=32,
-        qk_head_dim=64,
-        v_head_dim=64,
-    ),
-}
 HEADER = ("model", "parameters", "training step", "tokens/s", "prompt", "per token", "cache")
 
 
 def build(name: str) -> Any:
-    config = getattr(fla.models, f"{name}Config")(**SIZES, **ARCHITECTURES[name])
+    config = small_config(
+        name, 256, 4, 256, head_dim=64, max_position_embeddings=2 * TOKENS, initializer_range=0.02
+    )
     torch.manual_seed(0)
-    return getattr(fla.models, f"{name}ForCausalLM")(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def measure(name: str, repeats: int) -> dict[str, Any]:
@@ -105,7 +60,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--models", nargs="+", default=list(FIELDS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", default="benchmarks/results", help="folder, or '' for none")
     args = parser.parse_args(argv)

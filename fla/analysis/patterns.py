@@ -2,7 +2,7 @@
 """Pictures of what a sparse attention sees."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,17 +14,21 @@ if TYPE_CHECKING:
 
 
 def grid_figure(
-    panels: Sequence[tuple[str, Tensor]], label: str, most: int | None = None
+    panels: Sequence[tuple[str, Tensor]], label: str, most: float, signed: bool = False
 ) -> "Figure":
-    """One panel for each title and matrix `[tokens, tokens]`: rows read, columns are read."""
+    """One panel for each title and matrix `[tokens, tokens]`, of values up to `most`: rows read,
+    columns are read.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(0.4 + 2.6 * len(panels), 3.1), layout="constrained")
+    figure = Figure(figsize=(0.4 + 2.6 * len(panels), 3.1), layout="constrained", dpi=110)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    colours: dict[str, Any] = (
+        dict(cmap="RdBu", vmin=-most) if signed else dict(cmap="Blues", vmin=0)
+    )
     for axis, (title, matrix) in zip(axes, panels, strict=True):
-        image = axis.imshow(
-            matrix.detach().float().cpu(), cmap="Blues", vmin=0, vmax=most, interpolation="nearest"
-        )
+        values = matrix.detach().float().cpu().numpy()
+        image = axis.imshow(values, vmax=most, interpolation="nearest", **colours)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("key", fontsize=8)
         axis.tick_params(labelsize=7)

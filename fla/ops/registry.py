@@ -142,6 +142,17 @@ class OpCase:
             values[name] = _values(kind, x).to(device, dtype)
         return values
 
+    def without_groups(self, inputs: Inputs) -> Inputs:
+        """Heads repeated to the value heads: the meaning of grouped value heads."""
+        if not self.grouped:
+            return inputs
+        HV = next(x.shape[a.index("HV")] for n, x in inputs.items() if "HV" in (a := self.axes(n)))
+        out = {}
+        for name, x in inputs.items():
+            axis = self.axes(name).index("H") if "H" in self.axes(name) else None
+            out[name] = x if axis is None else x.repeat_interleave(HV // x.shape[axis], dim=axis)
+        return out
+
     def states(
         self,
         N: int,

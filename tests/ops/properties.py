@@ -33,24 +33,12 @@ def named(inputs: dict[str, Tensor], states: list[Tensor]) -> dict[str, Tensor]:
     return inputs | own
 
 
-def expand_groups(op: OpCase, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Heads repeated to the value heads: the meaning of grouped value heads."""
-    if not op.grouped:
-        return inputs
-    HV = next(x.shape[a.index("HV")] for n, x in inputs.items() if "HV" in (a := op.axes(n)))
-    out = {}
-    for name, x in inputs.items():
-        axis = op.axes(name).index("H") if "H" in op.axes(name) else None
-        out[name] = x if axis is None else x.repeat_interleave(HV // x.shape[axis], dim=axis)
-    return out
-
-
 def reference(op: OpCase, inputs: dict[str, Tensor], states=None, form=token_form) -> list[Tensor]:
     """The recurrence on the operator's point of it; of an operator that is none, its loop."""
     if op.equation is None:
         own_groups = any("M" in op.axes(n) for n in inputs)  # the slots' loops group their queries
-        return op.call(op.naive, inputs if own_groups else expand_groups(op, inputs), states)
-    point = op.equation(expand_groups(op, inputs))
+        return op.call(op.naive, inputs if own_groups else op.without_groups(inputs), states)
+    point = op.equation(op.without_groups(inputs))
     scale = point.pop("scale", op.fixed.get("scale", point["q"].shape[-1] ** -0.5))
     steps = point.pop("steps", 1)
     o, final = form(**point, scale=scale, state=None if states is None else states[0])

@@ -31,6 +31,9 @@ from fla.ops.engine.token import recurrent
 KERNELS: dict[str, Any] = {"native": native, "triton": triton}
 
 
+# Called with (op, options, tensors by name) at every run, while `fla.analysis.record` looks on.
+observers: list[Callable[[str, "Options", dict[str, Tensor | None]], None]] = []
+
 _overwriting = False
 
 
@@ -119,6 +122,8 @@ def run(
         _check(op, options, q, k, v, gates, initial_state, cu_seqlens, names or {})
         if kinds is not None and len(_checked) < CHECKED:
             _checked.add(kinds)
+    for look in observers:
+        look(op, options, dict(q=q, k=k, v=v, **gates, state=initial_state, cu_seqlens=cu_seqlens))
     cu_seqlens = host_boundaries(op, cu_seqlens, cu_seqlens_cpu)
     parallel = current()
     if parallel is not None:

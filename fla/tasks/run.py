@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: MIT
+"""`fla task`: small models learn a task and are tried at lengths they never saw."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from fla.tasks.models import small_config
+from fla.tasks.rows import IGNORE, Task, task_of
+from fla.training.callbacks import FlaTrainer, Interruption, LiveProgress, LossGuard, say
+from fla.training.checkpoints import newest_whole
+from fla.training.errors import UsageError
+
+TRIALS = 1 << 40  # seeds of rows that no training sees begin here
+
+
+@dataclass
+class Recipe:
+    """How a model is built and learns.
+
+    Fields:
+        length: the longest rows of the training, the task's own where absent; rows of a batch are
+            of one length, drawn between a quarter of it and it.
+        trial_lengths: lengths of the trials; once, twice and four times `length` where absent.
+        trials: rows of each.
+    """
+
+    hidden_size: int = 64
+    layers: int = 2
+    head_dim: int = 32
+    steps: int = 1500
+    batch_size: int = 64
+    learning_rate: float = 4e-3
+    length: int | None = None
+    trial_lengths: list[int] = field(default_factory=list)
+    trials: int = 256
+    seed: int = 0
+
+    def lengths(self, task: Task) -> list[int]:
+        first = self.length or task.length
+        found = self.trial_lengths or [first, 2 * first, 4 * first]
+        return [n for n in found if task.most is None or n <= task.most or self.trial_lengths]
+
+
+@dataclass
+class Scores:
+    """Of a model on a task, by length: the share of rows with every answer right (`exact`), and of
+    answers (`answers`).
+    """
+
+    exact: dict[int, float]
+    answers: dict[int, float]
+
+
+@torch.inference_mode()
+def score_task(
+    model: Any, task: str | Task, lengths: Sequence[int], trials: int = 256, seed: int = 0
+) -> Scores:
+    """Exact matches of the likeliest token, on rows made from the seed.
+
+    Raises `ValueError` where the model has fewer tokens than the task, or a length is beyond its
+    positions.
+    """
+    task = task_of(task) if isinstance(task, str) else task
+    if model.config.vocab_size < task.vocabulary:
+        raise ValueError(
+            f"task {task.name}: needs {task.vocabulary} tokens, and the model has "
+            f"{model.config.vocab_size}; train one with `fla task {task.name}`"
+        )
+    model.eval()
+    scores = Scores({}, {})
+    for length in lengths:
+        right, exact, asked = 0, 0, 0
+        # as many tokens a batch whatever the length
+        size = max(1, min(trials, 16384 // length))
+        for first in range(0, trials, size):
+            count = min(size, trials - first)
+            rows = task.rows(count, length, seed=TRIALS + seed * trials + first)
+            inputs, labels = (x.to(model.device) for x in rows)
+            logits = model(inputs[:, :-1], use_cache=False).logits
+            hits, kept = logits.argmax(-1) == labels[:, 1:], labels[:, 1:] != IGNORE
+            right += int((hits & kept).sum())
+            asked += int(kept.sum())
+            exact += int((hits | ~kept).all(1).sum())
+        scores.exact[length], scores.answers[length] = exact / trials, right / asked
+    return scores
+
+
+class _Batches:
+    """Collates the numbers of rows into rows: every batch is made from the seed and its first
+    number, so that a run that stops goes on with the same.
+    """
+
+    def __init__(self, task: Task, recipe: Recipe):
+        self.task, self.recipe = task, recipe
+
+    def __call__(self, numbers: list[int]) -> dict[str, torch.Tensor]:
+        longest = self.recipe.length or self.task.length
+        shortest = min(longest, max(self.task.least, longest // 4))
+        seed = self.recipe.seed * (TRIALS >> 16) + numbers[0]
+        generator = torch.Generator().manual_seed(seed)
+        length = int(torch.randint(shortest, longest + 1, (), generator=generator))
+        return self.task.rows(len(numbers), length, seed)._asdict()
+
+
+def train_task(
+    task: str | Task, model: str, recipe: Recipe, folder: str | Path, console: Console | None = None
+) -> Scores:
+    """Train `NAME:field=value:...` of `small_config` on a task, save it in a folder and score it. A
+    folder with the results of the same recipe is read; one that was interrupted is gone on with.
+    """
+    task, folder = task_of(task) if isinstance(task, str) else task, Path(folder)
+    results = folder / "results.json"
+    told: dict[str, Any] = dict(task=task.name, model=model, recipe=asdict(recipe))
+    if results.exists():
+        found = json.loads(results.read_text())
+        if {n: found[n] for n in told} == json.loads(json.dumps(told)):
+            return Scores(**{n: _by_length(x) for n, x in found["scores"].items()})
+        raise UsageError(
+            f"{folder} holds another recipe's results; choose another --output_dir, or delete it"
+        )
+    config = small_config(
+        model, recipe.hidden_size, recipe.layers, task.vocabulary, head_dim=recipe.head_dim
+    )
+    torch.manual_seed(recipe.seed)
+    trainer, interruption = _trainer(
+        AutoModelForCausalLM.from_config(config), task, recipe, folder, console or Console()
+    )
+    resume = newest_whole(folder)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        interruption.restore()
+    if interruption.asked:
+        say(f"stopped; saved {newest_whole(folder)}. The same command goes on")
+        raise SystemExit(130)
+    trainer.save_model(str(folder))
+    trained: Any = trainer.model
+    scores = score_task(trained, task, recipe.lengths(task), recipe.trials)
+    seconds = sum(log.get("train_runtime", 0.0) for log in trainer.state.log_history)
+    told |= dict(
+        scores=asdict(scores), seconds=round(seconds, 1), parameters=trained.num_parameters()
+    )
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    results.write_text(json.dumps(told, indent=1) + "\n")
+    return scores
+
+
+def _by_length(x: dict[str, float]) -> dict[int, float]:
+    return {int(n): share for n, share in x.items()}
+
+
+def _trainer(
+    model: Any, task: Task, recipe: Recipe, folder: Path, console: Console
+) -> tuple[FlaTrainer, Interruption]:
+    transformers_logging.disable_progress_bar()
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.steps // 10,
+        weight_decay=0.1,
+        logging_steps=max(1, recipe.steps // 5),
+        save_steps=max(1, recipe.steps // 2),
+        save_total_limit=1,
+        seed=recipe.seed,
+        report_to=[],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    guard, progress, interruption = LossGuard(), LiveProgress(console), Interruption(None, say)
+    numbers: Any = range(recipe.steps * recipe.batch_size)
+    trainer = FlaTrainer(
+        model, args, data_collator=_Batches(task, recipe), train_dataset=numbers,
+        callbacks=[interruption, guard],
+    )  # fmt: skip
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.callback_handler.callbacks.insert(0, progress)
+    guard.trainer = progress.trainer = trainer
+    return trainer, interruption
+
+
+def compare(
+    tasks: Sequence[str],
+    models: Sequence[str],
+    recipe: Recipe,
+    folder: str | Path,
+    console: Console,
+) -> dict[str, dict[str, Scores]]:
+    """Every model on every task, a folder each (finished ones are kept), and in the end
+    `results.md` and `results.png`.
+    """
+    from fla.tasks.report import report
+
+    folder = Path(folder)
+    wanted = [task_of(name) for name in tasks]
+    for model in models:  # before any of them trains
+        for task in wanted:
+            small_config(
+                model, recipe.hidden_size, recipe.layers, task.vocabulary, head_dim=recipe.head_dim
+            )
+    found: dict[str, dict[str, Scores]] = {}
+    for task in wanted:
+        for model in models:
+            console.print(f"{model} learns {task.name}")
+            cell = folder / task.name / model.replace(":", "-")
+            scores = train_task(task, model, recipe, cell, console)
+            found.setdefault(task.name, {})[model] = scores
+            at = ", ".join(f"{share:.0%} at {n}" for n, share in scores.answers.items())
+            console.print(f"  answers right: {at}")
+    report(found, folder, console)
+    return found
