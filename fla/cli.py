@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The `fla` command: train, generate, eval, linearize, task, doctor."""
+"""The `fla` command: train, generate, eval, linearize, task, study, doctor."""
 
 from __future__ import annotations
 
@@ -267,6 +267,27 @@ def task(argv: list[str]) -> int:
     return 0
 
 
+def study(argv: list[str]) -> int:
+    """`fla study CONFIG`: train many small models alike, compare them in a table and a picture."""
+    parser = argparse.ArgumentParser(prog="fla study", description=study.__doc__)
+    parser.add_argument("config", help="YAML file, as in examples/studies")
+    parser.add_argument("--output_dir", help="runs/NAME of the file where absent; it goes on there")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="as in tokens=100000"
+    )
+    args = parser.parse_args(argv)
+
+    from rich.console import Console
+
+    from fla.studies.config import load
+    from fla.studies.run import run_study
+
+    wanted = load(args.config, args.set)
+    folder = args.output_dir or f"runs/{Path(args.config).stem}"
+    run_study(wanted, folder, Console(highlight=False, soft_wrap=True))
+    return 0
+
+
 def _score_tasks(folder: str, names: list[str], recipe: Any, console: Any) -> int:
     from transformers import AutoModelForCausalLM
 
@@ -378,6 +399,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "linearize": linearize,
     "task": task,
+    "study": study,
     "doctor": doctor,
 }
 HELP = "usage: fla COMMAND ...\n\n" + "\n".join(

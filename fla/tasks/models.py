@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from typing import Any
 
 from fla.models.config import DecoderConfig
+from fla.studies.ablation import AblatedGatedDeltaNetConfig
 from fla.training.errors import UsageError
 from fla.training.run import architectures, parse_overrides
 
@@ -39,6 +41,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "samba": dict(attn=dict(layers=[1, 3], num_heads="heads", window_size="width")),
     "delta_net": HEADS,
     "gated_deltanet": VALUE,
+    "gated_deltanet_ablated": VALUE,
     "gated_deltanet2": GDN,
     "gated_deltaproduct": VALUE | dict(num_householder=2),
     "kda": GDN,
@@ -79,7 +82,7 @@ def small_config(
         True
     """
     name, *overrides = model.split(":")
-    known = architectures()
+    known = architectures() | {"gated_deltanet_ablated": AblatedGatedDeltaNetConfig}
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -100,11 +103,12 @@ def small_config(
     values = filled(FIELDS[name]) | dict(initializer_range=0.5 * hidden_size**-0.5)
     if "attn" in values:
         values["attn"]["layers"] = [i for i in values["attn"]["layers"] if i < layers]
+    unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(known[name])})
+    if unknown:
+        raise UsageError(f"model {name!r} has no field {', '.join(unknown)}")
+    values |= dict(pad_token_id=0, bos_token_id=None, eos_token_id=None)
     values |= fields | parse_overrides(overrides, known[name])
-    values |= dict(
-        hidden_size=hidden_size, num_hidden_layers=layers, vocab_size=vocabulary,
-        pad_token_id=0, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+    values |= dict(hidden_size=hidden_size, num_hidden_layers=layers, vocab_size=vocabulary)
     try:
         return known[name](**values)
     except (TypeError, ValueError) as error:

@@ -33,6 +33,7 @@ TOPS = [
     "fla.evals",
     "fla.linearize",
     "fla.tasks",
+    "fla.studies",
     "fla.analysis",
     "fla.distributed",
 ]

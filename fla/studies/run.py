@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: MIT
+"""`fla study`: train every cell, score it, and report; finished cells are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from fla.evals.perplexity import Score, score
+from fla.studies.config import Cell, Study, told
+from fla.studies.report import report
+from fla.tasks.models import small_config
+from fla.training.checkpoints import newest_whole
+from fla.training.corpus import Corpus, load_corpus
+from fla.training.run import RunArguments, make_trainer, run_trainer
+from fla.training.tokens import encode, load_tokenizer, make_blocks
+
+Row = dict[str, Any]
+
+
+def run_study(study: Study, folder: str | Path, console: Console) -> dict[str, Row]:
+    """Every cell in a folder of its own, then `results.md`, `results.json` and `results.png`. A
+    cell with the results of the same settings is read; an interrupted one is gone on with.
+    """
+    folder = Path(folder)
+    tokenizer = load_tokenizer(study.tokenizer)
+    corpus = load_corpus(study.data)
+    for cell in study.cells:  # before any of them trains
+        config_of(cell, tokenizer)
+    rows: dict[str, Row] = {}
+    for i, cell in enumerate(study.cells):
+        console.print(f"[{i + 1}/{len(study.cells)}] {cell.name}: {cell.model}", markup=False)
+        own = folder / cell.name.replace(" ", "-").replace("/", "-")
+        rows[cell.name] = run_cell(study, cell, corpus, tokenizer, own, console)
+        console.print(f"  {rows[cell.name]['bits_per_byte']:.3f} bits per byte")
+    report(study, rows, folder, console)
+    return rows
+
+
+def config_of(cell: Cell, tokenizer: Any) -> Any:
+    """The configuration of a cell's model, for a tokenizer."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    fields: dict[str, Any] = {name: getattr(tokenizer, name) for name in names}
+    fields |= dict(initializer_range=0.02, max_position_embeddings=1 << 16) | cell.fields
+    return small_config(
+        cell.model, cell.hidden_size, cell.layers, len(tokenizer), head_dim=cell.head_dim, **fields
+    )
+
+
+def run_cell(
+    study: Study, cell: Cell, corpus: Corpus, tokenizer: Any, folder: Path, console: Console
+) -> Row:
+    """Train and score one model, or read what an earlier run found."""
+    results, settings = folder / "results.json", json.loads(json.dumps(told(study, cell)))
+    if results.exists():
+        found = json.loads(results.read_text())
+        if found["settings"] == settings:
+            return found
+        shutil.rmtree(folder)  # another study's: a folder holds one result
+    trained, seconds = _train(cell, corpus, tokenizer, folder, console)
+    row: Row = {
+        "settings": settings,
+        "parameters": trained.num_parameters(),
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(cell.steps * cell.batch_tokens / seconds) if seconds else None,
+    }
+    texts = _first(corpus.held_out, study.scored)
+    documents = [torch.from_numpy(encode(tokenizer, text)).long() for text in texts]
+    size = sum(len(text.encode()) for text in texts)
+    scored = score(trained, documents, size, length=cell.seq_len)
+    row["bits_per_byte"] = scored.bits_per_byte
+    if study.kind == "long_context":
+        row["long"] = _long(trained, documents, size, study.lengths)
+    trained.save_pretrained(folder)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    results.write_text(json.dumps(row, indent=1) + "\n")
+    return row
+
+
+def _first(texts: list[str], size: int) -> list[str]:
+    """Whole texts, of that many characters at least."""
+    kept, total = [], 0
+    for text in texts:
+        kept.append(text)
+        total += len(text)
+        if total >= size:
+            break
+    return kept
+
+
+def _train(
+    cell: Cell, corpus: Corpus, tokenizer: Any, folder: Path, console: Console
+) -> tuple[Any, float]:
+    torch.manual_seed(cell.seed)
+    model = AutoModelForCausalLM.from_config(config_of(cell, tokenizer))
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=cell.steps,
+        per_device_train_batch_size=max(1, cell.batch_tokens // cell.seq_len),
+        learning_rate=cell.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, cell.steps // 20),
+        weight_decay=0.1,
+        logging_steps=max(1, cell.steps // 4),
+        save_steps=max(1, cell.steps // 2),
+        save_total_limit=1,
+        seed=cell.seed,
+        report_to=[],
+    )
+    blocks = make_blocks(corpus, tokenizer, cell.seq_len)
+    run = RunArguments(model=cell.model)
+    trainer, interruption = make_trainer(run, args, model, tokenizer, blocks, None, console)
+    begun = time.monotonic()
+    run_trainer(trainer, interruption, newest_whole(folder))
+    if interruption.asked:
+        console.print("stopped; the same command goes on", style="bold")
+        raise SystemExit(130)
+    return trainer.model, time.monotonic() - begun
+
+
+def _long(model: Any, documents: list[torch.Tensor], size: int, lengths: list[int]) -> Row:
+    """Bits a token by position in windows of the longest length, and seconds a token at each."""
+    longest = max(lengths)
+    scored: Score = score(
+        model, documents, size, length=longest, tokens_per_batch=longest, bucket=longest // 16
+    )
+    bits = {start: math.log2(x) for start, x in scored.by_position().items()}
+    timed = {}
+    row = torch.cat(documents)
+    row = row.repeat(-(-longest // len(row)))[None].to(model.device)
+    with torch.inference_mode():
+        for length in lengths:
+            model(row[:, : min(256, length)], use_cache=False, logits_to_keep=1)
+            begun = time.perf_counter()
+            model(row[:, :length], use_cache=False, logits_to_keep=1)
+            timed[length] = (time.perf_counter() - begun) / length
+    return {"bits_by_position": bits, "seconds_per_token": timed}
