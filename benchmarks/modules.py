@@ -19,15 +19,16 @@ from torch import Tensor
 
 from benchmarks.common import alternate, machine
 from benchmarks.family import write_table
-from fla.modules.activations import swiglu_linear
+from fla.modules.activations import swiglu, swiglu_linear
 from fla.modules.convolution import causal_conv1d
 from fla.modules.fused_cross_entropy import cross_entropy_loss
 from fla.modules.fused_kl_div import fused_kl_div_loss
 from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
 from fla.modules.fused_norm_gate import rms_norm_gated
 from fla.modules.l2norm import l2norm
-from fla.modules.layernorm import rms_norm
+from fla.modules.layernorm import layer_norm, rms_norm
 from fla.modules.rotary import rotary_embedding
+from fla.modules.token_shift import token_shift
 
 TOKENS, WIDTH, VOCABULARY = 4096, 1024, 8192
 Form = Callable[..., Tensor]
@@ -54,6 +55,17 @@ def plain_gated(x: Tensor, g: Tensor, w: Tensor) -> Tensor:
 def plain_norm(x: Tensor, w: Tensor) -> Tensor:
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * w.float()).to(x.dtype)
+
+
+def plain_layer_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    wide = x.float()
+    centred = wide - wide.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+    return (y * w.float() + b.float()).to(x.dtype)
+
+
+def plain_shift(x: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1) - x
 
 
 def plain_l2norm(x: Tensor) -> Tensor:
@@ -102,6 +114,13 @@ CASES = {
         plain_norm,
         ((TOKENS, WIDTH), (WIDTH,)),
     ),
+    "LayerNorm": Case(
+        lambda x, w, b: layer_norm(x, w, b),  # type: ignore[arg-type,return-value]
+        plain_layer_norm,
+        ((TOKENS, WIDTH), (WIDTH,), (WIDTH,)),
+    ),
+    "token shift": Case(token_shift, plain_shift, ((1, TOKENS, WIDTH),)),
+    "SwiGLU": Case(swiglu, lambda x, y: F.silu(x) * y, ((TOKENS, 2 * WIDTH),) * 2),
     "SwiGLU and linear": Case(
         swiglu_linear,
         lambda x, y, w: F.linear(F.silu(x) * y, w),

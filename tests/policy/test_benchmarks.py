@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""The benchmarks of whole models run at tiny sizes, and results are compared figure by figure."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks import compare
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--hidden_size", "32", "--head_dim", "16", "--layers", "1", "--repeats", "1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "figure"),
+    [
+        ("generation", ["--prompts", "16", "--written", "2"], "cache"),
+        ("training_throughput", ["--lengths", "16", "--tokens", "32"], "mfu"),
+    ],
+)
+def test_it_measures_models_side_by_side(name, options, figure, tmp_path):
+    models = ["gla", "transformer", "hf:llama"]
+    command = [sys.executable, "-m", f"benchmarks.{name}", *SMALL, *options, "--device", "cpu"]
+    subprocess.run(
+        [*command, "--models", *models, "--out", str(tmp_path)], check=True, cwd=ROOT, timeout=300
+    )
+    (file,) = tmp_path.glob("*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["model"] for row in rows] == models
+    assert all(row[figure] > 0 for row in rows)
+    assert "| hf:llama |" in file.with_suffix(".md").read_text()
+
+
+def test_figures_of_two_results_meet_by_name():
+    before = {"machine": {"cpu": 3}, "rows": [{"model": "a", "length": 8, "seconds": 2.0}], "x": 1}
+    after = {"rows": [{"model": "b", "seconds": 1.0}, {"model": "a", "length": 8, "seconds": 3.0}]}
+    first, second = compare.figures(before), compare.figures(after)
+    assert first == {"rows / a 8 / seconds": 2.0, "x": 1.0}
+    console = Console(record=True, width=120)
+    compare.show(first, second, ("before", "after"), console)
+    text = console.export_text()
+    assert "1.50" in text and "not in after: x" in text and "not in before: rows / b" in text
+
+
+def test_two_revisions_run_in_turn(tmp_path, monkeypatch):
+    def git(*command):
+        own = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        subprocess.run(["git", *own, *command], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init", "-q")
+    (tmp_path / "setup.py").write_text("from setuptools import setup\nsetup()\n")
+    for seconds in (2.0, 5.0):
+        (tmp_path / "bench.py").write_text(
+            "import json, sys\n"
+            f"import pathlib; out = pathlib.Path(sys.argv[-1]); out.mkdir()\n"
+            f"(out / 'a.json').write_text(json.dumps({{'seconds': {seconds}}}))\n"
+        )
+        git("add", "-A")
+        git("commit", "-qm", "x")
+    monkeypatch.chdir(tmp_path)
+    found = compare.revisions(["HEAD~1", "HEAD"], ["bench"], rounds=2)
+    assert found == [{"seconds": 2.0}, {"seconds": 5.0}]
+    listed = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True, check=True)
+    assert len(listed.stdout.splitlines()) == 1
+
+
+def test_a_missing_result_is_said():
+    command = [sys.executable, "-m", "benchmarks.compare", "none.json", "none.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "none.json is no result file" in done.stderr
