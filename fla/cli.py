@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -110,33 +111,50 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def _load(folder: str, device: str | None) -> tuple[Any, Any]:
+def _load(folder: str, device: str | None, tokenizer: str | None = None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     import fla.models  # registers the architectures
     from fla.training.checkpoints import require_model
     from fla.training.errors import UsageError
+    from fla.training.tokens import load_tokenizer
     from fla.utils import get_available_device
 
     path = require_model(folder)
     transformers_logging.disable_progress_bar()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         raise UsageError(f"checkpoint {folder!r} cannot be loaded: {error}") from error
+    if not tokenizer and not list(path.glob("tokenizer*")):
+        raise UsageError(
+            f"checkpoint {folder!r} has no tokenizer; pass --tokenizer with 'byte', or the name or "
+            "folder of one of Hugging Face"
+        )
+    try:
+        own: Any = load_tokenizer(tokenizer) if tokenizer else AutoTokenizer.from_pretrained(path)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"the tokenizer of {folder!r} cannot be loaded: {error}") from error
     if not isinstance(model, fla.models.decoder.DecoderPreTrainedModel):
         raise UsageError(
             f"checkpoint {folder!r} is a {type(model).__name__}; this command runs fla's own models"
         )
-    return model.eval().to(device=device or get_available_device()), tokenizer
+    if len(own) > model.config.vocab_size:
+        raise UsageError(
+            f"--tokenizer: it has {len(own)} tokens, and checkpoint {folder!r} "
+            f"{model.config.vocab_size}; pass the one it was trained with"
+        )
+    return model.eval().to(device=device or get_available_device()), own
 
 
 def generate(argv: list[str]) -> int:
     """`fla generate CHECKPOINT`: stream text to the terminal."""
     parser = argparse.ArgumentParser(prog="fla generate", description=generate.__doc__)
     parser.add_argument("checkpoint", help="folder of a saved model")
+    parser.add_argument("--tokenizer", help="'byte' or one of Hugging Face; else the checkpoint's")
     parser.add_argument("--prompt", default="def ", help="text to go on from")
     parser.add_argument("--max_new_tokens", type=int, default=300)
     parser.add_argument(
@@ -152,7 +170,7 @@ def generate(argv: list[str]) -> int:
 
     from fla.training.tokens import encode
 
-    model, tokenizer = _load(args.checkpoint, args.device)
+    model, tokenizer = _load(args.checkpoint, args.device, args.tokenizer)
     torch.manual_seed(args.seed)
     ids = torch.from_numpy(encode(tokenizer, args.prompt)).long().unsqueeze(0).to(model.device)
     sampling = (
@@ -171,8 +189,7 @@ def generate(argv: list[str]) -> int:
     return 0
 
 
-def evaluate(argv: list[str]) -> int:
-    """`fla eval CHECKPOINT`: perplexity and bits per byte of held-out text, by position too."""
+def _eval_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fla eval", description=evaluate.__doc__)
     parser.add_argument("checkpoint", help="folder of a saved model")
     parser.add_argument(
@@ -184,32 +201,62 @@ def evaluate(argv: list[str]) -> int:
         "--bucket", type=int, help="also perplexity by position, in buckets of this size"
     )
     parser.add_argument("--recall", type=int, help="also recall probes of so many characters")
+    parser.add_argument("--tokenizer", help="'byte' or one of Hugging Face; else the checkpoint's")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="tasks of `fla task` it was trained on, alone"
+    )
     parser.add_argument("--harness", nargs="+", metavar="TASK", help="tasks of lm-eval, alone")
     parser.add_argument("--harness_folder", help="folder of lm-eval tasks of one's own")
     parser.add_argument("--limit", type=int, help="examples of an lm-eval task")
     parser.add_argument("--device", help="cpu, cuda, ...; the best available by default")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def evaluate(argv: list[str]) -> int:
+    """`fla eval CHECKPOINT`: perplexity and bits per byte of held-out text, by position too."""
+    args = _eval_parser().parse_args(argv)
+    if args.tasks:
+        return task([",".join(args.tasks), "--checkpoint", args.checkpoint])
 
     from rich.console import Console
     from rich.table import Table
 
     from fla.evals.harness import run_harness
-    from fla.evals.recall import PROBES, recall
     from fla.training import run
-    from fla.training.corpus import compressed_bits_per_byte, load_corpus
+    from fla.training.corpus import load_corpus
 
-    console = Console(highlight=False)
-    model, tokenizer = _load(args.checkpoint, args.device)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several:
+        from accelerate import PartialState
+
+        args.device = args.device or str(PartialState().device)
+    console = Console(highlight=False, quiet=int(os.environ.get("RANK", 0)) > 0)
+    model, tokenizer = _load(args.checkpoint, args.device, args.tokenizer)
     if args.harness:
         results = run_harness(model, tokenizer, args.harness, args.harness_folder, args.limit)
         figures = Table("task", "measure", "value")
-        for task, values in results.items():
-            for name, value in values.items():
-                figures.add_row(task, name, f"{value:.4f}")
+        for name, values in results.items():
+            for measure, value in values.items():
+                figures.add_row(name, measure, f"{value:.4f}")
         console.print(figures)
         return 0
     corpus = load_corpus(args.data, args.data_column)
-    scored = run.evaluate(model, tokenizer, corpus, args.length, args.bucket, console)
+    if several:
+        scored = run.evaluate_together(model, tokenizer, corpus, args.length, args.bucket)
+    else:
+        scored = run.evaluate(model, tokenizer, corpus, args.length, args.bucket, console)
+    if not console.quiet:
+        console.print(_scores(args, model, tokenizer, corpus, scored))
+    return 0
+
+
+def _scores(args: argparse.Namespace, model: Any, tokenizer: Any, corpus: Any, scored: Any) -> Any:
+    """The table of `fla eval`."""
+    from rich.table import Table
+
+    from fla.evals.recall import PROBES, recall
+    from fla.training.corpus import compressed_bits_per_byte
+
     table = Table(
         title=f"held-out text of {corpus.name}: {scored.bytes / 1e6:.2f} MB, {scored.tokens} tokens"
     )
@@ -225,8 +272,7 @@ def evaluate(argv: list[str]) -> int:
         found = recall(model, tokenizer, kind, characters=args.recall)
         table.add_row(f"recall, {kind}: exact answers", f"{found.exact:.0%}")
         table.add_row(f"recall, {kind}: nats a token of it", f"{found.nats:.4f}")
-    console.print(table)
-    return 0
+    return table
 
 
 def task(argv: list[str]) -> int:

@@ -41,6 +41,16 @@ class Score:
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
+    def __add__(self, other: Score) -> Score:
+        """The sums of both."""
+        buckets = dict(self.buckets)
+        for start, (nats, tokens) in other.buckets.items():
+            mine = buckets.get(start, (0.0, 0))
+            buckets[start] = (mine[0] + nats, mine[1] + tokens)
+        return Score(
+            self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes, buckets
+        )
+
     def by_position(self) -> dict[int, float]:
         """Perplexity by the first position of each bucket."""
         return {start: math.exp(nats / n) for start, (nats, n) in sorted(self.buckets.items())}

@@ -26,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 import fla.models
-from fla.evals.perplexity import Score, score
+from fla.evals.perplexity import Score, score, windows
 from fla.models.config import DecoderConfig
 from fla.training.callbacks import FlaTrainer, Interruption, LiveProgress, LossGuard, say
 from fla.training.checkpoints import checkpoints, newest_whole
@@ -288,6 +288,26 @@ def evaluate(
             bucket=bucket,
             progress=lambda done: bar.update(task, completed=done),
         )
+
+
+def evaluate_together(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    length: int,
+    bucket: int | None = None,
+) -> Score:
+    """`evaluate` by all processes of `torchrun` or `accelerate launch`, each of which scores every
+    n-th window; all get the sum. Every process must call it.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState()
+    rows = [torch.from_numpy(encode(tokenizer, text)).long() for text in corpus.held_out]
+    mine = windows(rows, length)[state.process_index :: state.num_processes]
+    share = score(model, mine, 0, length=length, bucket=bucket)
+    return sum(gather_object([share]), Score(bytes=corpus.held_out_bytes()))
 
 
 def sample(

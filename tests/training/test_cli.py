@@ -224,6 +224,58 @@ def test_generate_streams_text(trained, capsys):
     assert capsys.readouterr().out == first
 
 
+def figures_of(out):
+    rows = [line.split("│") for line in out.splitlines() if line.count("│") == 3]
+    return {row[1].strip(): row[2].strip() for row in rows}
+
+
+def test_eval_by_several_processes_is_that_of_one(trained, text, capsys):
+    options = ["eval", str(trained), "--data", text, "--length", "32", "--bucket", "16"]
+    assert cli.main([*options, "--device", "cpu"]) == 0
+    alone = figures_of(capsys.readouterr().out)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    done = subprocess.run(
+        [*command, "-m", "fla.cli", *options, "--device", "cpu"],
+        capture_output=True, text=True, timeout=200,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    together = figures_of(done.stdout)
+    assert together == alone and "perplexity at 16..31" in alone
+    assert done.stdout.count("bits per byte, gzip") == 1
+
+
+def test_eval_without_a_tokenizer_takes_a_named_one(trained, text, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(trained / name, bare / name)
+    options = ["--data", text, "--device", "cpu"]
+    assert cli.main(["eval", str(bare), *options]) == 2
+    assert "has no tokenizer; pass --tokenizer with 'byte'" in capsys.readouterr().err
+    assert cli.main(["eval", str(bare), *options, "--tokenizer", "byte"]) == 0
+    named = figures_of(capsys.readouterr().out)
+    assert cli.main(["eval", str(trained), *options]) == 0
+    assert figures_of(capsys.readouterr().out) == named
+    assert cli.main(["eval", str(bare), *options, "--tokenizer", "no/such"]) == 2
+    assert "'no/such' cannot be loaded" in capsys.readouterr().err
+
+
+def test_eval_of_tasks_says_what_a_checkpoint_lacks(trained, capsys):
+    options = ["eval", str(trained), "--tasks"]
+    assert cli.main([*options, "parity"]) == 0
+    assert "160 tokens" in capsys.readouterr().out
+    assert cli.main([*options, "coppy"]) == 2
+    assert "did you mean 'copy'" in capsys.readouterr().err
+
+
 def test_eval_scores_by_position(trained, text, capsys):
     flags = [
         "--data",
