@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 from dilated_attention_pytorch import (
     BlockSparseRingDilatedAttention,
@@ -416,6 +417,42 @@ FEW = {
 for _name in MODELS:
     if _name not in REFUSED:
         CHECKS[f"model {_name}"] = model_check(_name)
+
+
+def sharded_check(name):
+    def run(rank, size):
+        """Parameters on all ranks (FSDP2), a row of the batch on each: gradients are the mean's."""
+        torch.manual_seed(0)
+        model, x = make_model(name).double(), ids(size, 9)
+        whole = {
+            n: g
+            for n, g in zip(
+                dict(model.named_parameters()),
+                torch.autograd.grad(
+                    model(x, labels=x, use_cache=False).loss,
+                    list(model.parameters()),
+                    materialize_grads=True,
+                ),
+                strict=True,
+            )
+        }
+        for layer in model.base_model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        own = x[rank : rank + 1]
+        model(own, labels=own, use_cache=False).loss.backward()
+        assert sum(p.to_local().numel() for p in model.parameters()) < sum(
+            p.numel() for p in model.parameters()
+        )
+        for n, p in model.named_parameters():
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            close(grad.full_tensor(), whole[n], f"d{n}", 1e-8)
+
+    return run
+
+
+for _name in ("gated_deltanet", "mamba2", "rwkv7", "transformer"):
+    CHECKS[f"fsdp {_name}"] = sharded_check(_name)
 
 
 @check
