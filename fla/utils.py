@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import sys
+import time
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -173,3 +177,21 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*vars(sys.modules[__name__]), *_FACTS})
+
+
+def machine() -> dict[str, str]:
+    """Processor, threads, versions and date: what a measured figure comes from."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        rows = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = rows[0].partition(":")[2].strip() if rows else cpu
+    return {
+        "cpu": f"{cpu}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "date": time.strftime("%Y-%m-%d"),
+    }

@@ -67,6 +67,7 @@ def plot_half_lives(traces: Sequence[Trace]) -> Figure:
             spread = head + torch.linspace(-0.3, 0.3, len(finite)) * (len(finite) > 1)
             axis.plot(spread, finite, "." if len(finite) > 1 else "o", markersize=4)
         axis.set_yscale("log")
+        axis.set_xticks(range(trace.k.shape[2]))
         axis.set_xlabel("head", fontsize=8)
     axes[0, 0].set_ylabel("half-life in tokens", fontsize=8)
     return figure
@@ -74,7 +75,7 @@ def plot_half_lives(traces: Sequence[Trace]) -> Figure:
 
 def plot_gates(traces: Sequence[Trace], bins: int = 40) -> Figure:
     """Histograms of the decay factor exp(g) and, of delta rules, of what is erased, beta |k|^2."""
-    figure, axes = _panels(traces, sharex=True)
+    figure, axes = _panels(traces, sharex=True, sharey=True)
     for axis, trace in zip(axes[0], traces, strict=True):
         found = gates(trace)
         for name in ("decay", "erase"):
@@ -110,7 +111,8 @@ def plot_memory(traces: Sequence[Trace]) -> Figure:
     for axis, trace in zip(axes[0], traces, strict=True):
         axis.plot(memory(trace).T.cpu(), linewidth=1.2)
         axis.axhline(0.5, color="grey", linestyle=":", linewidth=1)
-        axis.set(xscale="symlog", xlabel="tokens since")
+        axis.set_xscale("symlog")
+        axis.set_xlabel("tokens since", fontsize=8)
         axis.set_xlim(0, math.nextafter(trace.k.shape[1], 0))
     axes[0, 0].set_ylabel("still read", fontsize=8)
     return figure

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fla.studies.config import Study
+from fla.utils import machine
 
 Row = dict[str, Any]
 
@@ -66,8 +67,10 @@ def report(study: Study, rows: dict[str, Row], folder: Path, console: Console) -
             console.print(said, markup=False)
             lines += ["", said]
     folder.mkdir(parents=True, exist_ok=True)
+    lines += ["", ", ".join(f"{name} {value}" for name, value in machine().items())]
+    result = {"machine": machine(), "kind": study.kind, "rows": rows}
+    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "results.md").write_text("\n".join(lines) + "\n")
-    (folder / "results.json").write_text(json.dumps({"kind": study.kind, "rows": rows}, indent=1))
     draw(study, rows).savefig(folder / "results.png")
     console.print(f"table and picture: {folder / 'results.md'}, {folder / 'results.png'}")
 
@@ -91,7 +94,7 @@ def draw(study: Study, rows: dict[str, Row]) -> Any:
     axes = figure.subplots(1, 2 if wide else 1, squeeze=False)[0]
     for axis in axes:
         axis.grid(alpha=0.3)
-    {"scaling": _scaling, "long_context": _long}.get(study.kind, _bars)(study, rows, axes)
+    {"scaling": _scaling, "long_context": _long}.get(study.kind, _dots)(study, rows, axes)
     return figure
 
 
@@ -123,10 +126,8 @@ def _long(study: Study, rows: dict[str, Row], axes: Any) -> None:
     axes[0].legend(frameon=False, fontsize=8)
 
 
-def _bars(study: Study, rows: dict[str, Row], axes: Any) -> None:
+def _dots(study: Study, rows: dict[str, Row], axes: Any) -> None:
     names, bits = list(rows)[::-1], [row["bits_per_byte"] for row in rows.values()][::-1]
-    axes[0].barh(names, bits, color=["C0"] * (len(names) - 1) + ["C1"])
-    axes[0].axvline(bits[-1], color="C1", linewidth=1, linestyle=":")
-    low, high = min(bits), max(bits)
-    axes[0].set_xlim(low - 0.3 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+    axes[0].axvline(bits[-1], color="grey", linewidth=1, linestyle=":")
+    axes[0].scatter(bits, names, color=["C0"] * (len(names) - 1) + ["C1"], zorder=3)
     axes[0].set_xlabel("bits per byte on held-out text")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fla.tasks.rows import TASKS
+from fla.utils import machine
 
 if TYPE_CHECKING:
     from fla.tasks.run import Scores
@@ -45,6 +46,7 @@ def report(found: Found, folder: Path, console: Console) -> None:
     lines = ["# Tasks", ""]
     for task, by_model in found.items():
         lines += show(task, by_model, console)
+    lines.append(", ".join(f"{name} {value}" for name, value in machine().items()) + "\n")
     (folder / "results.md").write_text("\n".join(lines))
     plot(found, folder / "results.png")
     console.print(f"tables and picture: {folder / 'results.md'}, {folder / 'results.png'}")
