@@ -27,11 +27,14 @@ TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet
 
 @dataclass
 class Corpus:
-    """Training documents (a list, or an iterable read on the fly) and held-out documents."""
+    """Training documents (a list, or an iterable read on the fly) and held-out documents; with
+    `shards` the training part lies there as tokens.
+    """
 
     name: str
     train: Iterable[str]
     held_out: list[str]
+    shards: Path | None = None
 
     @property
     def streaming(self) -> bool:
@@ -44,9 +47,15 @@ class Corpus:
 def load_corpus(source: str, column: str = "text", streaming: bool = False) -> Corpus:
     """`"stdlib"`, a text file, a table (.json, .jsonl, .csv, .parquet), a folder of text files, or
     `"hf:NAME"` or `"hf:NAME::CONFIG"` for a Hugging Face dataset; `"recall"` for made-up texts that
-    ask for what they say (`fla.evals.recall`), and `"stdlib+recall"` for both. Raises `UsageError`
-    where nothing is there.
+    ask for what they say (`fla.evals.recall`), and `"stdlib+recall"` for both; `"tokens:FOLDER"`
+    for what `scripts.preprocess` wrote. Raises `UsageError` where nothing is there.
     """
+    if source.startswith("tokens:"):
+        from fla.training.shards import load_held_out, load_index
+
+        folder = Path(source.removeprefix("tokens:")).expanduser()
+        load_index(folder)
+        return Corpus(source, [], load_held_out(folder), folder)
     if source in ("stdlib", "recall", "stdlib+recall"):
         documents = _stdlib() if "stdlib" in source else {}
         documents |= _recall() if "recall" in source else {}

@@ -49,7 +49,7 @@ class RunArguments:
     )
     data: str = field(
         default="stdlib",
-        metadata={"help": "'stdlib', a text file, a table, a folder, or 'hf:NAME'."},
+        metadata={"help": "'stdlib', a text file, a table, a folder, 'hf:NAME', 'tokens:FOLDER'."},
     )
     data_column: str = field(
         default="text", metadata={"help": "Column of a table that holds text."}

@@ -107,6 +107,10 @@ class StreamedBlocks(IterableDataset):
 
 def make_blocks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
     """The training part of a corpus as blocks."""
+    if corpus.shards is not None:
+        from fla.training.shards import ShardBlocks
+
+        return ShardBlocks(corpus.shards, tokenizer, length)
     kind = StreamedBlocks if corpus.streaming else TokenBlocks
     return kind(corpus.train, tokenizer, length)
 
