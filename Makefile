@@ -6,7 +6,7 @@ LINEARIZED ?= runs/linearize
 TASKS ?= runs/tasks
 PY := $(VENV)/bin/python
 
-.PHONY: demo linearize-demo tasks-demo test check sanitize kernels bench clean
+.PHONY: demo linearize-demo tasks-demo test check sanitize kernels docs bench clean
 
 demo: $(VENV)/.ready
 	$(PY) -m fla.cli train --config examples/demo.yaml --output_dir $(RUN)
@@ -32,6 +32,9 @@ sanitize: $(VENV)/.ready
 
 kernels: $(VENV)/.ready
 	$(PY) -m scripts.compile_kernels
+
+docs: $(VENV)/.ready
+	$(PY) -m mkdocs build --strict
 
 bench: $(VENV)/.ready
 	$(PY) -m benchmarks.ops

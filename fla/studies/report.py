@@ -63,7 +63,7 @@ def report(study: Study, rows: dict[str, Row], folder: Path, console: Console) -
             if len({size for size, _ in points}) < 2:
                 continue  # one size has no law
             E, A, alpha = power_law([p for p, _ in points], [b for _, b in points])
-            said = f"{group}: bits per byte = {E:.2f} + {A:.1f} parameters^-{alpha:.2f}"
+            said = f"{group}: bits per byte = {E:.2f} + {A:.1f} parameters^{-alpha:.2f}"
             console.print(said, markup=False)
             lines += ["", said]
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def _scaling(study: Study, rows: dict[str, Row], axes: Any) -> None:
             continue
         E, A, alpha = power_law(list(sizes), list(bits))
         fine = np.geomspace(min(sizes), max(sizes), 50)
-        label = f"{group}: {E:.2f} + {A:.1f} n^-{alpha:.2f}"
+        label = f"{group}: {E:.2f} + {A:.1f} n^{-alpha:.2f}"
         axes[0].plot(fine, E + A * fine**-alpha, color=f"C{i}", linewidth=1.2, label=label)
     axes[0].set(xscale="log", yscale="log", xlabel="parameters", ylabel="bits per byte")
     axes[0].yaxis.set_major_formatter("{x:.2f}")
