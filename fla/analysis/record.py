@@ -113,7 +113,7 @@ def _trace(layer: str, op: str, options: engine.Options, x: dict[str, Any]) -> T
     x = {n: y if y is None else y.detach() for n, y in x.items()}
     beta, heads = x["beta"], x["v"].shape[2]
     q, k = (_heads(wide(l2norm(y) if options.l2norm else y), heads) for y in (x["q"], x["k"]))
-    g = engine._row_decay(x["g"], x["gk"])
+    g = engine.row_decay(x["g"], x["gk"])
     g = g if g is None else wide(g if g.dim() == 4 else g.unsqueeze(-1))
     v, a, b = (y if y is None else wide(y) for y in (x["v"], x["a"], x["b"]))
     if beta is not None:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 import shutil
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ from fla.evals.perplexity import Score, score
 from fla.studies.config import Cell, Study, told
 from fla.studies.report import report
 from fla.tasks.models import small_config
-from fla.training.checkpoints import newest_whole
+from fla.training.checkpoints import newest_whole, step_of
 from fla.training.corpus import Corpus, load_corpus
 from fla.training.run import RunArguments, make_trainer, run_trainer
 from fla.training.tokens import encode, load_tokenizer, make_blocks
@@ -27,8 +29,9 @@ Row = dict[str, Any]
 
 
 def run_study(study: Study, folder: str | Path, console: Console) -> dict[str, Row]:
-    """Every cell in a folder of its own, then `results.md`, `results.json` and `results.png`. A
-    cell with the results of the same settings is read; an interrupted one is gone on with.
+    """Every cell in a folder of its own, named by its settings too, then `results.md`,
+    `results.json` and `results.png`. A finished cell is read, an interrupted one gone on with;
+    cells of other settings stay as they are.
     """
     folder = Path(folder)
     tokenizer = load_tokenizer(study.tokenizer)
@@ -38,8 +41,7 @@ def run_study(study: Study, folder: str | Path, console: Console) -> dict[str, R
     rows: dict[str, Row] = {}
     for i, cell in enumerate(study.cells):
         console.print(f"[{i + 1}/{len(study.cells)}] {cell.name}: {cell.model}", markup=False)
-        own = folder / cell.name.replace(" ", "-").replace("/", "-")
-        rows[cell.name] = run_cell(study, cell, corpus, tokenizer, own, console)
+        rows[cell.name] = run_cell(study, cell, corpus, tokenizer, folder, console)
         console.print(f"  {rows[cell.name]['bits_per_byte']:.3f} bits per byte")
     report(study, rows, folder, console)
     return rows
@@ -59,18 +61,18 @@ def run_cell(
     study: Study, cell: Cell, corpus: Corpus, tokenizer: Any, folder: Path, console: Console
 ) -> Row:
     """Train and score one model, or read what an earlier run found."""
-    results, settings = folder / "results.json", json.loads(json.dumps(told(study, cell)))
+    settings = json.dumps(told(study, cell), sort_keys=True)
+    mark = hashlib.sha256(settings.encode()).hexdigest()[:6]
+    folder = folder / "-".join([*re.findall(r"[\w.]+", cell.name), mark])
+    results = folder / "results.json"
     if results.exists():
-        found = json.loads(results.read_text())
-        if found["settings"] == settings:
-            return found
-        shutil.rmtree(folder)  # another study's: a folder holds one result
-    trained, seconds = _train(cell, corpus, tokenizer, folder, console)
+        return json.loads(results.read_text())
+    trained, seconds, steps = _train(cell, corpus, tokenizer, folder, console)
     row: Row = {
-        "settings": settings,
+        "settings": json.loads(settings),
         "parameters": trained.num_parameters(),
         "seconds": round(seconds, 1),
-        "tokens_per_second": round(cell.steps * cell.batch_tokens / seconds) if seconds else None,
+        "tokens_per_second": round(steps * cell.batch_tokens / seconds),
     }
     texts = _first(corpus.held_out, study.scored)
     documents = [torch.from_numpy(encode(tokenizer, text)).long() for text in texts]
@@ -99,7 +101,8 @@ def _first(texts: list[str], size: int) -> list[str]:
 
 def _train(
     cell: Cell, corpus: Corpus, tokenizer: Any, folder: Path, console: Console
-) -> tuple[Any, float]:
+) -> tuple[Any, float, int]:
+    """The model, and the seconds and steps of this run, which may have gone on from another."""
     torch.manual_seed(cell.seed)
     model = AutoModelForCausalLM.from_config(config_of(cell, tokenizer))
     args = TrainingArguments(
@@ -119,12 +122,13 @@ def _train(
     blocks = make_blocks(corpus, tokenizer, cell.seq_len)
     run = RunArguments(model=cell.model)
     trainer, interruption = make_trainer(run, args, model, tokenizer, blocks, None, console)
-    begun = time.monotonic()
-    run_trainer(trainer, interruption, newest_whole(folder))
+    begun, resume = time.monotonic(), newest_whole(folder)
+    run_trainer(trainer, interruption, resume)
     if interruption.asked:
         console.print("stopped; the same command goes on", style="bold")
         raise SystemExit(130)
-    return trainer.model, time.monotonic() - begun
+    steps = cell.steps - (step_of(resume) if resume else 0)
+    return trainer.model, time.monotonic() - begun, steps
 
 
 def _long(model: Any, documents: list[torch.Tensor], size: int, lengths: list[int]) -> Row:

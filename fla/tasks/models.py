@@ -85,7 +85,7 @@ def small_config(
     known = architectures() | {"gated_deltanet_ablated": AblatedGatedDeltaNetConfig}
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise UsageError(f"model {name!r} is not known{hint} There are {', '.join(sorted(FIELDS))}")
     if hidden_size % head_dim:
         raise UsageError(f"hidden_size={hidden_size} is no multiple of head_dim={head_dim}")

@@ -257,6 +257,6 @@ def task_of(name: str) -> Task:
     """The task of that name, or `ValueError` with those that are near."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"task {name!r} is not known{hint} There are {', '.join(TASKS)}")
     return TASKS[name]

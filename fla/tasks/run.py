@@ -21,6 +21,7 @@ from fla.tasks.rows import IGNORE, Task, task_of
 from fla.training.callbacks import FlaTrainer, Interruption, LiveProgress, LossGuard, say
 from fla.training.checkpoints import newest_whole
 from fla.training.errors import UsageError
+from fla.training.run import run_trainer
 
 TRIALS = 1 << 40  # seeds of rows that no training sees begin here
 
@@ -69,14 +70,21 @@ def score_task(
 ) -> Scores:
     """Exact matches of the likeliest token, on rows made from the seed.
 
-    Raises `ValueError` where the model has fewer tokens than the task, or a length is beyond its
-    positions.
+    Raises `ValueError` where the model has fewer tokens than the task, or attention for fewer
+    positions than a length.
     """
     task = task_of(task) if isinstance(task, str) else task
     if model.config.vocab_size < task.vocabulary:
         raise ValueError(
             f"task {task.name}: needs {task.vocabulary} tokens, and the model has "
             f"{model.config.vocab_size}; train one with `fla task {task.name}`"
+        )
+    linear = set(getattr(model.config, "layer_types", None) or ()) == {"linear_attention"}
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most and max(lengths) > most and not linear:
+        raise ValueError(
+            f"task {task.name}: {max(lengths)} tokens, and the model was configured for "
+            f"max_position_embeddings={most}; choose shorter trials"
         )
     model.eval()
     scores = Scores({}, {})
@@ -137,11 +145,7 @@ def train_task(
     trainer, interruption = _trainer(
         AutoModelForCausalLM.from_config(config), task, recipe, folder, console or Console()
     )
-    resume = newest_whole(folder)
-    try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    finally:
-        interruption.restore()
+    run_trainer(trainer, interruption, newest_whole(folder))
     if interruption.asked:
         say(f"stopped; saved {newest_whole(folder)}. The same command goes on")
         raise SystemExit(130)

@@ -121,6 +121,19 @@ def test_a_model_with_too_few_tokens_is_refused():
         score_task(model, "mqar", [24])
 
 
+def test_attention_for_fewer_positions_is_refused():
+    from transformers import AutoModelForCausalLM
+
+    few = dict(head_dim=16, max_position_embeddings=20)
+    for name, refused in (("transformer", True), ("gla", False)):
+        model = AutoModelForCausalLM.from_config(small_config(name, 32, 1, 6, **few))
+        if refused:
+            with pytest.raises(ValueError, match="configured for max_position_embeddings=20"):
+                score_task(model, "parity", [16, 24], trials=2)
+        else:
+            score_task(model, "parity", [16, 24], trials=2)
+
+
 def test_guessing_scores_as_guessing_and_learning_is_seen(tmp_path):
     from transformers import AutoModelForCausalLM
 

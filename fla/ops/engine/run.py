@@ -238,7 +238,7 @@ def _check(
     return sizes
 
 
-def _row_decay(g: Tensor | None, gk: Tensor | None) -> Tensor | None:
+def row_decay(g: Tensor | None, gk: Tensor | None) -> Tensor | None:
     """One log decay for the rows of the state."""
     if gk is None:
         return g
@@ -255,7 +255,7 @@ def _chunk(op: str, options: Options, backend: str, **inputs: Any) -> tuple[Tens
             return native.chunk(**inputs, gv=gv)
         return chunk_columns(**inputs, g=gv, chunk_size=options.chunk_size)
     inputs |= dict(
-        g=_row_decay(inputs["g"], gk), l2norm=options.l2norm, read_before=options.read_before
+        g=row_decay(inputs["g"], gk), l2norm=options.l2norm, read_before=options.read_before
     )
     if backend in KERNELS:
         return KERNELS[backend].chunk(**inputs)
@@ -269,7 +269,7 @@ def _tokens(
     and torch where that cannot express the call.
     """
     kernels = KERNELS[backend]
-    inputs["g"] = _row_decay(inputs["g"], inputs.pop("gk"))
+    inputs["g"] = row_decay(inputs["g"], inputs.pop("gk"))
     if not torch.is_grad_enabled():
         return kernels.recurrent(**inputs, overwrite=overwrite)
     tensors = (x for x in inputs.values() if isinstance(x, Tensor))
