@@ -173,7 +173,7 @@ def overwrite(generator: Generator, rows: int, length: int) -> tuple[Tensor, Ten
 
 def _needles(count: int) -> Callable:
     def make(generator: Generator, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        n = min(count, (length - 2) // 5)
+        n = min(count, length // 5)
         noise = length - 5 * n
         keys, order = _keys(generator, rows, n)
         values = _values(generator, rows, n)

@@ -41,7 +41,7 @@ def read(name, x):
         table = dict(zip(x[0 : 2 * pairs : 2], x[1 : 2 * pairs : 2], strict=True))
         found = {i: table[x[i]] for i in range(2 * pairs, len(x))}
     elif name in ("single_needle", "multi_needle"):
-        count = 1 if name == "single_needle" else min(4, (len(x)) // 5)
+        count = 1 if name == "single_needle" else min(4, len(x) // 5)
         body = x[: len(x) - 2 * count]
         marks = [i for i, token in enumerate(body) if token == MARK]
         table = {body[i + 1]: body[i + 2] for i in marks}
