@@ -79,6 +79,8 @@ class BlockSparseAdaptive(nn.Module):
     heads, channels]`; the score of another block is added to its logits (as `logsigmoid`), through
     which scorer and temperature have a gradient.
 
+    `segment_lengths` and `dilation_rates` are kept and bound nothing: what is seen is chosen.
+
     Differs from the package of this name, where they had none and one choice served the whole
     batch. If causal a block of queries chooses by its first token, and sees no later one.
 

@@ -201,7 +201,8 @@ def get_hierarchical_presets() -> dict[str, HierarchicalConfig]:
 
 
 class BlockSparseHierarchical(BlockSparseRingDilatedAttention):
-    """Near blocks densely, far ones thinly, by the levels of a `HierarchicalConfig`.
+    """Near blocks densely, far ones thinly, by the levels of a `HierarchicalConfig`, which take the
+    place of the branches.
 
     Differs from the package of this name: every row sees all levels, whichever row it is.
     """

@@ -99,8 +99,9 @@ class SparseAttentionConfig(DilatedAttentionConfig):
 
 @dataclass
 class DistributedConfig:
-    """Which processes hold a sequence together. Sharding of parameters is torch's (FSDP2) or
-    DeepSpeed's, through transformers' `Trainer`, and is refused here.
+    """The name alone: no class here takes it, since torchrun says which processes there are, and
+    `sequence_parallel=True` that they hold a sequence together. Sharding of parameters is torch's
+    (FSDP2) or DeepSpeed's, through transformers' `Trainer`, and is refused here.
     """
 
     world_size: int | None = None

@@ -13,7 +13,11 @@ from dilated_attention_pytorch.block_sparse import (
     BlockSparseRingDilatedAttention,
     BlockSparseRingDistributedDilatedAttention,
 )
-from dilated_attention_pytorch.core.config import DilatedAttentionConfig, MultiheadConfig
+from dilated_attention_pytorch.core.config import (
+    DilatedAttentionConfig,
+    MultiheadConfig,
+    SparseAttentionConfig,
+)
 from dilated_attention_pytorch.dilated_attention import (
     DilatedAttention,
     DistributedImprovedDilatedAttention,
@@ -71,6 +75,23 @@ def create_dilated_attention(
     )  # fmt: skip
 
 
+def _set_fields(config: DilatedAttentionConfig | None) -> dict[str, Any]:
+    """Arguments of an attention: the fields of its config that are not the defaults, but for the
+    branches; one that the attention does not take is a `TypeError` there.
+    """
+    if config is None:
+        return {}
+    branches = ("segment_lengths", "dilation_rates")
+    own = {f.name: (getattr(config, f.name), f.default) for f in fields(config)}
+    given = {n: x for n, (x, default) in own.items() if n not in branches and x != default}
+    if isinstance(config, SparseAttentionConfig):
+        names = ("pattern_type", "sparsity_ratio", "block_size")
+        given = {n: x for n, x in given.items() if n not in names}
+        sizes = {n: getattr(config, n) for n in names}
+        given["sparse_config"] = SparsePatternConfig(**sizes)
+    return given
+
+
 def create_multihead_dilated_attention(
     attention_type: str = "auto",
     embed_dim: int = 768,
@@ -83,7 +104,8 @@ def create_multihead_dilated_attention(
     **options: Any,
 ) -> nn.Module:
     """`MultiheadDilatedAttention` around the attention of that name. A config gives the arguments
-    of its part; further ones go to the attention where they are none of `MultiheadConfig`'s.
+    of its part, which are then not given beside it; further ones go to the attention where they are
+    none of `MultiheadConfig`'s.
 
     Example:
         >>> attention = create_multihead_dilated_attention("improved", 32, 4, [16, 32], [1, 2])
@@ -96,13 +118,16 @@ def create_multihead_dilated_attention(
     d = attention_config or DilatedAttentionConfig()
     lengths, rates = segment_lengths or d.segment_lengths, dilation_rates or d.dilation_rates
     names = {f.name for f in fields(MultiheadConfig)}
+    if multihead_config is not None and (embed_dim, num_heads) != (768, 12):
+        raise ValueError(
+            f"{owner}: embed_dim={embed_dim}, num_heads={num_heads} beside multihead_config, which "
+            "has its own; pass one of them"
+        )
     around = asdict(multihead_config or MultiheadConfig(embed_dim, num_heads))
     around |= {n: x for n, x in options.items() if n in names}
+    inside = _set_fields(attention_config) | {n: x for n, x in options.items() if n not in names}
     if kind in MULTIHEAD:
-        return MULTIHEAD[kind](dilation_rates=rates, segment_lengths=lengths, **around)
-    inside = {n: x for n, x in options.items() if n not in names}
-    if attention_config is not None and attention_config.dropout:
-        inside.setdefault("dropout", attention_config.dropout)
+        return MULTIHEAD[kind](dilation_rates=rates, segment_lengths=lengths, **around, **inside)
     if kind in ("auto", "standard") and "dropout" in inside:
         inside["attention_dropout"] = inside.pop("dropout")
     inner = create_dilated_attention(kind, lengths, rates, **inside)

@@ -273,3 +273,22 @@ def test_long_net_learns_a_text_and_is_causal():
         changed = text.clone()
         changed[:, 30:] = 0
         assert error(model(changed)[:, :30], model(text)[:, :30]) < 1e-4
+
+
+def test_configs_reach_the_attention():
+    make, branches = (
+        core.create_multihead_dilated_attention,
+        dict(zip(("segment_lengths", "dilation_rates"), BRANCHES, strict=True)),
+    )
+    config = core.DilatedAttentionConfig(**branches, dropout=0.25, dtype=torch.float64)
+    made = make("standard", 24, 4, attention_config=config).attention
+    assert (made.dropout, made.dtype, made.segment_lengths) == (0.25, torch.float64, BRANCHES[0])
+    config = core.SparseAttentionConfig(**branches, pattern_type="strided", block_size=8)
+    made = make("block_sparse", 24, 4, attention_config=config).attention
+    assert (made.sparse_config.pattern_type, made.sparse_config.block_size) == ("strided", 8)
+    made = make("ring", 24, 4, attention_config=core.RingAttentionConfig(**branches, ring_size=1))
+    assert made.attention.ring_size == 1
+    with pytest.raises(TypeError, match="attention_scale"):
+        make("ring", 24, 4, attention_config=core.RingAttentionConfig(attention_scale=0.1))
+    with pytest.raises(ValueError, match="beside multihead_config"):
+        make("ring", 24, 4, multihead_config=core.MultiheadConfig(32, 4))
