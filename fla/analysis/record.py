@@ -101,32 +101,44 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
 
+def _channels_as_heads(x: dict[str, Any]) -> dict[str, Any]:
+    """Value channels with a decay or a beta of their own have a transition each: a head each."""
+    V = x["v"].shape[3]
+    own = {n: x[n].flatten(2) for n in ("gv", "beta") if x[n] is not None and x[n].dim() == 4}
+    shared = [n for n in ("q", "k", "g", "gk", "a", "b", "beta") if n not in own]
+    out = x | {n: x[n].repeat_interleave(V, 2) for n in shared if x[n] is not None} | own
+    out["v"] = x["v"].flatten(2).unsqueeze(-1)
+    if out["gv"] is not None:
+        out["g"] = out["gv"] if out["g"] is None else out["g"] + out["gv"]
+    if x["state"] is not None:
+        out["state"] = x["state"].mT.flatten(1, 2).unsqueeze(-1)
+    return out
+
+
 def _trace(layer: str, op: str, options: engine.Options, x: dict[str, Any]) -> Trace:
-    beta = x["beta"]
-    if x["gv"] is not None or (beta is not None and beta.dim() == 4):
-        raise ValueError(
-            f"trace: {op} in {layer} decays or writes its value channels one by one, so it has a "
-            "transition for each; look at layers without it (trace(model, layers=...))"
-        )
     if options.reverse:
         raise ValueError(f"trace: {op} in {layer} runs in reverse; flip its inputs instead")
+    x = dict.fromkeys(("g", "beta", "gk", "gv", "a", "b")) | x
     x = {n: y if y is None else y.detach() for n, y in x.items()}
-    beta, heads = x["beta"], x["v"].shape[2]
-    q, k = (_heads(wide(l2norm(y) if options.l2norm else y), heads) for y in (x["q"], x["k"]))
+    heads = x["v"].shape[2]
+    x |= {n: _heads(x[n], heads) for n in ("q", "k")}
+    if x["state"] is not None and options.state_v_first:
+        x["state"] = x["state"].mT
+    if x["gv"] is not None or (x["beta"] is not None and x["beta"].dim() == 4):
+        x = _channels_as_heads(x)
+    q, k = (wide(l2norm(y) if options.l2norm else y) for y in (x["q"], x["k"]))
     g = engine.row_decay(x["g"], x["gk"])
     g = g if g is None else wide(g if g.dim() == 4 else g.unsqueeze(-1))
+    beta = x["beta"]
     v, a, b = (y if y is None else wide(y) for y in (x["v"], x["a"], x["b"]))
     if beta is not None:
         beta = wide(beta)
         v, a = beta[..., None] * v, -beta[..., None] * k
         b = b if b is not None else (k if g is None else g.exp() * k)
-    state = x["state"]
-    if state is not None and options.state_v_first:
-        state = state.mT
     return Trace(
         layer, op, q, k, v, g, a, b, None,
         k.shape[-1] ** -0.5 if options.scale is None else options.scale,
-        options.read_before, state, beta,
+        options.read_before, x["state"], beta,
     )  # fmt: skip
 
 
@@ -134,8 +146,10 @@ def _trace(layer: str, op: str, options: engine.Options, x: dict[str, Any]) -> T
 def trace(model: nn.Module, layers: str = "") -> Iterator[list[Trace]]:
     """Inside the block, the list grows by a `Trace` for every recurrence that runs in a module of
     `model` whose name holds `layers`. Any model whose layers call operators of this package works,
-    transformers' own included. What a layer does beside the recurrence (convolutions, RWKV-6's
-    bonus, Mamba's D) is not in it; several sequences in a row (`cu_seqlens`) are refused.
+    transformers' own included. Value channels with a decay or a beta of their own (GSA, ABC, Oja,
+    HGRN, Mamba, RWKV-4) are a head each, with V = 1. What a layer does beside the recurrence
+    (convolutions, RWKV's bonus for the token itself, Mamba's D) is not in it; several sequences in
+    a row (`cu_seqlens`) are refused.
 
     Example:
         >>> from fla.models import GLAConfig, GLAForCausalLM

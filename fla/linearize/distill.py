@@ -33,7 +33,7 @@ from fla.ops.engine.layout import SequenceLayout
 from fla.training.callbacks import FlaTrainer, say
 from fla.training.checkpoints import newest_whole
 from fla.training.errors import UsageError
-from fla.training.run import RunArguments, make_trainer, run_trainer
+from fla.training.run import make_trainer, run_trainer
 from fla.training.tokens import collate
 
 LAST, LOW = 0.15, 0.1  # of the steps a cosine takes at the end, and of the rate it ends at
@@ -189,9 +189,10 @@ def train_stage(
     folder = Path(args.output_dir)
     student.requires_grad_(True).train()
     blocks = Ordered(text, args.max_steps * args.gradient_accumulation_steps * args.world_size)
-    run = RunArguments()
-    trainer, interruption = make_trainer(run, args, student, tokenizer, blocks, None, console, kind)
-    trainer.data_collator = collate_with_places
+    trainer, interruption = make_trainer(
+        args, student, blocks, console, kind=kind, processing_class=tokenizer,
+        data_collator=collate_with_places,
+    )  # fmt: skip
     run_trainer(trainer, interruption, newest_whole(folder, warn=say))
     if interruption.asked:
         return False

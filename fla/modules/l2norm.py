@@ -7,18 +7,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fla.ops.engine.gates import l2norm
 
-def l2norm(x: Tensor, eps: float = 1e-6, output_dtype: torch.dtype | None = None) -> Tensor:
-    """`x / sqrt(sum(x^2) + eps)` over the last axis, in fp32 for lower dtypes.
-
-    Example:
-        >>> l2norm(torch.tensor([3.0, 4.0])).tolist()
-        [0.6000000238418579, 0.800000011920929]
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    y = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)
-    return y.to(output_dtype or x.dtype)
-
+__all__ = ["L2Norm", "l2_norm", "l2norm"]
 
 l2_norm = l2norm
 

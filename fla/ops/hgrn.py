@@ -27,7 +27,7 @@ from fla.ops.engine.checks import check_log_decay, check_sequences, check_tensor
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.kernels.vector_scan import SCANS
 from fla.ops.engine.parallel import current, using
-from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
+from fla.ops.engine.run import CHUNK_SIZE, Options, announce, check_chunk_size, observers
 
 
 def naive_recurrent_hgrn(
@@ -63,6 +63,12 @@ def naive_chunk_hgrn(
     return torch.cat(out, 1), S if output_final_state else None
 
 
+def point(x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """The arguments of the one recurrence, a head for each channel."""
+    one = torch.ones_like(x).unsqueeze(-1)
+    return dict(q=one, k=one, v=x.unsqueeze(-1), g=g.unsqueeze(-1))
+
+
 def _hgrn(
     op: str,
     x: Tensor,
@@ -82,6 +88,9 @@ def _hgrn(
         form = partial(SCANS[resolve(op, x.device, backend, x.dtype)], chunk_size=chunk_size)
     if parallel is not None:
         form = partial(sharded.scan, form, op, parallel)
+    if observers:
+        state = None if initial_state is None else initial_state[..., None, None]
+        announce(op, Options(1.0), **point(x, g), state=state, cu_seqlens=cu_seqlens)
     h, final = form(x, g, initial_state, cu_seqlens)
     return h, final if output_final_state else None
 

@@ -34,7 +34,7 @@ from fla.ops.engine.gates import wide
 from fla.ops.engine.kernels.selective_scan import selective_scan as triton_scan
 from fla.ops.engine.native.selective import selective_scan as native_scan
 from fla.ops.engine.parallel import current, using
-from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
+from fla.ops.engine.run import CHUNK_SIZE, Options, announce, check_chunk_size, observers
 from fla.ops.engine.selective import selective_scan
 from fla.ops.engine.sharded import selective
 from fla.ops.mamba2 import step_sizes
@@ -59,6 +59,12 @@ def naive_recurrent_mamba(
         S = (dt[:, t, :, None] * A).exp() * S + write
         out.append(torch.einsum("bdn,bn->bd", S, C[:, t]))
     return torch.stack(out, 1), S if output_final_state else None
+
+
+def point(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> dict[str, Tensor]:
+    """The arguments of the one recurrence, a head for each channel of x."""
+    C, B = (y.unsqueeze(2).expand(-1, -1, x.shape[2], -1) for y in (C, B))
+    return dict(q=C, k=B, v=(dt * x).unsqueeze(-1), g=dt.unsqueeze(-1) * A)
 
 
 def chunk_mamba(
@@ -106,6 +112,9 @@ def chunk_mamba(
     scan = partial(
         SCANS.get(chosen, partial(selective_scan, chunk_size=chunk_size)), x, dt, wide(A), B, C
     )
+    if observers:
+        state = None if initial_state is None else initial_state.unsqueeze(-1)
+        announce(op, Options(1.0), **point(x, dt, A, B, C), state=state, cu_seqlens=cu_seqlens)
     if parallel is not None:
         y, final = selective(scan, op, parallel, x, dt, A, initial_state, cu_seqlens)
     else:

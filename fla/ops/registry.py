@@ -330,6 +330,7 @@ OPS = [
         hgrn.fused_recurrent_hgrn,
         hgrn.naive_recurrent_hgrn,
         dict(x="B T D", g="B T D decay"),
+        lambda x: hgrn.point(**x) | {"scale": 1.0},
         state=dict(initial_state="N D"),
     ),
     OpCase(
@@ -514,6 +515,7 @@ OPS = [
         mamba.fused_recurrent_mamba,
         mamba.naive_recurrent_mamba,
         dict(x="B T D", dt="B T D rate", A="D K negative", B="B T K", C="B T K"),
+        lambda x: mamba.point(**x) | {"scale": 1.0},
         state=dict(initial_state="N D K"),
     ),
     OpCase(

@@ -33,7 +33,7 @@ from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.gates import wide
 from fla.ops.engine.kernels.vector_scan import SCANS
 from fla.ops.engine.parallel import current, using
-from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
+from fla.ops.engine.run import CHUNK_SIZE, Options, announce, check_chunk_size, observers
 from fla.ops.engine.segments import lasts, repeat_rows, running, starts
 
 
@@ -119,6 +119,11 @@ def chunk_rwkv4(
     means, last = form(gain * values, decay, average, cu_seqlens)
     zero = last.new_zeros(last.shape) if average is None else average
     new = torch.sigmoid(wide(u) + keys - before).to(keys.dtype)
+    if observers:
+        rows = {"q": 1 - new, "k": gain, "v": values, "gk": decay}
+        tensors = {name: x.unsqueeze(-1) for name, x in rows.items()}
+        start = None if average is None else average[..., None, None]
+        announce(op, Options(1.0, read_before=True), **tensors, state=start, cu_seqlens=cu_seqlens)
     o = (1 - new) * starts(means, zero, cu_seqlens) + new * values
     if not output_final_state:
         return o.to(v.dtype), None

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from fla.evals.perplexity import Score, score
 from fla.studies.config import Cell, Study, told
@@ -22,7 +22,7 @@ from fla.studies.report import report
 from fla.tasks.models import small_config
 from fla.training.checkpoints import newest_whole, step_of
 from fla.training.corpus import Corpus, load_corpus
-from fla.training.run import RunArguments, make_trainer, run_trainer
+from fla.training.run import make_trainer, run_trainer, short_run
 from fla.training.tokens import encode, load_tokenizer, make_blocks
 
 Row = dict[str, Any]
@@ -105,23 +105,10 @@ def _train(
     """The model, and the seconds and steps of this run, which may have gone on from another."""
     torch.manual_seed(cell.seed)
     model = AutoModelForCausalLM.from_config(config_of(cell, tokenizer))
-    args = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=cell.steps,
-        per_device_train_batch_size=max(1, cell.batch_tokens // cell.seq_len),
-        learning_rate=cell.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, cell.steps // 20),
-        weight_decay=0.1,
-        logging_steps=max(1, cell.steps // 4),
-        save_steps=max(1, cell.steps // 2),
-        save_total_limit=1,
-        seed=cell.seed,
-        report_to=[],
-    )
+    rows = max(1, cell.batch_tokens // cell.seq_len)
+    args = short_run(folder, cell.steps, rows, cell.learning_rate, 1 / 20, cell.seed)
     blocks = make_blocks(corpus, tokenizer, cell.seq_len)
-    run = RunArguments(model=cell.model)
-    trainer, interruption = make_trainer(run, args, model, tokenizer, blocks, None, console)
+    trainer, interruption = make_trainer(args, model, blocks, console, processing_class=tokenizer)
     begun, resume = time.monotonic(), newest_whole(folder)
     run_trainer(trainer, interruption, resume)
     if interruption.asked:

@@ -12,16 +12,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM
 
 from fla.tasks.models import small_config
 from fla.tasks.rows import IGNORE, Task, task_of
-from fla.training.callbacks import FlaTrainer, Interruption, LiveProgress, LossGuard, say
+from fla.training.callbacks import say
 from fla.training.checkpoints import newest_whole
 from fla.training.errors import UsageError
-from fla.training.run import run_trainer
+from fla.training.run import make_trainer, run_trainer, short_run
 
 TRIALS = 1 << 40  # seeds of rows that no training sees begin here
 
@@ -142,8 +140,13 @@ def train_task(
         model, recipe.hidden_size, recipe.layers, task.vocabulary, head_dim=recipe.head_dim
     )
     torch.manual_seed(recipe.seed)
-    trainer, interruption = _trainer(
-        AutoModelForCausalLM.from_config(config), task, recipe, folder, console or Console()
+    network = AutoModelForCausalLM.from_config(config)
+    args = short_run(
+        folder, recipe.steps, recipe.batch_size, recipe.learning_rate, 1 / 10, recipe.seed
+    )
+    numbers = range(recipe.steps * recipe.batch_size)
+    trainer, interruption = make_trainer(
+        args, network, numbers, console or Console(), data_collator=_Batches(task, recipe)
     )
     run_trainer(trainer, interruption, newest_whole(folder))
     if interruption.asked:
@@ -164,40 +167,6 @@ def train_task(
 
 def _by_length(x: dict[str, float]) -> dict[int, float]:
     return {int(n): share for n, share in x.items()}
-
-
-def _trainer(
-    model: Any, task: Task, recipe: Recipe, folder: Path, console: Console
-) -> tuple[FlaTrainer, Interruption]:
-    transformers_logging.disable_progress_bar()
-    args = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=recipe.steps // 10,
-        weight_decay=0.1,
-        logging_steps=max(1, recipe.steps // 5),
-        save_steps=max(1, recipe.steps // 2),
-        save_total_limit=1,
-        seed=recipe.seed,
-        report_to=[],
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    guard, progress, interruption = LossGuard(), LiveProgress(console), Interruption(None, say)
-    numbers: Any = range(recipe.steps * recipe.batch_size)
-    trainer = FlaTrainer(
-        model, args, data_collator=_Batches(task, recipe), train_dataset=numbers,
-        callbacks=[interruption, guard],
-    )  # fmt: skip
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.callback_handler.callbacks.insert(0, progress)
-    guard.trainer = progress.trainer = trainer
-    return trainer, interruption
 
 
 def compare(

@@ -32,6 +32,7 @@ from fla.training.callbacks import FlaTrainer, Interruption, LiveProgress, LossG
 from fla.training.checkpoints import checkpoints, newest_whole
 from fla.training.corpus import Corpus, compressed_bits_per_byte, load_corpus
 from fla.training.errors import TrainingDiverged, UsageError
+from fla.training.saved import load_saved
 from fla.training.sharded import ShardedTrainer
 from fla.training.tokens import TokenBlocks, collate, encode, load_tokenizer, make_blocks
 
@@ -55,7 +56,10 @@ class RunArguments:
         default="text", metadata={"help": "Column of a table that holds text."}
     )
     streaming: bool = field(default=False, metadata={"help": "Read a table or dataset on the fly."})
-    tokenizer: str = field(default="byte", metadata={"help": "'byte' or a Hugging Face tokenizer."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "'byte' or a Hugging Face tokenizer; else the folder's own, or 'byte'."},
+    )
     seq_len: int = field(default=512, metadata={"help": "Tokens in a block."})
     sequence_parallel: bool = field(
         default=False, metadata={"help": "All processes of torchrun hold every sequence together."}
@@ -89,12 +93,14 @@ def architectures() -> dict[str, type[DecoderConfig]]:
     return {config.model_type: config for config in configs}
 
 
-def build_model(run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A fresh model of a registered architecture, or the one saved in a folder."""
+def build_model(run: RunArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A fresh model of a registered architecture, or a saved one; and its tokenizer."""
     if Path(run.model).is_dir():
         if run.model_config:
             raise UsageError("--model_config: a saved model has its config; drop the overrides")
-        return AutoModelForCausalLM.from_pretrained(run.model)
+        model, tokenizer = load_saved(run.model, run.tokenizer)
+        return model.float(), tokenizer  # a step may be less than what 16 bits can add to a weight
+    tokenizer = load_tokenizer(run.tokenizer or "byte")
     known = architectures()
     if run.model not in known:
         near = difflib.get_close_matches(run.model, known, n=1)
@@ -111,7 +117,7 @@ def build_model(run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> PreTra
         "pad_token_id": tokenizer.pad_token_id,
     } | values
     try:
-        return AutoModelForCausalLM.from_config(known[run.model](**values))
+        return AutoModelForCausalLM.from_config(known[run.model](**values)), tokenizer
     except (TypeError, ValueError) as error:
         raise UsageError(f"--model_config: {error}") from error
 
@@ -143,14 +149,13 @@ def train(run: RunArguments, args: TrainingArguments) -> Result | None:
     """
     console = Console(highlight=False, soft_wrap=True, quiet=args.process_index > 0)
     folder = Path(args.output_dir)
-    tokenizer = load_tokenizer(run.tokenizer)
+    torch.manual_seed(args.seed)
+    model, tokenizer = build_model(run)
     corpus = load_corpus(run.data, run.data_column, run.streaming)
     blocks = make_blocks(corpus, tokenizer, run.seq_len)
     held_out = None
     if args.eval_strategy != "no":
         held_out = TokenBlocks(corpus.held_out, tokenizer, run.seq_len)
-    torch.manual_seed(args.seed)
-    model = build_model(run, tokenizer)
     resume_from = find_resume_point(run, folder)
     parameters = model.num_parameters()
     console.print(
@@ -162,8 +167,9 @@ def train(run: RunArguments, args: TrainingArguments) -> Result | None:
         check_sharded(args)
         kind = ShardedTrainer
     trainer, interruption = make_trainer(
-        run, args, model, tokenizer, blocks, held_out, console, kind
-    )
+        args, model, blocks, console, kind=kind, max_minutes=run.max_minutes,
+        eval_dataset=held_out, processing_class=tokenizer,
+    )  # fmt: skip
     run_trainer(trainer, interruption, resume_from)
     if interruption.asked:
         last = newest_whole(folder)
@@ -207,17 +213,41 @@ def find_resume_point(run: RunArguments, folder: Path) -> Path | None:
     return None
 
 
+def short_run(
+    folder: Path, steps: int, batch_size: int, learning_rate: float, warmup: float, seed: int
+) -> TrainingArguments:
+    """Arguments of a cell of `fla task` and `fla study`: a share of the steps warms up, halfway it
+    is saved, and its folder holds no logs.
+    """
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, int(steps * warmup)),
+        weight_decay=0.1,
+        logging_steps=max(1, steps // 5),
+        save_steps=max(1, steps // 2),
+        save_total_limit=1,
+        seed=seed,
+        report_to=[],
+    )
+
+
 def make_trainer(
-    run: RunArguments,
     args: TrainingArguments,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     blocks: Any,
-    held_out: Any,
     console: Console,
+    *,
     kind: Callable[..., FlaTrainer] = FlaTrainer,
+    max_minutes: float | None = None,
+    **more: Any,
 ) -> tuple[FlaTrainer, Interruption]:
-    """The Trainer, of a kind of it, with our callbacks in place of its printers."""
+    """The Trainer, of a kind of it, with our callbacks in place of its printers; `more` are
+    arguments of its own.
+    """
     args.remove_unused_columns = False
     args.logging_nan_inf_filter = False  # a loss that is no number must be seen, not averaged away
     args.disable_tqdm = True
@@ -228,19 +258,12 @@ def make_trainer(
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "logs"))
     args.prediction_loss_only = True
     guard, progress = LossGuard(), LiveProgress(console)
-    interruption = Interruption(run.max_minutes, say)
-    trainer = kind(
-        model,
-        args,
-        data_collator=collate,
-        train_dataset=blocks,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        # progress comes first: what it adds to a log reaches TensorBoard with it
-        callbacks=[interruption, guard],
-    )
+    interruption = Interruption(max_minutes, say)
+    more = dict(data_collator=collate, train_dataset=blocks) | more
+    trainer = kind(model, args, callbacks=[interruption, guard], **more)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    # first: what it adds to a log reaches TensorBoard with it
     trainer.callback_handler.callbacks.insert(0, progress)
     guard.trainer = progress.trainer = trainer
     return trainer, interruption

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Figures of traces against the operators themselves, and against what is known of small cases."""
 
+import itertools
 import math
 
 import pytest
@@ -42,8 +43,37 @@ def test_implied_attention_is_the_operator(op):
     found = Trace.of(op, inputs)
     o = op.call(op.chunk, inputs)[0]
     A = attention(found)
-    assert_same(torch.einsum("bhts,bshv->bthv", A, found.v), o, "o")
+    assert_same(torch.einsum("bhts,bshv->bthv", A, found.v).view_as(o), o, "o")
     assert not A.triu(1).any()
+
+
+@pytest.mark.parametrize("name", ["gsa", "abc", "gated_oja_rule", "hgrn", "mamba", "rwkv4"])
+@pytest.mark.parametrize("form", ["chunk", "token"])
+def test_operators_with_a_transition_for_each_channel_are_traced(name, form):
+    """The last of an operator's runs is what it computes, its value channels as heads."""
+    op = next(op for op in OPS if op.name == name)
+    inputs = op.inputs(2, 11, 2, 5, 6, HV=4, dtype=torch.float64)
+    states = op.states(2, 2, 5, 6, HV=4)
+
+    class Layer(torch.nn.Module):
+        def forward(self, states=None):
+            return op.call(getattr(op, form), inputs, states)
+
+    with trace(layer := Layer()) as found:
+        o = layer()[0].flatten(2)
+    got = torch.einsum("bhts,bshv->bthv", attention(found[-1]), found[-1].v).flatten(2)
+    if name == "rwkv4":  # and the token itself
+        got = got + (1 - found[-1].q.flatten(2)) * inputs["v"]
+    assert_same(got, o, name)
+    with trace(layer) as found:
+        o = layer(states)[0].flatten(2)
+    last = found[-1]
+    before, after = zip(*itertools.pairwise(last.states()), strict=True)
+    read = torch.stack(before if last.before else after, 1)
+    got = last.scale * torch.einsum("bthk,bthkv->bthv", last.q, read).flatten(2)
+    if name == "rwkv4":
+        got = got + (1 - last.q.flatten(2)) * inputs["v"]
+    assert_same(got, o, f"{name} from a state")
 
 
 def test_a_wrong_trace_would_be_found():
@@ -89,9 +119,6 @@ def test_what_cannot_be_traced_is_refused():
     bounds = torch.tensor([0, 3, 9])
     with pytest.raises(ValueError, match="several sequences in a row"), trace(model):
         model(ids(1, 9), cu_seqlens=bounds)
-    slots = make_model("gsa")
-    with pytest.raises(ValueError, match="transition for each"), trace(slots):
-        slots(ids(1, 9))
     op = next(op for op in OPS if op.equation is None)
     with pytest.raises(ValueError, match="no point of the one equation"):
         Trace.of(op, {})

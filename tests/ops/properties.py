@@ -41,8 +41,13 @@ def reference(op: OpCase, inputs: dict[str, Tensor], states=None, form=token_for
     point = op.equation(op.without_groups(inputs))
     scale = point.pop("scale", op.fixed.get("scale", point["q"].shape[-1] ** -0.5))
     steps = point.pop("steps", 1)
-    o, final = form(**point, scale=scale, state=None if states is None else states[0])
-    return [o[:, steps - 1 :: steps], final]
+    state = None if states is None else states[0]
+    while state is not None and state.dim() < 4:  # a scan: K or V or both are 1
+        state = state.unsqueeze(-1)
+    o, final = form(**point, scale=scale, state=state)
+    o = o[:, steps - 1 :: steps]
+    axes = len(str(op.state["initial_state"]).split())
+    return [o, final] if axes == 4 else [o[..., 0], final.flatten(axes - 1)]
 
 
 def results(got: list[Tensor], want: list[Tensor], what: str, rtol: float = 1e-11) -> None:

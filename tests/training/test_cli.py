@@ -13,11 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from fla import cli
 from fla.training.callbacks import FlaTrainer
 from fla.training.checkpoints import damage, newest_whole
+from fla.training.run import RunArguments, build_model
 
 SMALL = [
     "--model_config", "hidden_size=16", "num_hidden_layers=2", "num_heads=1", "head_dim=8", "intermediate_size=16",
@@ -370,6 +378,38 @@ def test_going_on_from_a_saved_model(text, trained, tmp_path):
     ]
     assert cli.main(["train", *SMALL[SMALL.index("--seq_len") :], *flags]) == 0
     assert train(text, tmp_path / "s", "--model", str(trained)) == 2
+    AutoModelForCausalLM.from_pretrained(trained).bfloat16().save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(trained).save_pretrained(tmp_path / "half")
+    run = RunArguments(model=str(tmp_path / "half"))
+    assert {p.dtype for p in build_model(run)[0].parameters()} == {torch.float32}
+
+
+def test_going_on_takes_the_tokenizer_of_the_checkpoint(text, trained, tmp_path, capsys):
+    words = ["<s>", "def", "return", "x", "+"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "x"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>").save_pretrained(tmp_path / "t")
+    more = ["--tokenizer", str(tmp_path / "t")]
+    assert train(text, tmp_path / "a", *more) == 0
+    rest = SMALL[SMALL.index("--seq_len") :]
+    on = ["train", *rest, "--data", text, "--model", str(tmp_path / "a"), "--output_dir"]
+    assert cli.main([*on, str(tmp_path / "b")]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "b").get_vocab() == {
+        word: i for i, word in enumerate(words)
+    }
+    assert cli.main([*on, str(tmp_path / "c"), "--tokenizer", "byte"]) == 2
+    assert "it has 259 tokens, and checkpoint" in capsys.readouterr().err
+    for file in (tmp_path / "a").glob("tokenizer*"):
+        file.unlink()
+    assert cli.main([*on, str(tmp_path / "d")]) == 2
+    assert "has no tokenizer; pass --tokenizer" in capsys.readouterr().err
+
+
+def test_the_example_of_going_on(text, trained, tmp_path):
+    flags = ["--model", str(trained), "--data", text, "--output_dir", str(tmp_path / "on")]
+    short = ["--max_steps", "2", "--sample_tokens", "4", "--seq_len", "32", "--use_cpu", "true"]
+    assert cli.main(["train", "--config", "examples/continue.yaml", *flags, *short]) == 0
+    assert json.loads((tmp_path / "on" / "results.json").read_text())["steps"] == 2
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,16 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def l2norm(x: Tensor) -> Tensor:
-    """`x / sqrt(sum(x^2) + 1e-6)` over the last axis, in x's dtype."""
+def l2norm(x: Tensor, eps: float = L2_EPS, output_dtype: torch.dtype | None = None) -> Tensor:
+    """`x / sqrt(sum(x^2) + eps)` over the last axis, in fp32 for lower dtypes.
+
+    Example:
+        >>> l2norm(torch.tensor([3.0, 4.0])).tolist()
+        [0.6000000238418579, 0.800000011920929]
+    """
     y = wide(x)
-    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype)
+    y = y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)
+    return y.to(output_dtype or x.dtype)
 
 
 def softplus_gate(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:

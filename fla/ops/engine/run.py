@@ -34,6 +34,15 @@ KERNELS: dict[str, Any] = {"native": native, "triton": triton}
 # Called with (op, options, tensors by name) at every run, while `fla.analysis.record` looks on.
 observers: list[Callable[[str, "Options", dict[str, Tensor | None]], None]] = []
 
+
+def announce(op: str, options: "Options", **tensors: Tensor | None) -> None:
+    """Tell all observers of a run, with the tensors of `run` (`state` is the initial one). Scans,
+    which do not come through `run`, say what they are as one: a head for each of their channels.
+    """
+    for look in observers:
+        look(op, options, dict(tensors))
+
+
 _overwriting = False
 
 
@@ -122,8 +131,8 @@ def run(
         _check(op, options, q, k, v, gates, initial_state, cu_seqlens, names or {})
         if kinds is not None and len(_checked) < CHECKED:
             _checked.add(kinds)
-    for look in observers:
-        look(op, options, dict(q=q, k=k, v=v, **gates, state=initial_state, cu_seqlens=cu_seqlens))
+    if observers:
+        announce(op, options, q=q, k=k, v=v, **gates, state=initial_state, cu_seqlens=cu_seqlens)
     cu_seqlens = host_boundaries(op, cu_seqlens, cu_seqlens_cpu)
     parallel = current()
     if parallel is not None:
