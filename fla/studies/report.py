@@ -101,8 +101,9 @@ def draw(study: Study, rows: dict[str, Row]) -> Any:
 def _scaling(study: Study, rows: dict[str, Row], axes: Any) -> None:
     for i, (group, points) in enumerate(by_group(study, rows).items()):
         sizes, bits = zip(*points, strict=True)
-        axes[0].plot(sizes, bits, "o", color=f"C{i}")
-        if len(set(sizes)) < 2:
+        lone = len(set(sizes)) < 2
+        axes[0].plot(sizes, bits, "o", color=f"C{i}", label=group if lone else None)
+        if lone:
             continue
         E, A, alpha = power_law(list(sizes), list(bits))
         fine = np.geomspace(min(sizes), max(sizes), 50)
