@@ -7,17 +7,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.ops.engine.dispatch import resolve_module
+from fla.ops.engine.native import gated
+
 
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.has_bias = bias is not None
-        return F.linear(F.silu(gate) * up, weight, bias)
+        return F.linear(swiglu(gate, up), weight, bias)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         gate, up, weight = ctx.saved_tensors
+        if _native(gate, up):
+            rows = dy.flatten(0, -2)
+            dweight = rows.mT @ swiglu(gate, up).flatten(0, -2)
+            dup, dgate, *_ = gated.backward(dy @ weight, up, gate, None, None, "silu", None)
+            return dgate, dup, dweight, rows.sum(0) if ctx.has_bias else None
         sigmoid = gate.sigmoid()
         swish = gate * sigmoid
         rows = dy.flatten(0, -2)
@@ -25,6 +33,11 @@ class _SwiGLULinear(torch.autograd.Function):
         dproduct = dy @ weight
         dgate = dproduct * up * (sigmoid + swish * (1 - sigmoid))
         return dgate, dproduct * swish, dweight, rows.sum(0) if ctx.has_bias else None
+
+
+def _native(gate: Tensor, up: Tensor) -> bool:
+    same = gate.dtype == up.dtype and gated.fits(up, gate, None, None)
+    return same and resolve_module("swiglu_linear", gate) == "native"
 
 
 def swiglu(x: Tensor, y: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fla.ops.engine.dispatch import resolve_module
 from fla.ops.engine.gates import wide
 from fla.ops.engine.kernels.ops import interpreted, on_device
 from fla.ops.engine.kernels.selfcheck import differs_from, trusted
+from fla.ops.engine.native.gated import fits, rows
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
@@ -117,10 +118,15 @@ def _plain(
     return y * ACTIVATIONS[activation](wide(g))
 
 
-def _form(x: Tensor, activation: str) -> Callable[..., Tensor]:
+def _form(
+    x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str
+) -> Callable[..., Tensor]:
     if torch.compiler.is_compiling():
         return _plain  # of which it keeps no more
-    if x.shape[-1] <= WIDEST and resolve_module("rms_norm_gated", x) == "triton":
+    backend = resolve_module("rms_norm_gated", x)
+    if backend == "native" and fits(x, g, weight, bias):
+        return rows
+    if x.shape[-1] <= WIDEST and backend == "triton":
         kind = Kind(x.device, x.dtype, x.shape[-1], activation)
         if trusted(kind, _differs, interpreted()):
             return _Triton.apply
@@ -147,7 +153,7 @@ def rms_norm_gated(
     total = x
     if residual is not None or residual_in_fp32:
         total = wide(x) if residual is None else wide(x) + residual
-    y = _form(x, activation)(total, g, weight, bias, activation, eps)
+    y = _form(total, g, weight, bias, activation)(total, g, weight, bias, activation, eps)
     y = y.to(x.dtype)
     return (y, total if residual_in_fp32 else total.to(x.dtype)) if prenorm else y
 

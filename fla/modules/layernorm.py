@@ -15,6 +15,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.ops.engine.dispatch import resolve_module
+from fla.ops.engine.native.gated import fits, rows
+
 
 def layer_norm(
     x: Tensor,
@@ -34,6 +37,10 @@ def layer_norm(
         total = residual.float() + x if residual_in_fp32 else x + residual
     elif residual_in_fp32:
         total = x.float()
+    native = is_rms_norm and resolve_module("rms_norm", total) == "native"
+    if native and fits(total, None, weight, bias):
+        y = rows(total, None, weight, bias, None, eps).to(x.dtype)
+        return (y, total) if prenorm else y
     if is_rms_norm and bias is None and (weight is None or weight.dtype == total.dtype):
         y = F.rms_norm(total, total.shape[-1:], weight, eps).to(x.dtype)  # in fp32 itself
         return (y, total) if prenorm else y

@@ -32,13 +32,13 @@ _TORCH = (
     "block_sparse_attention", "deltaformer", "deltaformer_attn", "dilated_attention",
     "log_linear_attn", "titans_linear", "ttt_linear",
 )  # fmt: skip
-_MODULES = (
-    "cross_entropy_loss",
-    "fused_linear_cross_entropy_loss",
-    "fused_linear_divergence",
-    "rms_norm_gated",
-)
-_NOT = {"native": ("hgrn", "rwkv4", *_MODULES), "triton": ("abc", "gated_oja_rule", "gsa")}
+_LOSSES = ("cross_entropy_loss", "fused_linear_cross_entropy_loss", "fused_linear_divergence")
+_ROWS = ("rms_norm", "swiglu_linear")  # which torch has fused on a GPU, or keeps nothing more for
+_MODULES = (*_LOSSES, *_ROWS, "rms_norm_gated")
+_NOT = {
+    "native": ("hgrn", "rwkv4", *_LOSSES),
+    "triton": ("abc", "gated_oja_rule", "gsa", *_ROWS),
+}
 _FORMS = ("fused_recurrent_", "fused_chunk_", "chunk_", "parallel_", "")
 _WITHOUT = {
     backend: frozenset(form + name for form in _FORMS for name in (*_TORCH, *own))
@@ -111,11 +111,18 @@ def resolve(
 
 
 def resolve_module(op: str, x: Tensor) -> str:
-    """`triton` or `torch` for what `_MODULES` names: torch's form where native kernels are asked
-    for, and inside `torch.compile`, which fuses it.
+    """What runs one of `_MODULES`: torch's form inside `torch.compile`, which fuses it, and where
+    kernels are asked for that it does not have.
     """
-    torchs = torch.compiler.is_compiling() or requested()[0] == "native"
-    return resolve(op, x.device, "torch" if torchs else None, x.dtype)
+    wanted = requested()[0]
+    if torch.compiler.is_compiling():
+        return "torch"
+    if wanted is None:
+        return _first_available(op, x.device, x.dtype, 0)
+    without = wanted == "triton" and op in _ROWS
+    if without or (wanted == "native" and unavailable("native", x.device, op, x.dtype)):
+        return "torch"
+    return resolve(op, x.device, None, x.dtype)
 
 
 _first: dict[tuple, str] = {}
@@ -198,6 +205,8 @@ FORMS = {
     "fused_recurrent_deltaformer": "exact blocks of one row, formed again in the backward",
     "causal_conv1d": "one product per tap, under plain autograd",
     "rms_norm_gated": "in fp32; backward by hand",
+    "rms_norm": "torch's own",
+    "swiglu_linear": "the product formed again in the backward",
     "cross_entropy_loss": "in fp32, under plain autograd",
     **dict.fromkeys(
         ("fused_linear_cross_entropy_loss", "fused_linear_divergence"),
@@ -217,6 +226,10 @@ FORMS = {
 SCAN_FORM = "channels side by side, token by token, in C++ ({}); backward by hand"
 NATIVE_FORMS = {
     **dict.fromkeys(("chunk_mamba", "fused_recurrent_mamba", "causal_conv1d"), SCAN_FORM),
+    **dict.fromkeys(
+        ("rms_norm", "rms_norm_gated"), "a pass over the rows in C++ ({}); backward by hand"
+    ),
+    "swiglu_linear": "forward in torch, a pass over the rows in C++ ({}) in the backward",
     "fused_recurrent_": "token by token in C++ ({}); with gradients as the chunk form, or torch's "
     "token form where beta is per value channel, or a decay of value channels is not alone",
     "": "chunks of 16 tokens in C++ ({}); backward by hand",

@@ -62,10 +62,21 @@ class Scan(Structure):
     ]
 
 
+class Gated(Structure):
+    _fields_ = [
+        *((name, View) for name in ("x", "g", "y", "dx", "dg")),
+        *((name, c_void_p) for name in ("weight", "bias", "dweight", "dbias")),
+        *((name, c_int64) for name in ("N", "D")),
+        ("eps", c_float),
+        *((name, c_int32) for name in ("norm", "gate")),
+    ]
+
+
 PROBLEMS: dict[str, tuple[type[Structure], tuple[str, ...]]] = {  # and the functions that take them
     "fla_problem_size": (Problem, ("fla_forward", "fla_backward", "fla_token")),
     "fla_conv_size": (Conv, ("fla_conv_forward", "fla_conv_backward")),
     "fla_scan_size": (Scan, ("fla_scan_forward", "fla_scan_backward")),
+    "fla_gated_size": (Gated, ("fla_gated_forward", "fla_gated_backward")),
 }
 
 
@@ -153,7 +164,7 @@ def instruction_set() -> int:
     return next(i for i in range(lib.fla_isa_count()) if lib.fla_isa_name(i) == name)
 
 
-def call(function: str, problem: Problem | Conv | Scan) -> None:
+def call(function: str, problem: Problem | Conv | Scan | Gated) -> None:
     """Run one of the library's functions on torch's number of threads."""
     status = getattr(library(), function)(
         ctypes.byref(problem), instruction_set(), torch.get_num_threads()

@@ -138,6 +138,14 @@ int run_channels(Kernel<P> Kernels::*which, const P* p, int isa, int threads, in
                    [=](int64_t i) { return Task{i / blocks, i % blocks, 0, 0, 0, 0}; });
 }
 
+// Blocks of BLOCK rows.
+int run_rows(Kernel<Gated> Kernels::*which, const Gated* p, int isa, int threads) {
+  if (isa < 0 || isa >= ISA_COUNT || !ISAS[isa].runs()) return NO_SUCH_ISA;
+  if (double(p->N) * double(p->D) * (p->gate ? EXPONENTIAL : 4) < ALONE) threads = 1;
+  return run_tasks(ISAS[isa].kernels->*which, *p, (p->N + BLOCK - 1) / BLOCK, threads,
+                   [](int64_t i) { return Task{i, 0, 0, 0, 0, 0}; });
+}
+
 }  // namespace
 
 #define EXPORT __attribute__((visibility("default")))
@@ -178,6 +186,16 @@ EXPORT int fla_scan_forward(const Scan* p, int isa, int threads) {
 
 EXPORT int fla_scan_backward(const Scan* p, int isa, int threads) {
   return run_channels(&Kernels::scan_backward, p, isa, threads, EXPONENTIAL * p->K);
+}
+
+EXPORT int64_t fla_gated_size() { return sizeof(Gated); }
+
+EXPORT int fla_gated_forward(const Gated* p, int isa, int threads) {
+  return run_rows(&Kernels::gated_forward, p, isa, threads);
+}
+
+EXPORT int fla_gated_backward(const Gated* p, int isa, int threads) {
+  return run_rows(&Kernels::gated_backward, p, isa, threads);
 }
 
 EXPORT int fla_token(const Problem* p, int isa, int threads) {

@@ -10,8 +10,6 @@
 
 namespace FLA_ISA {
 
-FLA_INLINE vf sigmoid(vf z) { return 1.f / (1.f + exponential(-z)); }
-
 struct ConvTask {
   const Conv& p;
   const int64_t n, batch, begin, end, first;

@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "conv.h"
+#include "gated.h"
 #include "selective.h"
 #include "token.h"
 
@@ -48,6 +49,6 @@ static int64_t chunks_backward(const Problem& p, Task task, float* w) {
 
 extern const Kernels kernels = {chunks,       chunks_backward, Dispatch<Tokens>::run,
                                 conv_forward, conv_backward,   scan_forward,
-                                scan_backward};
+                                scan_backward, gated_forward,   gated_backward};
 
 }  // namespace FLA_ISA

@@ -11,4 +11,5 @@ struct Kernels {
   Kernel<Problem> forward, backward, token;
   Kernel<Conv> conv_forward, conv_backward;
   Kernel<Scan> scan_forward, scan_backward;
+  Kernel<Gated> gated_forward, gated_backward;
 };

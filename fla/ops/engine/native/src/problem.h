@@ -6,6 +6,7 @@
 enum Type : int32_t { F32 = 0, BF16 = 1, F16 = 2 };
 enum Decay : int32_t { NO_DECAY = 0, SCALAR = 1, VECTOR = 2, COLUMN = 3 };  // COLUMN: by `gv`
 enum Erase : int32_t { NO_ERASE = 0, DELTA = 1, LOW_RANK = 2 };
+enum Gate : int32_t { NO_GATE = 0, SILU = 1, SIGMOID = 2 };
 
 struct View {  // [B, T, heads, channels], or [B, T, heads]; strides in elements
   void* data;
@@ -49,6 +50,17 @@ struct Scan {
   float *final_state, *dinitial, *states, *dA, *dB, *dC;
   const int64_t* bounds;
   int64_t N, T, D, K;
+};
+
+// N rows of D channels through a norm, a gate or both; `y` is its gradient in a backward pass. weight
+// and bias [D], their gradients [blocks of BLOCK rows, D].
+struct Gated {
+  View x, g, y, dx, dg;
+  const float *weight, *bias;
+  float *dweight, *dbias;
+  int64_t N, D;
+  float eps;
+  int32_t norm, gate;
 };
 
 constexpr int CHUNK = 16, BLOCK = 64, PANEL = 32, CHANNELS = 128;

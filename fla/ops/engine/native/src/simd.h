@@ -55,6 +55,8 @@ FLA_INLINE vf exponential(vf x) {
   return x != x ? x : p;
 }
 
+FLA_INLINE vf sigmoid(vf x) { return 1.f / (1.f + exponential(-x)); }
+
 // what a product is added to: nothing, C, or C times a factor of each row or of each column
 enum Start { ZERO, KEEP, BY_ROW, BY_COLUMN };
 
