@@ -23,7 +23,7 @@ SMALL = ["--hidden_size", "32", "--head_dim", "16", "--layers", "1", "--repeats"
     ],
 )
 def test_it_measures_models_side_by_side(name, options, figure, tmp_path):
-    models = ["gla", "transformer", "hf:llama"]
+    models = ["gla", "hf:llama"]
     command = [sys.executable, "-m", f"benchmarks.{name}", *SMALL, *options, "--device", "cpu"]
     subprocess.run(
         [*command, "--models", *models, "--out", str(tmp_path)], check=True, cwd=ROOT, timeout=300

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
+from fla import cli
 from fla.layers import GatedDeltaNet
 from fla.models import Cache
 from fla.studies import AblatedGatedDeltaNetConfig, AblatedGatedDeltaNetForCausalLM, load, run_study
@@ -114,18 +115,18 @@ def test_a_study_runs_by_one_command_and_keeps_finished_cells(kind, tmp_path):
     cells = (
         "cells: [{name: small one, model: gla}, {name: b, model: transformer, hidden_size: 64}]\n"
     )
-    (tmp_path / "s.yaml").write_text(f"kind: {kind}\n{QUICK}lengths: [64, 128]\n{cells}")
-    command = [
-        sys.executable,
-        "-m",
-        "fla.cli",
-        "study",
-        str(tmp_path / "s.yaml"),
-        "--output_dir",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "text").mkdir()
+    for i in range(3):
+        (tmp_path / "text" / f"{i}.txt").write_text("".join(f"{i} and {j}\n" for j in range(900)))
+    text = f"data: {tmp_path / 'text'}\nlengths: [64, 128]\n"
+    (tmp_path / "s.yaml").write_text(f"kind: {kind}\n{QUICK}{text}{cells}")
+    command = ["study", str(tmp_path / "s.yaml"), "--output_dir", str(tmp_path)]
+    if kind == "scaling":
+        whole = [sys.executable, "-m", "fla.cli", *command]
+        done = subprocess.run(whole, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    else:
+        assert cli.main(command) == 0
     assert "| small one |" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "results.png").stat().st_size > 5000
     (cell,) = tmp_path.glob("small-one-*/results.json")
@@ -133,12 +134,8 @@ def test_a_study_runs_by_one_command_and_keeps_finished_cells(kind, tmp_path):
     assert ("long" in row) == (kind == "long_context") and row["bits_per_byte"] > 0
     if kind != "scaling":
         return
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0 and cell.stat().st_mtime_ns == when
-    other = subprocess.run(
-        [*command, "--set", "seed=1"], capture_output=True, text=True, timeout=300
-    )
-    assert other.returncode == 0
+    assert cli.main(command) == 0 and cell.stat().st_mtime_ns == when
+    assert cli.main([*command, "--set", "seed=1"]) == 0
     seeds = {
         json.loads(x.read_text())["settings"]["seed"]
         for x in tmp_path.glob("small-one-*/results.json")
