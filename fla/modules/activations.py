@@ -37,11 +37,13 @@ class _SwiGLULinear(torch.autograd.Function):
 
 def _native(gate: Tensor, up: Tensor) -> bool:
     same = gate.dtype == up.dtype and gated.fits(up, gate, None, None)
-    return same and resolve_module("swiglu_linear", gate) == "native"
+    return same and resolve_module("swiglu", gate) == "native"
 
 
 def swiglu(x: Tensor, y: Tensor) -> Tensor:
     """`silu(x) * y`."""
+    if torch.is_grad_enabled() and _native(x, y):  # without, torch is faster
+        return gated.rows(y, x, None, None, "silu", None)
     return F.silu(x) * y
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fla import explain, use_backend
-from fla.modules.activations import swiglu_linear
+from fla.modules.activations import swiglu, swiglu_linear
 from fla.modules.fused_norm_gate import rms_norm_gated
 from fla.modules.layernorm import rms_norm
 from fla.ops.engine.native import gated, library
@@ -19,6 +19,7 @@ FORMS = {
     "bare norm": lambda x, g, w, b: rms_norm(x, None, None),
     "swish": lambda x, g, w, b: rms_norm_gated(x, g, w, b),
     "sigmoid": lambda x, g, w, b: rms_norm_gated(x, g, w, None, "sigmoid"),
+    "swiglu": lambda x, g, w, b: swiglu(g, x),
     "swiglu and linear": lambda x, g, w, b: swiglu_linear(g, x, w[None]),
 }
 
@@ -128,7 +129,7 @@ def test_extremes():
 def test_it_is_explained_compiled_and_transformed():
     x, g, w, _ = (y.float() for y in problem(5, 8))
     calls = [(rms_norm, (x, w, None)), (rms_norm_gated, (x, g, w, None))]
-    for function, inputs in [*calls, (swiglu_linear, (g, x, w[None]))]:
+    for function, inputs in [*calls, (swiglu, (g, x)), (swiglu_linear, (g, x, w[None]))]:
         told = explain(function, *inputs)
         assert told.backend == "native" and "a pass over the rows in C++" in told.form
         with use_backend("torch"):

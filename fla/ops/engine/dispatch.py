@@ -33,7 +33,11 @@ _TORCH = (
     "log_linear_attn", "titans_linear", "ttt_linear",
 )  # fmt: skip
 _LOSSES = ("cross_entropy_loss", "fused_linear_cross_entropy_loss", "fused_linear_divergence")
-_ROWS = ("rms_norm", "swiglu_linear")  # which torch has fused on a GPU, or keeps nothing more for
+_ROWS = (
+    "rms_norm",
+    "swiglu",
+    "swiglu_linear",
+)  # on a GPU torch's do
 _MODULES = (*_LOSSES, *_ROWS, "rms_norm_gated")
 _NOT = {
     "native": ("hgrn", "rwkv4", *_LOSSES),
@@ -205,7 +209,7 @@ FORMS = {
     "fused_recurrent_deltaformer": "exact blocks of one row, formed again in the backward",
     "causal_conv1d": "one product per tap, under plain autograd",
     "rms_norm_gated": "in fp32; backward by hand",
-    "rms_norm": "torch's own",
+    **dict.fromkeys(("rms_norm", "swiglu"), "torch's own"),
     "swiglu_linear": "the product formed again in the backward",
     "cross_entropy_loss": "in fp32, under plain autograd",
     **dict.fromkeys(
@@ -229,7 +233,9 @@ NATIVE_FORMS = {
     **dict.fromkeys(
         ("rms_norm", "rms_norm_gated"), "a pass over the rows in C++ ({}); backward by hand"
     ),
-    "swiglu_linear": "forward in torch, a pass over the rows in C++ ({}) in the backward",
+    **dict.fromkeys(
+        ("swiglu", "swiglu_linear"), "torch forward, a pass over the rows in C++ ({}) for gradients"
+    ),
     "fused_recurrent_": "token by token in C++ ({}); with gradients as the chunk form, or torch's "
     "token form where beta is per value channel, or a decay of value channels is not alone",
     "": "chunks of 16 tokens in C++ ({}); backward by hand",
