@@ -37,8 +37,8 @@ def layer_norm(
         total = residual.float() + x if residual_in_fp32 else x + residual
     elif residual_in_fp32:
         total = x.float()
-    native = is_rms_norm and resolve_module("rms_norm", total) == "native"
-    if native and fits(total, None, weight, bias):
+    native = is_rms_norm and fits(total, None, weight, bias)
+    if native and resolve_module("rms_norm", total) == "native":
         y = rows(total, None, weight, bias, None, eps).to(x.dtype)
         return (y, total) if prenorm else y
     if is_rms_norm and bias is None and (weight is None or weight.dtype == total.dtype):

@@ -42,8 +42,8 @@ def run(form: str, inputs: list, dtype: torch.dtype, backend: str) -> list[torch
     leaves = [y.detach().to(dtype).requires_grad_() for y in inputs]
     with use_backend(backend):
         y = FORMS[form](*leaves)
-        wave = torch.linspace(-2, 2, y.numel(), dtype=torch.float64).view(y.shape).cos()
-        grads = torch.autograd.grad(y, leaves, wave.to(dtype), allow_unused=True)
+        wave = torch.linspace(-2, 2, y.numel(), dtype=torch.float64, device="cpu").view(y.shape)
+        grads = torch.autograd.grad(y, leaves, wave.cos().to(dtype), allow_unused=True)
     assert y.dtype == dtype
     return [y.detach(), *(g for g in grads if g is not None)]
 
@@ -114,6 +114,19 @@ def test_what_the_kernels_cannot_read_is_torchs():
     assert rms_norm(x.to("meta"), w.to("meta"), None).device.type == "meta"
 
 
+def test_other_defaults_of_torch_change_nothing():
+    inputs = problem(70, 33)
+    want = run("swish", inputs, torch.float32, "native")
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+        got = run("swish", inputs, torch.float32, "native")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_extremes():
     x = torch.tensor([[0.0, 0.0], [1e18, -1e18], [torch.nan, 1.0], [torch.inf, 1.0]])
     y = rms_norm(x, None, None, eps=1e-6)
@@ -138,3 +151,5 @@ def test_it_is_explained_compiled_and_transformed():
     leaf = x.clone().requires_grad_()
     torch.nn.functional.rms_norm(leaf, (8,), w, 1e-5).square().sum().backward()
     torch.testing.assert_close(grad, leaf.grad)
+    traced = torch.jit.trace(lambda x: rms_norm(x, w, None), x)
+    torch.testing.assert_close(traced(2 * g), rms_norm(2 * g, w, None))

@@ -33,11 +33,7 @@ _TORCH = (
     "log_linear_attn", "titans_linear", "ttt_linear",
 )  # fmt: skip
 _LOSSES = ("cross_entropy_loss", "fused_linear_cross_entropy_loss", "fused_linear_divergence")
-_ROWS = (
-    "rms_norm",
-    "swiglu",
-    "swiglu_linear",
-)  # on a GPU torch's do
+_ROWS = ("rms_norm", "swiglu", "swiglu_linear")  # on a GPU torch's do
 _MODULES = (*_LOSSES, *_ROWS, "rms_norm_gated")
 _NOT = {
     "native": ("hgrn", "rwkv4", *_LOSSES),

@@ -24,15 +24,15 @@ def fits(x: Tensor, g: Tensor | None, weight: Tensor | None, bias: Tensor | None
     """Whether the kernels can read a call: g like x, weight and bias a row of it, all plain tensors
     of the CPU below fp64. torch's forms broadcast, and raise where that fails.
     """
-    if torch._C._are_functorch_transforms_active() or not x.numel():
-        return False  # tensors without memory
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False  # which see torch's operators alone
     shape, row = x.shape, x.shape[-1:]
     for y, wanted in ((x, shape), (g, shape), (weight, row), (bias, row)):
         if y is not None and not (
             type(y) in PLAIN and y.dtype in TYPES and y.is_cpu and y.shape == wanted
         ):
             return False
-    return True
+    return x.numel() > 0
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -40,9 +40,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _view(x: Tensor | None) -> View:
-    return (
-        View() if x is None else View(x.data_ptr(), 0, x.stride(0), 0, x.stride(1), TYPES[x.dtype])
-    )
+    if x is None:
+        return View()
+    return View(x.data_ptr(), 0, x.stride(0), 0, x.stride(1), TYPES[x.dtype])
 
 
 def _parameter(x: Tensor | None) -> Tensor | None:
@@ -88,7 +88,7 @@ def backward(
     dx, dg = (None if y is None else y.new_empty(y.shape) for y in (x, g))
     p.y, p.dx = _view(rows), _view(dx.view(-1, p.D))
     p.dg = _view(None if dg is None else dg.view(-1, p.D))
-    sums = torch.empty(2, -(-p.N // BLOCK), p.D)
+    sums = torch.empty(2, -(-p.N // BLOCK), p.D, dtype=torch.float32, device="cpu")
     p.dweight = None if weight is None else sums[0].data_ptr()
     p.dbias = None if bias is None else sums[1].data_ptr()
     library.call("fla_gated_backward", p)
