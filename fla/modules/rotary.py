@@ -34,7 +34,8 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fa
     else:
         a, b = rotated.chunk(2, -1)
         y = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    return torch.cat([y.to(x.dtype), rest], -1)
+    y = y.to(x.dtype)
+    return torch.cat([y, rest], -1) if rest.shape[-1] else y
 
 
 class RotaryEmbedding(nn.Module):
