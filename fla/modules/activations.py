@@ -16,23 +16,20 @@ class _SwiGLULinear(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.has_bias = bias is not None
-        return F.linear(swiglu(gate, up), weight, bias)
+        return F.linear(F.silu(gate) * up, weight, bias)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         gate, up, weight = ctx.saved_tensors
-        if _native(gate, up):
-            rows = dy.flatten(0, -2)
-            dweight = rows.mT @ swiglu(gate, up).flatten(0, -2)
-            dup, dgate, *_ = gated.backward(dy @ weight, up, gate, None, None, "silu", None)
-            return dgate, dup, dweight, rows.sum(0) if ctx.has_bias else None
-        sigmoid = gate.sigmoid()
-        swish = gate * sigmoid
-        rows = dy.flatten(0, -2)
+        rows, swish = dy.flatten(0, -2), F.silu(gate)
         dweight = rows.mT @ (swish * up).flatten(0, -2)
         dproduct = dy @ weight
-        dgate = dproduct * up * (sigmoid + swish * (1 - sigmoid))
-        return dgate, dproduct * swish, dweight, rows.sum(0) if ctx.has_bias else None
+        if _native(gate, up):
+            dup, dgate, *_ = gated.backward(dproduct, up, gate, None, None, "silu", None)
+        else:
+            sigmoid, dup = gate.sigmoid(), dproduct * swish
+            dgate = dproduct * up * (sigmoid + swish * (1 - sigmoid))
+        return dgate, dup, dweight, rows.sum(0) if ctx.has_bias else None
 
 
 def _native(gate: Tensor, up: Tensor) -> bool:
