@@ -151,5 +151,7 @@ def test_it_is_explained_compiled_and_transformed():
     leaf = x.clone().requires_grad_()
     torch.nn.functional.rms_norm(leaf, (8,), w, 1e-5).square().sum().backward()
     torch.testing.assert_close(grad, leaf.grad)
+    form = torch.compile(rms_norm_gated, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(form(x, g, w, None), rms_norm_gated(x, g, w, None))
     traced = torch.jit.trace(lambda x: rms_norm(x, w, None), x)
     torch.testing.assert_close(traced(2 * g), rms_norm(2 * g, w, None))
