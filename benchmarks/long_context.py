@@ -33,7 +33,7 @@ from benchmarks.ops import resident_memory
 from fla.distributed import sequence_parallel
 from fla.ops.block_sparse_attention import block_sparse_attention, local_window
 from fla.ops.dilated_attention import dilated_attention, geometric_schedule
-from fla.ops.engine import pieces
+from fla.ops.engine.attention import pieces
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from fla.ops.ring_attention import ring_attention
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fla.core.parallel import current
 from fla.distributed import sequence_parallel
-from fla.ops.engine.parallel import current
 
 
 def no_effect(owner: str, why: str, **arguments: tuple[Any, Any]) -> None:

@@ -29,8 +29,8 @@ from dilated_attention_pytorch.patterns import (
     SparsePatternConfig,
     SparsePatternGenerator,
 )
+from fla.core.parallel import current
 from fla.ops.block_sparse_attention import BlockPattern, block_sparse_attention, hierarchical
-from fla.ops.engine.parallel import current
 
 
 class BlockSparseRingDilatedAttention(nn.Module):

@@ -24,7 +24,7 @@ _getter, __all__ = lazy_names(
             "recurrent_gated_delta_rule",
         ],
         "fla.ops.engine.dispatch": ["explain", "use_backend"],
-        "fla.ops.engine.run": ["overwrite_states"],
+        "fla.ops.engine.recurrence.recurrence": ["overwrite_states"],
         "fla.models.swap": ["accelerate"],
         "fla.layers": ["Attention", "DeltaNet", "GatedDeltaNet"],
         "fla.models": [

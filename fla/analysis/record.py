@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fla.ops.engine import run as engine
-from fla.ops.engine.gates import l2norm, wide
+from fla.core.precision import promote_to_fp32
+from fla.ops.engine.recurrence import recurrence as engine
+from fla.ops.engine.recurrence.gates import l2norm
 from fla.ops.registry import OpCase
 
 
@@ -126,13 +127,13 @@ def _trace(layer: str, op: str, options: engine.Options, x: dict[str, Any]) -> T
         x["state"] = x["state"].mT
     if x["gv"] is not None or (x["beta"] is not None and x["beta"].dim() == 4):
         x = _channels_as_heads(x)
-    q, k = (wide(l2norm(y) if options.l2norm else y) for y in (x["q"], x["k"]))
+    q, k = (promote_to_fp32(l2norm(y) if options.l2norm else y) for y in (x["q"], x["k"]))
     g = engine.row_decay(x["g"], x["gk"])
-    g = g if g is None else wide(g if g.dim() == 4 else g.unsqueeze(-1))
+    g = g if g is None else promote_to_fp32(g if g.dim() == 4 else g.unsqueeze(-1))
     beta = x["beta"]
-    v, a, b = (y if y is None else wide(y) for y in (x["v"], x["a"], x["b"]))
+    v, a, b = (y if y is None else promote_to_fp32(y) for y in (x["v"], x["a"], x["b"]))
     if beta is not None:
-        beta = wide(beta)
+        beta = promote_to_fp32(beta)
         v, a = beta[..., None] * v, -beta[..., None] * k
         b = b if b is not None else (k if g is None else g.exp() * k)
     return Trace(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fla.ops.engine.parallel import SequenceParallel, current, using
+from fla.core.parallel import SequenceParallel, current, using
 
 Ranks = dist.ProcessGroup | DeviceMesh | None
 

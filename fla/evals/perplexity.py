@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fla.core.layout import SequenceLayout
 from fla.models.decoder import next_tokens
-from fla.ops.engine.layout import SequenceLayout
 
 IGNORE = -100
 

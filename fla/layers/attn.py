@@ -14,10 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.layout import SequenceLayout
+from fla.core.parallel import Shard, halo, tie
 from fla.layers.mixer import Mixer
 from fla.modules import RMSNorm, RotaryEmbedding
-from fla.ops.engine.layout import SequenceLayout
-from fla.ops.engine.parallel import Shard, halo, tie
 from fla.ops.ring_attention import ring_attention
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla.core.layout import SequenceLayout
+from fla.core.parallel import refuse_sharded, tie, using
 from fla.layers.attn import Attention, Where
 from fla.ops import block_sparse_attention as page
 from fla.ops.block_sparse_attention import BlockPattern, block_sparse_attention
-from fla.ops.engine.layout import SequenceLayout
-from fla.ops.engine.parallel import refuse_sharded, tie, using
-from fla.ops.engine.spread import among_all, collect
+from fla.ops.engine.attention.sharded import among_all, collect
 
 PATTERNS: dict[str, Callable[..., BlockPattern]] = {
     f.__name__: f

@@ -9,7 +9,7 @@ from fla.layers.gated_deltanet import GatedDeltaNet
 from fla.layers.mixer import Context, State
 from fla.modules.l2norm import l2norm
 from fla.ops.comba import chunk_comba, fused_recurrent_comba
-from fla.ops.engine.gates import softplus_gate
+from fla.ops.engine.recurrence.gates import softplus_gate
 
 
 class Comba(GatedDeltaNet):

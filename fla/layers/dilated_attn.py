@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla.core.layout import SequenceLayout
 from fla.layers.attn import Attention, Where
 from fla.modules import LayerNorm
 from fla.ops.dilated_attention import branches, dilated_attention, dilated_attention_step
-from fla.ops.engine.layout import SequenceLayout
 
 SEGMENTS = (2048, 4096, 8192, 16384, 32768)  # the paper's language models
 RATES = (1, 2, 4, 6, 12)

@@ -17,7 +17,7 @@ from fla.layers.mixer import (
     whole,
 )
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
-from fla.ops.engine.gates import softplus_gate
+from fla.ops.engine.recurrence.gates import softplus_gate
 from fla.ops.gated_delta_product import (
     chunk_gated_delta_product,
     fused_recurrent_gated_delta_product,

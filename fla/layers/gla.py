@@ -5,6 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import (
     Context,
     RecurrentMixer,
@@ -17,7 +18,6 @@ from fla.layers.mixer import (
 )
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
 from fla.modules.activations import ACT2FN
-from fla.ops.engine.gates import wide
 from fla.ops.gla import chunk_gla, fused_recurrent_gla
 
 
@@ -165,7 +165,7 @@ class GatedLinearAttention(GatedProjections):
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         q, k, v, conv = self.heads(x, context)
         g = self.gk_proj(x).unflatten(-1, (-1, self.head_k_dim))
-        g = F.logsigmoid(wide(g)) / self.gate_logit_normalizer
+        g = F.logsigmoid(promote_to_fp32(g)) / self.gate_logit_normalizer
         (g,) = repeat_heads(self.num_heads, self.num_kv_heads, g)
         if self.clamp_min is not None:
             g = g.clamp_min(self.clamp_min)

@@ -5,10 +5,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, multiple, whole
 from fla.modules import RMSNorm, ShortConvolution
 from fla.modules.activations import ACT2FN
-from fla.ops.engine.gates import wide
 from fla.ops.gsa import chunk_gsa, fused_recurrent_gsa
 
 
@@ -81,7 +81,7 @@ class GatedSlotAttention(RecurrentMixer):
         q, k = (y.unflatten(-1, (-1, self.head_k_dim)) for y in (q, k))
         q, k = ACT2FN[self.feature_map](q), ACT2FN[self.feature_map](k)
         v = F.silu(v).unflatten(-1, (-1, self.head_v_dim))
-        g = F.logsigmoid(wide(self.f_proj(x)).unflatten(-1, (-1, self.num_slots)))
+        g = F.logsigmoid(promote_to_fp32(self.f_proj(x)).unflatten(-1, (-1, self.num_slots)))
         g = g / self.gate_logit_normalizer
         rule = fused_recurrent_gsa if self.token_by_token(x) else chunk_gsa
         s = (1 - g.exp()).to(v.dtype)

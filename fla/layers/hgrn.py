@@ -8,9 +8,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, heads_and_ratio
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
-from fla.ops.engine.gates import wide
 from fla.ops.gla import chunk_gla, fused_recurrent_gla
 from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
 
@@ -19,11 +19,11 @@ def forget(f: Tensor, shared: dict[str, Any], layer_idx: int | None) -> Tensor:
     """`log(l + (1 - l) sigmoid(f))` for the layer's lower bound l, which a model shares as
     `lower_bounds` `[layers, D]`; `log sigmoid(f)` without.
     """
-    g = F.logsigmoid(wide(f))
+    g = F.logsigmoid(promote_to_fp32(f))
     bounds = shared.get("lower_bounds")
     if bounds is None or not layer_idx:  # the first layer's bound is 0
         return g
-    bound = wide(bounds[layer_idx])
+    bound = promote_to_fp32(bounds[layer_idx])
     return torch.logaddexp(bound.log(), torch.log1p(-bound) + g)
 
 

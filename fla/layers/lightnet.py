@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, heads_and_ratio, low_rank
 from fla.modules import FusedRMSNormGated, ShortConvolution
-from fla.ops.engine.segments import log_cumulative_sum
+from fla.ops.engine.scan.running import log_cumulative_sum
 from fla.ops.gla import chunk_gla, fused_recurrent_gla
 
 

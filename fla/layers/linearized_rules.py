@@ -16,9 +16,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import Context
 from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
-from fla.ops.engine.gates import l2norm, wide
+from fla.ops.engine.recurrence.gates import l2norm
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from fla.ops.gla import chunk_gla, fused_recurrent_gla
 from fla.ops.gsa import chunk_gsa, fused_recurrent_gsa
@@ -63,12 +64,12 @@ class Decay(nn.Module):
 
     def step(self, x: Tensor) -> Tensor:
         """The softplus, in fp32: `[B, T, H]` or `[B, T, H, channels]`."""
-        logits = wide(self.proj(self.down(x) if self.channels else x)) + self.dt_bias
+        logits = promote_to_fp32(self.proj(self.down(x) if self.channels else x)) + self.dt_bias
         step = F.softplus(logits)
         return step.unflatten(-1, (self.heads, -1)) if self.channels else step
 
     def forward(self, x: Tensor) -> Tensor:
-        rate = wide(self.A_log).exp()
+        rate = promote_to_fp32(self.A_log).exp()
         return -(rate.unsqueeze(-1) if self.channels else rate) * self.step(x)
 
 
@@ -116,7 +117,7 @@ class Rule(nn.Module):
         raise NotImplementedError
 
     def beta(self, x: Tensor) -> Tensor:
-        return wide(self.b_proj(x)).sigmoid()
+        return promote_to_fp32(self.b_proj(x)).sigmoid()
 
 
 class GatedDeltaNetRule(Rule):
@@ -159,8 +160,8 @@ class RetNetRule(Rule):
 
     def run(self, q, k, v, x, token, sequences):
         form = fused_recurrent_simple_gla if token else chunk_simple_gla
-        step = F.softplus(wide(self.decay.dt_bias))
-        g = (-wide(self.decay.A_log).exp() * step).expand(*x.shape[:2], -1)
+        step = F.softplus(promote_to_fp32(self.decay.dt_bias))
+        g = (-promote_to_fp32(self.decay.A_log).exp() * step).expand(*x.shape[:2], -1)
         return form(l2norm(q), l2norm(k), v, g=g, **sequences)
 
     def __init__(self, hidden_size: int, heads: int, head_dim: int, options: Any):
@@ -177,7 +178,7 @@ class Mamba2Rule(Rule):
 
     def run(self, q, k, v, x, token, sequences):
         form = fused_recurrent_simple_gla if token else chunk_simple_gla
-        written = (wide(v) * self.decay.step(x).unsqueeze(-1)).to(v.dtype)
+        written = (promote_to_fp32(v) * self.decay.step(x).unsqueeze(-1)).to(v.dtype)
         return form(l2norm(q), l2norm(k), written, g=self.decay(x), **sequences)
 
 
@@ -204,8 +205,10 @@ class RWKV7Rule(Rule):
     def run(self, q, k, v, x, token, sequences):
         form = fused_recurrent_rwkv7 if token else chunk_rwkv7
         unit = l2norm(k)
-        rate = wide(self.a_proj(self.a_down(x))).sigmoid().unflatten(-1, (self.heads, -1))
-        b = (wide(unit) * rate).to(unit.dtype)
+        rate = (
+            promote_to_fp32(self.a_proj(self.a_down(x))).sigmoid().unflatten(-1, (self.heads, -1))
+        )
+        b = (promote_to_fp32(unit) * rate).to(unit.dtype)
         return form(l2norm(q), self.decay(x), b, v, -unit, b, scale=1.0, **sequences)
 
 
@@ -232,7 +235,7 @@ class GSARule(Rule):
 
     def run(self, q, k, v, x, token, sequences):
         form = fused_recurrent_gsa if token else chunk_gsa
-        g = F.logsigmoid(wide(self.f_proj(x))).unflatten(-1, (self.heads, self.slots))
+        g = F.logsigmoid(promote_to_fp32(self.f_proj(x))).unflatten(-1, (self.heads, self.slots))
         s = (1 - g.exp()).to(v.dtype)
         return form(q, k, v, s, g, **sequences)
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.layers.mamba2 import Mamba2
 from fla.layers.mixer import Context, State
-from fla.ops.engine.gates import wide
 from fla.ops.log_linear_attn import (
     LogLinearAttentionState,
     chunk_log_linear_attn,
@@ -43,20 +43,22 @@ class LogLinearMamba2(Mamba2):
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         (z, u, B, C, dt, dl), conv = self.split(x, context)
         dt = step_sizes(dt, self.dt_bias, True, self.dt_limit)
-        scales = F.softplus(wide(self.L) * wide(dl).unflatten(-1, (self.num_heads, LEVELS)))
+        scales = F.softplus(
+            promote_to_fp32(self.L) * promote_to_fp32(dl).unflatten(-1, (self.num_heads, LEVELS))
+        )
         states = context.recurrent
         token = x.shape[1] == 1
         rule = fused_recurrent_log_linear_attn if token else chunk_log_linear_attn
         y, state = rule(
-            wide(C),
-            wide(B),
-            dt.unsqueeze(-1) * wide(u),
-            -dt * wide(self.A_log).exp(),
+            promote_to_fp32(C),
+            promote_to_fp32(B),
+            dt.unsqueeze(-1) * promote_to_fp32(u),
+            -dt * promote_to_fp32(self.A_log).exp(),
             scales,
             initial_state=None if states is None else LogLinearAttentionState(*states),
             output_final_state=context.keep,
             cu_seqlens=context.cu_seqlens,
         )
         D = self.D if self.D_has_hdim else self.D.unsqueeze(-1)
-        y = (y + D * wide(u)).to(u.dtype)
+        y = (y + D * promote_to_fp32(u)).to(u.dtype)
         return self.finish(y, z), context.after(state, conv)

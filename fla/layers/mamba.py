@@ -8,9 +8,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import Context, RecurrentMixer, State
 from fla.modules import ShortConvolution
-from fla.ops.engine.gates import wide
 from fla.ops.mamba import chunk_mamba, fused_recurrent_mamba
 
 
@@ -91,7 +91,7 @@ class Mamba(RecurrentMixer):
         y, state = rule(
             u,
             F.linear(dt, self.dt_proj.weight),
-            -wide(self.A_log).exp(),
+            -promote_to_fp32(self.A_log).exp(),
             B,
             C,
             self.D,

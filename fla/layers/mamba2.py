@@ -8,10 +8,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import Context, RecurrentMixer, State, multiple, register
 from fla.modules import ShortConvolution
 from fla.modules.layernorm_gated import RMSNormGated
-from fla.ops.engine.gates import wide
 from fla.ops.mamba2 import NO_LIMIT, chunk_mamba2, fused_recurrent_mamba2
 
 
@@ -130,7 +130,7 @@ class Mamba2(RecurrentMixer):
         y, state = rule(
             u,
             dt,
-            -wide(self.A_log).exp(),
+            -promote_to_fp32(self.A_log).exp(),
             B,
             C,
             self.D,

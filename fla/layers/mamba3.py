@@ -8,10 +8,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import Context, RecurrentMixer, State, multiple, register
 from fla.modules import RMSNorm
 from fla.modules.layernorm_gated import RMSNormGated
-from fla.ops.engine.gates import wide
 from fla.ops.mamba3 import chunk_mamba3, fused_recurrent_mamba3
 
 
@@ -118,12 +118,16 @@ class Mamba3(RecurrentMixer):
             u, z = u.unsqueeze(3) * self.mimo_x, z.unsqueeze(3) * self.mimo_z
         else:
             B, C = B.squeeze(3), C.squeeze(3)
-        turn = (math.pi * wide(angles).tanh()).unsqueeze(2).expand(-1, -1, self.num_heads, -1)
+        turn = (
+            (math.pi * promote_to_fp32(angles).tanh())
+            .unsqueeze(2)
+            .expand(-1, -1, self.num_heads, -1)
+        )
         rule = fused_recurrent_mamba3 if x.shape[1] == 1 else chunk_mamba3
         y, state = rule(
             u,
-            F.softplus(wide(dt) + wide(self.dt_bias)),
-            -F.softplus(wide(A)).clamp_min(self.A_floor),
+            F.softplus(promote_to_fp32(dt) + promote_to_fp32(self.dt_bias)),
+            -F.softplus(promote_to_fp32(A)).clamp_min(self.A_floor),
             B,
             C,
             trap.sigmoid(),

@@ -8,9 +8,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import Context, RecurrentMixer, State, register
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
-from fla.ops.engine.gates import wide
 from fla.ops.mesa_net import chunk_mesa_net
 
 
@@ -85,13 +85,13 @@ class MesaNet(RecurrentMixer):
         if not self.use_short_conv:
             q, k = F.silu(q), F.silu(k)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, self.v_proj(x)))
-        lamb = self.lambda_lower_bound + F.softplus(wide(self.lambda_params))
+        lamb = self.lambda_lower_bound + F.softplus(promote_to_fp32(self.lambda_params))
         A, S = (None, None) if context.recurrent is None else context.recurrent
         o, *states = chunk_mesa_net(
             q,
             k,
             v,
-            F.logsigmoid(wide(self.a_proj(x))),
+            F.logsigmoid(promote_to_fp32(self.a_proj(x))),
             self.b_proj(x).sigmoid(),
             lamb.view(self.num_heads, -1),
             A,

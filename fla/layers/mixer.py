@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fla.ops.engine.layout import SequenceLayout
+from fla.core.layout import SequenceLayout
 
 
 @dataclass

@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fla.core.layout import SequenceLayout
 from fla.layers.attn import SoftmaxMixer, Where
 from fla.modules import RMSNorm, RotaryEmbedding
-from fla.ops.engine.layout import SequenceLayout
 
 
 class MultiheadLatentAttention(SoftmaxMixer):

@@ -8,9 +8,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.parallel import refuse_sharded
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, gate_steps, register, whole
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
-from fla.ops.engine.parallel import refuse_sharded
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
 

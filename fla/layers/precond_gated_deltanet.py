@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fla.layers.gated_deltanet import GatedDeltaNet
 from fla.layers.mixer import Context, State, gate_steps
-from fla.ops.engine.gates import softplus_gate
+from fla.ops.engine.recurrence.gates import softplus_gate
 from fla.ops.precond_gated_delta_rule import (
     chunk_precond_gated_delta_rule,
     fused_recurrent_precond_gated_delta_rule,

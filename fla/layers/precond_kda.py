@@ -9,7 +9,7 @@ from torch import Tensor
 from fla.layers.kda import ChannelGated
 from fla.layers.mixer import Context, State
 from fla.layers.precond_gated_deltanet import preconditioner_values
-from fla.ops.engine.gates import softplus_gate
+from fla.ops.engine.recurrence.gates import softplus_gate
 from fla.ops.precond_kda import chunk_precond_kda, fused_recurrent_precond_kda
 
 

@@ -6,6 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import (
     Context,
     RecurrentMixer,
@@ -18,7 +19,7 @@ from fla.layers.mixer import (
 )
 from fla.modules import RMSNorm, RotaryEmbedding
 from fla.modules.activations import ACT2FN
-from fla.ops.engine.gates import softplus_gate, wide
+from fla.ops.engine.recurrence.gates import softplus_gate
 from fla.ops.gsa import chunk_gsa, fused_recurrent_gsa
 
 
@@ -149,7 +150,9 @@ class Raven(RecurrentMixer):
         if self.decay_type == "Mamba2":
             decay = softplus_gate(self.a_proj(x), self.A_log, self.dt_bias).unsqueeze(-1)
         else:
-            decay = F.logsigmoid(wide(self.f_proj(x)).unflatten(-1, (-1, self.num_slots)))
+            decay = F.logsigmoid(
+                promote_to_fp32(self.f_proj(x)).unflatten(-1, (-1, self.num_slots))
+            )
             decay = decay / self.gate_logit_normalizer
         g = decay * self.route(x)
         rule = fused_recurrent_gsa if self.token_by_token(x) else chunk_gsa

@@ -10,11 +10,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.layers.attn import Attention
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode
 from fla.modules import RMSNorm, ShortConvolution
 from fla.modules.l2norm import l2norm
-from fla.ops.engine.gates import wide
 from fla.ops.gla import chunk_gla, fused_recurrent_gla
 
 
@@ -82,9 +82,9 @@ class RodimusAttention(RecurrentMixer):
         if self.use_short_conv:
             shifted, last = context.convolve(self.short_conv, u)
             conv = (last,)
-        rate = F.softplus(wide(self.g_gate_proj(shifted)))
-        tau = wide(self.tau_gate_proj(shifted)).sigmoid()
-        k = l2norm(wide(self.k_proj(shifted)), self.k_norm_eps) * rate.pow(tau)
+        rate = F.softplus(promote_to_fp32(self.g_gate_proj(shifted)))
+        tau = promote_to_fp32(self.tau_gate_proj(shifted)).sigmoid()
+        k = l2norm(promote_to_fp32(self.k_proj(shifted)), self.k_norm_eps) * rate.pow(tau)
         rows = (self.q_proj(shifted), k.to(x.dtype), self.i_gate_proj(u) * u, -rate * tau)
         q, k, v, g = (y.unsqueeze(2) for y in rows)
         rule = fused_recurrent_gla if self.token_by_token(x) else chunk_gla

@@ -8,11 +8,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, multiple, whole
 from fla.modules import GroupNorm
 from fla.modules.activations import ACT2FN
 from fla.modules.token_shift import token_shift
-from fla.ops.engine.gates import wide
 from fla.ops.rwkv6 import chunk_rwkv6, fused_recurrent_rwkv6
 
 LORA_ACTIVATIONS = {
@@ -150,7 +150,9 @@ class RWKV6Attention(RecurrentMixer):
                 strict=True,
             )
         )
-        r, k, w, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (r, k, -wide(w).exp(), v))
+        r, k, w, v = (
+            y.unflatten(-1, (self.num_heads, -1)) for y in (r, k, -promote_to_fp32(w).exp(), v)
+        )
         rule = fused_recurrent_rwkv6 if self.token_by_token(x) else chunk_rwkv6
         o, state = rule(r, k, v, w, self.bonus, scale=1.0, **context.sequences)
         o = self.g_norm(o.flatten(-2)) * ACT2FN[self.gate_fn](g)

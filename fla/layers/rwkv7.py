@@ -8,13 +8,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, multiple
 from fla.layers.rwkv6 import LoRA
 from fla.modules import GroupNorm
 from fla.modules.activations import ACT2FN
 from fla.modules.l2norm import l2norm
 from fla.modules.token_shift import token_shift
-from fla.ops.engine.gates import wide
 from fla.ops.rwkv7 import (
     chunk_rwkv7,
     fused_addcmul_rwkv7,
@@ -104,7 +104,7 @@ class RWKV7Attention(RecurrentMixer):
         mixes: Any = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         xr, xw, xk, xv, xa, xg = fused_addcmul_rwkv7(x, delta, *mixes)
         r, k, v = self.r_proj(xr), self.k_proj(xk), self.v_proj(xv)
-        w = -SLOWEST * wide(self.w_lora(xw)).sigmoid()
+        w = -SLOWEST * promote_to_fp32(self.w_lora(xw)).sigmoid()
         if not self.layer_idx:
             context.shared["v_first"] = v
         else:

@@ -5,9 +5,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.layers.gla import GatedProjections
 from fla.layers.mixer import Context, State
-from fla.ops.engine.gates import wide
 from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
 
@@ -63,7 +63,7 @@ class SimpleGatedLinearAttention(GatedProjections):
 
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         q, k, v, conv = self.heads(x, context)
-        g = F.logsigmoid(wide(self.gk_proj(x))) / self.gate_logit_normalizer
+        g = F.logsigmoid(promote_to_fp32(self.gk_proj(x))) / self.gate_logit_normalizer
         rule = fused_recurrent_simple_gla if self.token_by_token(x) else chunk_simple_gla
         o, state = rule(q, k, v, g, **context.sequences)
         return self.finish(o, x), context.after(state, conv)

@@ -21,12 +21,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fla.core.layout import SequenceLayout
 from fla.layers.linearized import LinearizedAttention
 from fla.linearize.config import Align
 from fla.linearize.data import Text, on
 from fla.linearize.files import layer_file, read_json, save_tensors, save_torch, write_json
 from fla.linearize.surgery import attention_of
-from fla.ops.engine.layout import SequenceLayout
 
 ENOUGH = 0.995  # of the best error so far: more than that is no progress
 HELD_OUT = 8192  # tokens of a check

@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
+from fla.core.layout import SequenceLayout
 from fla.layers.linearized import LinearizedAttention
 from fla.linearize.config import Config
 from fla.linearize.data import Ordered, Text
 from fla.linearize.teacher import TopTokens
 from fla.models.decoder import next_tokens
 from fla.modules.fused_linear_divergence import Divergence, Head, fused_linear_divergence
-from fla.ops.engine.layout import SequenceLayout
 from fla.training.callbacks import FlaTrainer, say
 from fla.training.checkpoints import newest_whole
 from fla.training.errors import UsageError

@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fla.core.layout import SequenceLayout
 from fla.layers.rwkv4 import RWKV4FeedForward
 from fla.layers.rwkv6 import RWKV6FeedForward
 from fla.layers.rwkv7 import RWKV7FeedForward
@@ -19,7 +20,6 @@ from fla.models.config import DecoderConfig
 from fla.models.decoder import DecoderForCausalLM, DecoderModel, build_mixer
 from fla.models.utils import Cache
 from fla.modules import GatedMLP, LayerNorm, RMSNorm, SubNormMLP
-from fla.ops.engine.layout import SequenceLayout
 
 
 class MixerBlock(GradientCheckpointingLayer):

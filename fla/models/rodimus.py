@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fla.core.layout import SequenceLayout
 from fla.layers import RodimusAttention, SlidingWindowSharedKeyAttention
 from fla.models.config import DecoderConfig
 from fla.models.decoder import DecoderForCausalLM, DecoderModel, build_mixer, register
 from fla.models.utils import Cache
 from fla.modules import GatedMLP, RMSNorm
-from fla.ops.engine.layout import SequenceLayout
 
 
 class RodimusConfig(DecoderConfig):

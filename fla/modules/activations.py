@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.ops.engine.dispatch import resolve_module
-from fla.ops.engine.native import gated
+from fla.ops.engine.native import rows as gated
 
 
 class _SwiGLULinear(torch.autograd.Function):

@@ -14,13 +14,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.ops.engine.checks import check_sequences, check_shapes
+from fla.core.boundaries import boundaries_to_list
+from fla.core.checks import check_sequences, check_shapes
+from fla.core.parallel import current, refuse_sharded, tie, using
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.kernels import conv as triton
-from fla.ops.engine.layout import boundaries_to_list
 from fla.ops.engine.native import conv as native
-from fla.ops.engine.parallel import current, refuse_sharded, tie, using
-from fla.ops.engine.sharded import tokens_before
+from fla.ops.engine.scan.sharded import tokens_before
 
 ACTIVATIONS = (None, "silu", "swish")
 CONVOLVE = {"native": native.convolve, "triton": triton.convolve}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.ops.engine.dispatch import resolve_module
-from fla.ops.engine.kernels.ops import interpreted, on_device
+from fla.ops.engine.kernels.recurrence import interpreted, on_device
 from fla.ops.engine.kernels.selfcheck import differs_from, trusted
 
 REDUCTIONS = ("mean", "sum", "none")

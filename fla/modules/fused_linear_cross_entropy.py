@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.modules.fused_cross_entropy import LogitShape, runs_in_triton, shape_logits
-from fla.ops.engine.kernels.ops import on_device
+from fla.ops.engine.kernels.recurrence import on_device
 
 
 @dataclass(frozen=True)

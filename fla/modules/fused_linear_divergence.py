@@ -29,7 +29,7 @@ from torch import Tensor
 from fla.modules.fused_cross_entropy import shape_logits
 from fla.modules.fused_linear_cross_entropy import add_product
 from fla.ops.engine.dispatch import resolve_module
-from fla.ops.engine.kernels.ops import interpreted, on_device
+from fla.ops.engine.kernels.recurrence import interpreted, on_device
 from fla.ops.engine.kernels.selfcheck import compare, trusted
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mse")

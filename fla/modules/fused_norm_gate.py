@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.modules.layernorm import RMSNorm, rms_norm
 from fla.ops.engine.dispatch import resolve_module
-from fla.ops.engine.gates import wide
-from fla.ops.engine.kernels.ops import interpreted, on_device
+from fla.ops.engine.kernels.recurrence import interpreted, on_device
 from fla.ops.engine.kernels.selfcheck import differs_from, trusted
-from fla.ops.engine.native.gated import fits, rows
+from fla.ops.engine.native.rows import fits, rows
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
@@ -32,17 +32,19 @@ class _Torch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, g, weight, bias, activation: str, eps: float) -> Tensor:
-        row = wide(x)
+        row = promote_to_fp32(x)
         inverse = torch.rsqrt(row.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, g, weight, bias, inverse)
         ctx.activation = activation
-        return _affine(row * inverse, weight, bias).mul_(ACTIVATIONS[activation](wide(g)))
+        return _affine(row * inverse, weight, bias).mul_(
+            ACTIVATIONS[activation](promote_to_fp32(g))
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor):
         x, g, weight, bias, inverse = ctx.saved_tensors
-        unit, gate = wide(x) * inverse, wide(g)
+        unit, gate = promote_to_fp32(x) * inverse, promote_to_fp32(g)
         sigmoid = gate.sigmoid()
         if ctx.activation == "sigmoid":
             value, slope = sigmoid, sigmoid * (1 - sigmoid)
@@ -114,8 +116,8 @@ def _differs(kind: Kind) -> str | None:
 def _plain(
     x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str, eps: float
 ) -> Tensor:
-    y: Tensor = rms_norm(wide(x), weight, bias, eps=eps)  # type: ignore[assignment]
-    return y * ACTIVATIONS[activation](wide(g))
+    y: Tensor = rms_norm(promote_to_fp32(x), weight, bias, eps=eps)  # type: ignore[assignment]
+    return y * ACTIVATIONS[activation](promote_to_fp32(g))
 
 
 def _form(
@@ -152,7 +154,7 @@ def rms_norm_gated(
         )
     total = x
     if residual is not None or residual_in_fp32:
-        total = wide(x) if residual is None else wide(x) + residual
+        total = promote_to_fp32(x) if residual is None else promote_to_fp32(x) + residual
     y = _form(total, g, weight, bias, activation)(total, g, weight, bias, activation, eps)
     y = y.to(x.dtype)
     return (y, total if residual_in_fp32 else total.to(x.dtype)) if prenorm else y

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fla.ops.engine.gates import l2norm
+from fla.ops.engine.recurrence.gates import l2norm
 
 __all__ = ["L2Norm", "l2_norm", "l2norm"]
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.ops.engine.dispatch import resolve_module
-from fla.ops.engine.native.gated import fits, rows
+from fla.ops.engine.native.rows import fits, rows
 
 
 def layer_norm(

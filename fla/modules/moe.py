@@ -19,9 +19,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.modules.activations import swiglu_linear
 from fla.modules.mlp import GatedMLP
-from fla.ops.engine.gates import wide
 
 SCORES = {"softmax": lambda x: x.softmax(-1), "sigmoid": torch.sigmoid}
 
@@ -155,7 +155,9 @@ class MixtureOfExperts(nn.Module):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(scores `[N, E]`, chosen `[N, k]`, weights `[N, k]`) of x `[N, D]`."""
         options = self.options
-        scores = SCORES[options.scoring](F.linear(wide(x), wide(self.gate.weight)))
+        scores = SCORES[options.scoring](
+            F.linear(promote_to_fp32(x), promote_to_fp32(self.gate.weight))
+        )
         rank = scores.detach()
         if options.scoring == "sigmoid":
             rank = rank + self.correction_bias

@@ -6,8 +6,8 @@ arXiv:2305.13048.
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_sequences, check_tensors
-from fla.ops.engine.segments import lasts, starts
+from fla.core.checks import check_sequences, check_tensors
+from fla.ops.engine.scan.running import lasts, starts
 
 
 def token_shift(

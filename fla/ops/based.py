@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fla.ops.engine.checks import check_groups, check_same, check_tensors
-from fla.ops.engine.gates import wide
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
+from fla.core.checks import check_groups, check_same, check_tensors
+from fla.core.precision import promote_to_fp32
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.recurrence import Options, run
 
 BLOCK = 512
 
@@ -93,7 +94,7 @@ def polynomial_attention(f: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v:
     """`sum_{j <= t} f(q_t . k_j) [v_j, 1]` in fp32 or wider, a block of rows at a time; the scores
     of a block are formed again in the backward.
     """
-    q, k, v = (wide(x).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (promote_to_fp32(x).transpose(1, 2) for x in (q, k, v))
     groups = v.shape[1] // q.shape[1]
     q, k = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (q, k))
     v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
@@ -126,12 +127,12 @@ def _based(
     sizes = check_tensors(op, q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T HV V"))
     check_same(op, q=q, k=k, v=v)
     scale = sizes["K"] ** -0.5 if options.scale is None else options.scale
-    values = torch.cat([wide(v), wide(v).new_ones(*v.shape[:-1], 1)], -1)
+    values = torch.cat([promote_to_fp32(v), promote_to_fp32(v).new_ones(*v.shape[:-1], 1)], -1)
     o, final = run(
         op,
         options._replace(scale=1.0),
-        taylor_features(wide(q) * scale),
-        taylor_features(wide(k)),
+        taylor_features(promote_to_fp32(q) * scale),
+        taylor_features(promote_to_fp32(k)),
         values,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
@@ -193,4 +194,6 @@ def parallel_based(
     sizes = check_tensors(op, q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T HV V"))
     check_groups(op, sizes)
     scale = sizes["K"] ** -0.5 if scale is None else scale
-    return _divided(polynomial_attention(taylor, wide(q) * scale, k, v), use_norm, v.dtype)
+    return _divided(
+        polynomial_attention(taylor, promote_to_fp32(q) * scale, k, v), use_norm, v.dtype
+    )

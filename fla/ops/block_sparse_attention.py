@@ -33,13 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.ops.engine import pieces
-from fla.ops.engine.checks import check_groups, check_same, check_shapes
-from fla.ops.engine.chunk import compute_dtype
+from fla.core.checks import check_groups, check_same, check_shapes
+from fla.core.parallel import current, tie, using
+from fla.core.precision import compute_dtype
+from fla.ops.engine.attention import pieces
+from fla.ops.engine.attention.pieces import Piece
+from fla.ops.engine.attention.sharded import among_all, collect
 from fla.ops.engine.dispatch import resolve
-from fla.ops.engine.parallel import current, tie, using
-from fla.ops.engine.pieces import Piece
-from fla.ops.engine.spread import among_all, collect
 
 RUN = 64  # blocks of queries that meet one block of keys in a problem, a power of four
 

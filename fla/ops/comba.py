@@ -30,10 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_groups, check_tensors
-from fla.ops.engine.gates import l2norm
-from fla.ops.engine.recurrence import chunk_form
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
+from fla.core.checks import check_groups, check_tensors
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.equation import chunk_form
+from fla.ops.engine.recurrence.gates import l2norm
+from fla.ops.engine.recurrence.recurrence import Options, run
 
 
 def naive_recurrent_comba(

@@ -22,8 +22,9 @@ On the one equation: no decay, a = -beta k, b = k, written k and beta v.
 import torch
 from torch import Tensor
 
-from fla.ops.engine.recurrence import chunk_form
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.equation import chunk_form
+from fla.ops.engine.recurrence.recurrence import Options, run
 
 
 def naive_recurrent_delta_rule(

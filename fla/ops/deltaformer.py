@@ -31,11 +31,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fla.ops.engine.checks import check_parts, check_sequences, check_tensors
+from fla.core.boundaries import boundaries_to_list
+from fla.core.checks import check_parts, check_sequences, check_tensors
+from fla.core.layout import SequenceLayout
+from fla.core.precision import promote_to_fp32
 from fla.ops.engine.dispatch import resolve
-from fla.ops.engine.gates import wide
-from fla.ops.engine.layout import SequenceLayout, boundaries_to_list
-from fla.ops.engine.run import check_chunk_size
+from fla.ops.engine.recurrence.recurrence import check_chunk_size
 
 BLOCK = 128
 State = tuple[Tensor, Tensor]
@@ -139,8 +140,10 @@ def deltaformer_attn(
             packed: Any = (layout.pack(x) for x in (q, k, v, beta))
             o: Any = deltaformer_attn(*packed, cu_seqlens=layout.cu_seqlens, C=C, backend=backend)
             return layout.unpack(o)
-    ones = wide(v).new_ones(v.shape[:3])
-    rows: Any = [wide(x).transpose(1, 2) for x in (q, k, v, ones if beta is None else beta)]
+    ones = promote_to_fp32(v).new_ones(v.shape[:3])
+    rows: Any = [
+        promote_to_fp32(x).transpose(1, 2) for x in (q, k, v, ones if beta is None else beta)
+    ]
     state = None if initial_state is None else _head_first(op, sizes, initial_state, cu_seqlens)
     if cu_seqlens is None:
         o, keys, us = _sequence(rows[0], rows[1], rows[2], rows[3], state, C)
@@ -164,7 +167,7 @@ def _head_first(op: str, sizes: dict[str, int], state: State, cu_seqlens: Tensor
                 f"{op}: initial_state[{i}] has shape {list(x.shape)}; [B, past, H, {axis}] with "
                 f"B={sizes['B']} H={sizes['H']} {axis}={sizes[axis]} was expected"
             )
-    return wide(state[0]).transpose(1, 2), wide(state[1]).transpose(1, 2)
+    return promote_to_fp32(state[0]).transpose(1, 2), promote_to_fp32(state[1]).transpose(1, 2)
 
 
 def fused_recurrent_deltaformer(

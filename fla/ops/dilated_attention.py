@@ -38,14 +38,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.ops.engine import pieces
-from fla.ops.engine.checks import check_groups, check_same, check_sequences, check_shapes
-from fla.ops.engine.chunk import compute_dtype
+from fla.core.boundaries import boundaries_to_list
+from fla.core.checks import check_groups, check_same, check_sequences, check_shapes
+from fla.core.parallel import SequenceParallel, current, using
+from fla.core.precision import compute_dtype
+from fla.ops.engine.attention import pieces
+from fla.ops.engine.attention.pieces import Piece
+from fla.ops.engine.attention.sharded import attend_spread, check_heads, turn
 from fla.ops.engine.dispatch import resolve
-from fla.ops.engine.layout import boundaries_to_list
-from fla.ops.engine.parallel import SequenceParallel, current, using
-from fla.ops.engine.pieces import Piece
-from fla.ops.engine.spread import attend_spread, check_heads, turn
 
 MODES = ("gather", "ring", "heads")
 

@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_tensors
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
+from fla.core.checks import check_tensors
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.recurrence import Options, run
 
 
 def naive_recurrent_gated_delta_product(

@@ -26,10 +26,12 @@ On the one equation: scalar decay, a = -beta k, b = exp(g) k, written k and beta
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_shapes, refuse
-from fla.ops.engine.gates import softplus_gate, wide
-from fla.ops.engine.recurrence import chunk_form
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
+from fla.core.checks import check_shapes, refuse
+from fla.core.precision import promote_to_fp32
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.equation import chunk_form
+from fla.ops.engine.recurrence.gates import softplus_gate
+from fla.ops.engine.recurrence.recurrence import Options, run
 
 
 def naive_recurrent_gated_delta_rule(
@@ -124,7 +126,7 @@ def _gates(
     if beta is None:
         beta = v.new_ones(v.shape[:3])
     elif use_sigmoid:
-        beta = wide(beta).sigmoid() * (2 if allow_neg_eigval else 1)
+        beta = promote_to_fp32(beta).sigmoid() * (2 if allow_neg_eigval else 1)
     return g, beta
 
 

@@ -29,9 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_tensors
-from fla.ops.engine.gates import l2norm, wide
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
+from fla.core.checks import check_tensors
+from fla.core.precision import promote_to_fp32
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.gates import l2norm
+from fla.ops.engine.recurrence.recurrence import Options, run
 
 
 def naive_recurrent_gated_oja_rule(
@@ -79,10 +81,10 @@ def _oja(
         initial_state=(initial_state, "N H K V"),
     )
     q, k = (l2norm(x) if norm else x for x, norm in zip((q, k), norms, strict=True))
-    gv = torch.zeros_like(wide(v)) if gv is None else gv
-    beta = wide(v).new_ones(v.shape[:3]) if beta is None else beta
+    gv = torch.zeros_like(promote_to_fp32(v)) if gv is None else gv
+    beta = promote_to_fp32(v).new_ones(v.shape[:3]) if beta is None else beta
     state = None if initial_state is None else initial_state.mT
-    keys = (wide(v) * wide(gv).exp()).to(v.dtype)
+    keys = (promote_to_fp32(v) * promote_to_fp32(gv).exp()).to(v.dtype)
     read, final = run(
         op,
         options._replace(scale=1.0, read_before=True),
@@ -95,7 +97,9 @@ def _oja(
         names={"gk": "gv"},
         **sequences,
     )
-    u = (wide(beta).unsqueeze(-1) * (wide(k) - wide(read))).to(k.dtype)
+    u = (promote_to_fp32(beta).unsqueeze(-1) * (promote_to_fp32(k) - promote_to_fp32(read))).to(
+        k.dtype
+    )
     o, _ = run(
         op,
         options._replace(output_final_state=False),

@@ -26,10 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_groups, check_tensors, refuse
-from fla.ops.engine.gates import channel_gate, l2norm, wide
-from fla.ops.engine.recurrence import chunk_form
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
+from fla.core.checks import check_groups, check_tensors, refuse
+from fla.core.precision import promote_to_fp32
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.equation import chunk_form
+from fla.ops.engine.recurrence.gates import channel_gate, l2norm
+from fla.ops.engine.recurrence.recurrence import Options, run
 
 
 def naive_recurrent_gdn2(
@@ -99,10 +101,10 @@ def _gdn2(
     check_groups(op, sizes)
     if normalize:
         q, k = l2norm(q), l2norm(k)
-    keys = wide(k.repeat_interleave(sizes["HV"] // sizes["H"], 2))
-    erase = wide(g).exp() * wide(b) * keys
-    ones = wide(v).new_ones(v.shape[:3])
-    written = (wide(w) * wide(v)).to(torch.promote_types(v.dtype, w.dtype))
+    keys = promote_to_fp32(k.repeat_interleave(sizes["HV"] // sizes["H"], 2))
+    erase = promote_to_fp32(g).exp() * promote_to_fp32(b) * keys
+    ones = promote_to_fp32(v).new_ones(v.shape[:3])
+    written = (promote_to_fp32(w) * promote_to_fp32(v)).to(torch.promote_types(v.dtype, w.dtype))
     q, k = q.to(written.dtype), k.to(written.dtype)
     o, final = run(
         op, options, q, k, written, gk=g, beta=ones, b=erase, names={"gk": "g"}, **sequences

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import refuse
-from fla.ops.engine.recurrence import chunk_form
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
+from fla.core.checks import refuse
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.equation import chunk_form
+from fla.ops.engine.recurrence.recurrence import Options, run
 
 Result = tuple[Tensor, Tensor | None]
 

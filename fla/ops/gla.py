@@ -23,7 +23,8 @@ On the one equation: vector decay, no erase.
 import torch
 from torch import Tensor
 
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.recurrence import Options, run
 
 
 def naive_recurrent_gla(

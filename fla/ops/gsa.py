@@ -32,10 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_groups, check_parts, check_sequences, check_tensors
-from fla.ops.engine.gates import wide
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
-from fla.ops.engine.segments import log_cumulative_sum
+from fla.core.checks import check_groups, check_parts, check_sequences, check_tensors
+from fla.core.precision import promote_to_fp32
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.scan.running import log_cumulative_sum
 
 State = tuple[Tensor, ...]
 
@@ -83,8 +84,8 @@ def _slots(
     if g is not None:
         return s, g, state, None
     z0 = None if initial_state is None else initial_state[2]
-    z, before, last = log_cumulative_sum(wide(s), z0, cu_seqlens)
-    return (wide(s) - z).exp().to(s.dtype), before - z, state, last
+    z, before, last = log_cumulative_sum(promote_to_fp32(s), z0, cu_seqlens)
+    return (promote_to_fp32(s) - z).exp().to(s.dtype), before - z, state, last
 
 
 def _check_state(
@@ -151,7 +152,7 @@ def _gsa(
         cu_seqlens=cu_seqlens,
         names={"v": "s", "gv": "g"},
     )
-    p = wide(logits).softmax(-1).to(v.dtype)
+    p = promote_to_fp32(logits).softmax(-1).to(v.dtype)
     o, R = run(
         op,
         options._replace(scale=1.0),

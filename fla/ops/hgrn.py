@@ -22,12 +22,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fla.ops.engine import sharded
-from fla.ops.engine.checks import check_log_decay, check_sequences, check_tensors
+from fla.core.checks import check_log_decay, check_sequences, check_tensors
+from fla.core.parallel import current, using
 from fla.ops.engine.dispatch import resolve
 from fla.ops.engine.kernels.vector_scan import SCANS
-from fla.ops.engine.parallel import current, using
-from fla.ops.engine.run import CHUNK_SIZE, Options, announce, check_chunk_size, observers
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.recurrence import Options, announce, check_chunk_size, observers
+from fla.ops.engine.scan import sharded
 
 
 def naive_recurrent_hgrn(

@@ -28,10 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_tensors, refuse
-from fla.ops.engine.gates import channel_gate, sigmoid_gate, softplus_gate, wide
-from fla.ops.engine.recurrence import chunk_form
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
+from fla.core.checks import check_tensors, refuse
+from fla.core.precision import promote_to_fp32
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.equation import chunk_form
+from fla.ops.engine.recurrence.gates import channel_gate, sigmoid_gate, softplus_gate
+from fla.ops.engine.recurrence.recurrence import Options, run
 
 naive_kda_gate = fused_kda_gate = softplus_gate
 
@@ -105,7 +107,7 @@ def sigmoid_beta(op: str, beta: Tensor, use_sigmoid: bool, allow_neg_eigval: boo
             f"{op}: allow_neg_eigval doubles the in-kernel sigmoid; set "
             "use_beta_sigmoid_in_kernel=True or pass beta in [0, 2]"
         )
-    return wide(beta).sigmoid() * (2 if allow_neg_eigval else 1) if use_sigmoid else beta
+    return promote_to_fp32(beta).sigmoid() * (2 if allow_neg_eigval else 1) if use_sigmoid else beta
 
 
 def chunk_kda(

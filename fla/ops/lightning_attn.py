@@ -22,8 +22,8 @@ On the one equation: constant decay per head, no erase.
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_tensors
-from fla.ops.engine.run import CHUNK_SIZE
+from fla.core.checks import check_tensors
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
 from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
 

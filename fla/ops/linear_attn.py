@@ -23,7 +23,7 @@ whose value is 1.
 import torch
 from torch import Tensor
 
-from fla.ops.engine.run import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, run
 
 State = Tensor | tuple[Tensor, Tensor] | None
 

@@ -34,18 +34,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import (
+from fla.core.boundaries import boundaries_to_list
+from fla.core.checks import (
     check_groups,
     check_log_decay,
     check_parts,
     check_sequences,
     check_tensors,
 )
+from fla.core.precision import promote_to_fp32
 from fla.ops.engine.dispatch import resolve
-from fla.ops.engine.gates import wide
-from fla.ops.engine.layout import boundaries_to_list
-from fla.ops.engine.recurrence import LOG_ZERO
-from fla.ops.engine.run import CHUNK_SIZE, check_chunk_size
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.equation import LOG_ZERO
+from fla.ops.engine.recurrence.recurrence import check_chunk_size
 
 
 class LogLinearAttentionState(NamedTuple):
@@ -208,12 +209,12 @@ def _log_linear(
     resolve(op, q.device, backend)
     H, L = v.shape[2], level_scales.shape[-1]
     if initial_state is None:
-        levels = wide(v).new_zeros(N, H, L, q.shape[-1], v.shape[-1])
+        levels = promote_to_fp32(v).new_zeros(N, H, L, q.shape[-1], v.shape[-1])
         offsets = torch.zeros(N, dtype=torch.long, device=v.device)
     else:
-        levels, offsets = initial_state[0].to(wide(v).dtype), initial_state[1]
+        levels, offsets = initial_state[0].to(promote_to_fp32(v).dtype), initial_state[1]
     q, k = (x.repeat_interleave(H // x.shape[2], 2) for x in (q, k))
-    rows = [wide(x).transpose(1, 2).contiguous() for x in (q, k, v, g, level_scales)]
+    rows = [promote_to_fp32(x).transpose(1, 2).contiguous() for x in (q, k, v, g, level_scales)]
     if cu_seqlens is None:
         o, levels = _sequences(levels, offsets, chunk_size, *rows)
         lengths = offsets.new_full((N,), v.shape[1])

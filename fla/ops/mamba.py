@@ -28,15 +28,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_log_decay, check_sequences, check_tensors
+from fla.core.checks import check_log_decay, check_sequences, check_tensors
+from fla.core.parallel import current, using
+from fla.core.precision import promote_to_fp32
 from fla.ops.engine.dispatch import resolve
-from fla.ops.engine.gates import wide
 from fla.ops.engine.kernels.selective_scan import selective_scan as triton_scan
-from fla.ops.engine.native.selective import selective_scan as native_scan
-from fla.ops.engine.parallel import current, using
-from fla.ops.engine.run import CHUNK_SIZE, Options, announce, check_chunk_size, observers
-from fla.ops.engine.selective import selective_scan
-from fla.ops.engine.sharded import selective
+from fla.ops.engine.native.scan import selective_scan as native_scan
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.recurrence import Options, announce, check_chunk_size, observers
+from fla.ops.engine.scan.selective import selective_scan
+from fla.ops.engine.scan.sharded import selective
 from fla.ops.mamba2 import step_sizes
 
 SCANS = {"native": native_scan, "triton": triton_scan}
@@ -110,7 +111,12 @@ def chunk_mamba(
     check_log_decay(op, A=A)
     dt = step_sizes(dt, dt_bias, dt_softplus, (0.0, float("inf")))
     scan = partial(
-        SCANS.get(chosen, partial(selective_scan, chunk_size=chunk_size)), x, dt, wide(A), B, C
+        SCANS.get(chosen, partial(selective_scan, chunk_size=chunk_size)),
+        x,
+        dt,
+        promote_to_fp32(A),
+        B,
+        C,
     )
     if observers:
         state = None if initial_state is None else initial_state.unsqueeze(-1)
@@ -120,7 +126,7 @@ def chunk_mamba(
     else:
         y, final = scan(initial_state, cu_seqlens)
     if D is not None:
-        y = (wide(y) + wide(D) * wide(x)).to(y.dtype)
+        y = (promote_to_fp32(y) + promote_to_fp32(D) * promote_to_fp32(x)).to(y.dtype)
     return y, final if output_final_state else None
 
 

@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.ops.engine.checks import check_groups, check_tensors
-from fla.ops.engine.gates import wide
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
+from fla.core.checks import check_groups, check_tensors
+from fla.core.precision import promote_to_fp32
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.recurrence import Options, run
 
 NO_LIMIT = (0.0, float("inf"))
 
@@ -57,7 +58,7 @@ def step_sizes(
     dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]
 ) -> Tensor:
     """D_t in fp32 or wider."""
-    dt = wide(dt) if dt_bias is None else wide(dt) + wide(dt_bias)
+    dt = promote_to_fp32(dt) if dt_bias is None else promote_to_fp32(dt) + promote_to_fp32(dt_bias)
     dt = F.softplus(dt) if dt_softplus else dt
     return dt if tuple(dt_limit) == NO_LIMIT else dt.clamp(*dt_limit)
 
@@ -86,12 +87,12 @@ def _mamba2(
     )
     check_groups(op, sizes, "x")
     dt = step_sizes(dt, *step)
-    values = dt.unsqueeze(-1) * wide(x)
+    values = dt.unsqueeze(-1) * promote_to_fp32(x)
     q, k = C.to(values.dtype), B.to(values.dtype)
     names = {"q": "C", "k": "B", "v": "x", "g": "dt"}
-    o, final = run(op, options, q, k, values, g=dt * wide(A), names=names, **sequences)
+    o, final = run(op, options, q, k, values, g=dt * promote_to_fp32(A), names=names, **sequences)
     if D is not None:
-        o = o + wide(D if D.dim() == 2 else D.unsqueeze(-1)) * wide(x)
+        o = o + promote_to_fp32(D if D.dim() == 2 else D.unsqueeze(-1)) * promote_to_fp32(x)
     return o.to(x.dtype), final
 
 

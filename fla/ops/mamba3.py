@@ -35,11 +35,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_parts, check_sequences, check_tensors
-from fla.ops.engine.gates import wide
-from fla.ops.engine.parallel import refuse_sharded
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
-from fla.ops.engine.segments import lasts, repeat_rows, running, starts
+from fla.core.checks import check_parts, check_sequences, check_tensors
+from fla.core.parallel import refuse_sharded
+from fla.core.precision import promote_to_fp32
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.scan.running import lasts, repeat_rows, running, starts
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -126,7 +127,7 @@ def _mamba3(
     N = check_sequences(op, sizes["B"], cu_seqlens, None)
     refuse_sharded(op)
     state = _state(op, N, sizes, tensors, state)
-    x, dt, A, B, C, trap, angles = (wide(y) for y in tensors.values())
+    x, dt, A, B, C, trap, angles = (promote_to_fp32(y) for y in tensors.values())
     if not m:
         x, B, C = (y.unsqueeze(3) for y in (x, B, C))
     keys, queries, theta = _turned(B, C, dt.unsqueeze(-1) * angles, state[0], cu_seqlens)
@@ -146,7 +147,7 @@ def _mamba3(
         cu_seqlens,
     )
     o = o + _own(queries, keys, x, now, first)
-    o = o if D is None else o + wide(D)[:, None, None] * x
+    o = o if D is None else o + promote_to_fp32(D)[:, None, None] * x
     last_B, last_x = lasts(keys, B_0, cu_seqlens), lasts(x, x_0, cu_seqlens)
     if not m:
         o, last_B, last_x = o.squeeze(3), last_B.squeeze(2), last_x.squeeze(2)
@@ -208,7 +209,7 @@ def _state(
     axes = (("H", "R"), ("H", "K", "V"), (*each, "K"), (*each, "V"))
     shapes = [(N, *(sizes[a] for a in names)) for names in axes]
     if state is None:
-        like = wide(tensors["x"])
+        like = promote_to_fp32(tensors["x"])
         return tuple(like.new_zeros(shape) for shape in shapes)  # type: ignore[return-value]
     check_parts(op, state, "theta, S, B, x")
     for i, (y, shape) in enumerate(zip(state, shapes, strict=True)):
@@ -216,7 +217,7 @@ def _state(
             raise ValueError(
                 f"{op}: initial_state[{i}] has shape {list(y.shape)}; {list(shape)} was expected"
             )
-    return tuple(wide(y) for y in state)  # type: ignore[return-value]
+    return tuple(promote_to_fp32(y) for y in state)  # type: ignore[return-value]
 
 
 def chunk_mamba3(

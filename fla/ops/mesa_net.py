@@ -31,12 +31,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_log_decay, check_sequences, check_tensors
+from fla.core.boundaries import boundaries_to_list, count_sequences
+from fla.core.checks import check_log_decay, check_sequences, check_tensors
+from fla.core.precision import promote_to_fp32
 from fla.ops.engine.dispatch import resolve
-from fla.ops.engine.gates import l2norm, wide
-from fla.ops.engine.layout import boundaries_to_list, count_sequences
-from fla.ops.engine.recurrence import per_sequence
-from fla.ops.engine.run import CHUNK_SIZE, ChunkForm, chunk_form
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.equation import per_sequence
+from fla.ops.engine.recurrence.gates import l2norm
+from fla.ops.engine.recurrence.recurrence import ChunkForm, chunk_form
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -61,7 +63,9 @@ def naive_mesa_net_exact(
         decay, write = g[:, t, :, None, None].exp(), beta[:, t, :, None] * k[:, t]
         A = decay * A + torch.einsum("bhk,bhl->bhkl", write, k[:, t])
         S = decay * S + torch.einsum("bhk,bhv->bhkv", write, v[:, t])
-        x = torch.linalg.solve(wide(A + torch.diag_embed(lamb)), wide(q[:, t])).to(S.dtype)
+        x = torch.linalg.solve(
+            promote_to_fp32(A + torch.diag_embed(lamb)), promote_to_fp32(q[:, t])
+        ).to(S.dtype)
         out.append(torch.einsum("bhkv,bhk->bhv", S, x))
     o = torch.stack(out, 1) if out else v
     return (o, A, S) if output_final_state else (o, None, None)
@@ -218,9 +222,13 @@ def chunk_mesa_net(
     if use_qk_l2norm_in_kernel:
         q, k = l2norm(q), l2norm(k)
     dtype = v.dtype
-    q, k, v, g, lamb = (wide(x) for x in (q, k, v, g, lamb))
-    write = wide(beta).unsqueeze(-1) * k
-    A0 = None if h_kk_init is None else (wide(h_kk_init) + wide(h_kk_init).mT) / 2
+    q, k, v, g, lamb = (promote_to_fp32(x) for x in (q, k, v, g, lamb))
+    write = promote_to_fp32(beta).unsqueeze(-1) * k
+    A0 = (
+        None
+        if h_kk_init is None
+        else (promote_to_fp32(h_kk_init) + promote_to_fp32(h_kk_init).mT) / 2
+    )
     x = _solve(q, k, write, g, lamb, A0, cu_seqlens, max_CG_iteration, form)
     options: Any = dict(scale=1.0, cu_seqlens=cu_seqlens)
     o, S = form(x, write, v, g, initial_state=h_kv_init, **options)
@@ -250,17 +258,26 @@ def fused_recurrent_mesa_net(
     if use_qk_l2norm_in_kernel:
         q, k = l2norm(q), l2norm(k)
     dtype, K = v.dtype, k.shape[-1]
-    states = [x if x is None else wide(x) for x in (h_kk_init, h_kv_init)]
+    states = [x if x is None else promote_to_fp32(x) for x in (h_kk_init, h_kv_init)]
     N = count_sequences(k, cu_seqlens)
     shapes = ((N, k.shape[2], K, K), (N, k.shape[2], K, v.shape[-1]))
-    starts = [wide(k).new_zeros(s) if x is None else x for x, s in zip(states, shapes, strict=True)]
+    starts = [
+        promote_to_fp32(k).new_zeros(s) if x is None else x
+        for x, s in zip(states, shapes, strict=True)
+    ]
 
     def form(state: Tensor, **rows: Any) -> tuple[Tensor, Tensor]:
         A, S = state[..., :K], state[..., K:]
-        o, A, S = naive_mesa_net_exact(**rows, lamb=wide(lamb), h_kk_init=A, h_kv_init=S)
+        o, A, S = naive_mesa_net_exact(**rows, lamb=promote_to_fp32(lamb), h_kk_init=A, h_kv_init=S)
         return o, torch.cat([A, S], -1)
 
-    rows = dict(q=wide(q), k=wide(k), v=wide(v), g=wide(g), beta=wide(beta))
+    rows = dict(
+        q=promote_to_fp32(q),
+        k=promote_to_fp32(k),
+        v=promote_to_fp32(v),
+        g=promote_to_fp32(g),
+        beta=promote_to_fp32(beta),
+    )
     bounds = None if cu_seqlens is None else boundaries_to_list(cu_seqlens, k.shape[1], op)
     o, final = per_sequence(form, bounds, torch.cat(starts, -1), **rows)
     if not output_final_state:

@@ -26,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.ops.engine.checks import check_groups, check_parts, check_sequences, check_tensors
-from fla.ops.engine.gates import wide
-from fla.ops.engine.layout import count_sequences
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
-from fla.ops.engine.segments import lasts, repeat_rows, running, starts
+from fla.core.boundaries import count_sequences
+from fla.core.checks import check_groups, check_parts, check_sequences, check_tensors
+from fla.core.precision import promote_to_fp32
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.scan.running import lasts, repeat_rows, running, starts
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -97,9 +98,9 @@ def _mlstm(
     check_groups(op, sizes)
     check_sequences(op, sizes["B"], cu_seqlens, None)
     state, m0 = _joined(op, sizes, initial_state, cu_seqlens)
-    i, log_f = wide(i), F.logsigmoid(wide(f))
+    i, log_f = promote_to_fp32(i), F.logsigmoid(promote_to_fp32(f))
     m, before, last = _stabiliser(i, log_f, m0, cu_seqlens)
-    values = torch.cat([wide(v), wide(v).new_ones(*v.shape[:-1], 1)], -1)
+    values = torch.cat([promote_to_fp32(v), promote_to_fp32(v).new_ones(*v.shape[:-1], 1)], -1)
     values = (i - m).exp().unsqueeze(-1) * values
     q, k = q.to(values.dtype), k.to(values.dtype)
     decay = log_f + before - m

@@ -32,16 +32,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import (
-    check_groups,
-    check_log_decay,
-    check_sequences,
-    check_tensors,
-    refuse,
-)
-from fla.ops.engine.gates import l2norm, wide
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
-from fla.ops.engine.scan import scan
+from fla.core.checks import check_groups, check_log_decay, check_sequences, check_tensors, refuse
+from fla.core.precision import promote_to_fp32
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.gates import l2norm
+from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.scan.vector import scan
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -49,7 +45,7 @@ Result = tuple[Tensor, Tensor | None, Tensor | None]
 def precondition(A: Tensor, x: float, eps: float, center: float | Tensor | None) -> Tensor:
     """`M = x^(-r / (1 + |r|))` with `r = log(A + eps) - center`, A `[..., HV, K]`."""
     if isinstance(center, Tensor):
-        center = wide(center).view(-1, 1)
+        center = promote_to_fp32(center).view(-1, 1)
     r = (A + eps).log() - (0.0 if center is None else center)
     return torch.exp(-math.log(x) * r / (1 + r.abs()))
 
@@ -115,11 +111,11 @@ def _precond(
     groups = sizes["HV"] // sizes["H"]
     if groups > 1:
         q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
-    keys, decay = wide(k), tensors["g_atk"].unsqueeze(-1)
-    gain = wide(tensors["beta_atk"]).unsqueeze(-1) * keys.square()
+    keys, decay = promote_to_fp32(k), tensors["g_atk"].unsqueeze(-1)
+    gain = promote_to_fp32(tensors["beta_atk"]).unsqueeze(-1) * keys.square()
     A, A_final = scan(gain, decay.expand_as(gain), initial_A_state, cu_seqlens, options.chunk_size)
     write = (precondition(A, *squash) * keys).to(k.dtype)
-    read = (wide(g) if vector else wide(g).unsqueeze(-1)).exp() * keys
+    read = (promote_to_fp32(g) if vector else promote_to_fp32(g).unsqueeze(-1)).exp() * keys
     o, S = run(
         op,
         options,
@@ -219,7 +215,10 @@ def fused_recurrent_precond_gated_delta_rule(
     op = "fused_recurrent_precond_gated_delta_rule"
     refuse(op, "gv", gv, "the preconditioned rules decay the state's rows; drop it")
     check_tensors(op, v=(v, "B T HV V"))
-    zeros, ones = wide(v).new_zeros(v.shape[:3]), wide(v).new_ones(v.shape[:3])
+    zeros, ones = (
+        promote_to_fp32(v).new_zeros(v.shape[:3]),
+        promote_to_fp32(v).new_ones(v.shape[:3]),
+    )
     g = zeros if g is None else g
     tensors = dict(
         q=q,

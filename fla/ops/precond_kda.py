@@ -27,9 +27,10 @@ On the one equation: vector decay, a = -beta M k, b = exp(g) k, written M k and 
 
 from torch import Tensor
 
-from fla.ops.engine.checks import check_tensors, refuse
-from fla.ops.engine.gates import channel_gate
-from fla.ops.engine.run import CHUNK_SIZE, Options
+from fla.core.checks import check_tensors, refuse
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.gates import channel_gate
+from fla.ops.engine.recurrence.recurrence import Options
 from fla.ops.precond_gated_delta_rule import (
     Result,
     _precond,

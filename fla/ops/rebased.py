@@ -24,10 +24,11 @@ On the one equation: `(q . k)^2 = phi(q) . phi(k)`, so linear attention: S_t = S
 import torch
 from torch import Tensor
 
+from fla.core.checks import check_groups, check_same, check_tensors
+from fla.core.precision import promote_to_fp32
 from fla.ops.based import pairs, polynomial_attention
-from fla.ops.engine.checks import check_groups, check_same, check_tensors
-from fla.ops.engine.gates import wide
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.recurrence import Options, run
 
 
 def naive_recurrent_rebased(
@@ -78,12 +79,12 @@ def _rebased(
 ) -> tuple[Tensor, Tensor | None]:
     check_tensors(op, q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T HV V"))
     check_same(op, q=q, k=k, v=v)
-    values = torch.cat([wide(v), wide(v).new_ones(*v.shape[:-1], 1)], -1)
+    values = torch.cat([promote_to_fp32(v), promote_to_fp32(v).new_ones(*v.shape[:-1], 1)], -1)
     o, final = run(
         op,
         options._replace(scale=1.0),
-        pairs(wide(q) * options.scale),
-        pairs(wide(k)),
+        pairs(promote_to_fp32(q) * options.scale),
+        pairs(promote_to_fp32(k)),
         values,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
@@ -153,7 +154,7 @@ def parallel_rebased(
     sizes = check_tensors(op, q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T HV V"))
     check_groups(op, sizes)
     scale = sizes["K"] ** -0.5 if use_scale else 1.0
-    both = polynomial_attention(torch.square, wide(q) * scale, k, v)
+    both = polynomial_attention(torch.square, promote_to_fp32(q) * scale, k, v)
     o, z = both[..., :-1], both[..., -1]
     if return_both:
         return o.to(v.dtype), z

@@ -29,12 +29,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fla.ops.engine import parallel as P
-from fla.ops.engine.checks import check_groups, check_same, check_sequences, check_shapes
-from fla.ops.engine.chunk import compute_dtype
-from fla.ops.engine.flash import attend, attend_backward, merge_
-from fla.ops.engine.parallel import SequenceParallel
-from fla.ops.engine.pieces import compute
+from fla.core import parallel as P
+from fla.core.checks import check_groups, check_same, check_sequences, check_shapes
+from fla.core.parallel import SequenceParallel
+from fla.core.precision import compute_dtype
+from fla.ops.engine.attention.flash import attend, attend_backward, merge_
+from fla.ops.engine.attention.pieces import compute
 
 ORDERS = ("contiguous", "zigzag")
 

@@ -27,14 +27,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fla.ops.engine import sharded
-from fla.ops.engine.checks import check_sequences, check_tensors
+from fla.core.checks import check_sequences, check_tensors
+from fla.core.parallel import current, using
+from fla.core.precision import promote_to_fp32
 from fla.ops.engine.dispatch import resolve
-from fla.ops.engine.gates import wide
 from fla.ops.engine.kernels.vector_scan import SCANS
-from fla.ops.engine.parallel import current, using
-from fla.ops.engine.run import CHUNK_SIZE, Options, announce, check_chunk_size, observers
-from fla.ops.engine.segments import lasts, repeat_rows, running, starts
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.recurrence import Options, announce, check_chunk_size, observers
+from fla.ops.engine.scan import sharded
+from fla.ops.engine.scan.running import lasts, repeat_rows, running, starts
 
 
 def naive_recurrent_rwkv4(
@@ -106,11 +107,11 @@ def chunk_rwkv4(
         form = partial(sharded.scan, partial(form, chunk_size=chunk_size), op, parallel)
     else:
         form = partial(form, chunk_size=chunk_size)
-    keys, values = wide(k), wide(v)
+    keys, values = promote_to_fp32(k), promote_to_fp32(v)
     if state is None:
         average, first = None, keys.new_full((N, sizes["C"]), -torch.inf)
     else:
-        a, b, e = wide(state)[:, :, 0].unbind(1)
+        a, b, e = promote_to_fp32(state)[:, :, 0].unbind(1)
         average, first = a / b, b.log() + e
     log_b = _log_b(w, keys, first, cu_seqlens)
     before = starts(log_b, first.to(log_b), cu_seqlens)
@@ -118,7 +119,7 @@ def chunk_rwkv4(
     gain = (keys - log_b).exp().to(keys.dtype)
     means, last = form(gain * values, decay, average, cu_seqlens)
     zero = last.new_zeros(last.shape) if average is None else average
-    new = torch.sigmoid(wide(u) + keys - before).to(keys.dtype)
+    new = torch.sigmoid(promote_to_fp32(u) + keys - before).to(keys.dtype)
     if observers:
         rows = {"q": 1 - new, "k": gain, "v": values, "gk": decay}
         tensors = {name: x.unsqueeze(-1) for name, x in rows.items()}

@@ -23,9 +23,10 @@ On the one equation: vector decay, no erase, the read before the write, and the 
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_tensors
-from fla.ops.engine.gates import wide
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
+from fla.core.checks import check_tensors
+from fla.core.precision import promote_to_fp32
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.recurrence import Options, run
 
 
 def naive_recurrent_rwkv6(
@@ -83,9 +84,11 @@ def _rwkv6(
         names={"q": "r", "gk": "w"},
     )
     scale = r.shape[-1] ** -0.5 if options.scale is None else options.scale
-    own = scale * (wide(r) * wide(u) * wide(k)).sum(-1, keepdim=True)
+    own = scale * (promote_to_fp32(r) * promote_to_fp32(u) * promote_to_fp32(k)).sum(
+        -1, keepdim=True
+    )
     own = own.repeat_interleave(v.shape[2] // r.shape[2], 2)
-    return (wide(o) + own * wide(v)).to(o.dtype), final
+    return (promote_to_fp32(o) + own * promote_to_fp32(v)).to(o.dtype), final
 
 
 def chunk_rwkv6(

@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.layout import boundaries_to_list
-from fla.ops.engine.run import CHUNK_SIZE, Options
+from fla.core.boundaries import boundaries_to_list
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.recurrence import Options
 from fla.ops.generalized_delta_rule import (
     Result,
     _low_rank,

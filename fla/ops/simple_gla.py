@@ -23,9 +23,10 @@ On the one equation: scalar decay, no erase.
 import torch
 from torch import Tensor
 
-from fla.ops.engine.layout import boundaries_to_list
-from fla.ops.engine.recurrence import LOG_ZERO
-from fla.ops.engine.run import CHUNK_SIZE, Options, run
+from fla.core.boundaries import boundaries_to_list
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.equation import LOG_ZERO
+from fla.ops.engine.recurrence.recurrence import Options, run
 
 
 def naive_recurrent_simple_gla(

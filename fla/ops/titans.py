@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import check_parts, check_sequences, check_tensors
+from fla.core.boundaries import boundaries_to_list
+from fla.core.checks import check_parts, check_sequences, check_tensors
+from fla.core.precision import promote_to_fp32
 from fla.ops.engine.dispatch import resolve
-from fla.ops.engine.gates import wide
-from fla.ops.engine.layout import boundaries_to_list
-from fla.ops.engine.run import check_chunk_size
+from fla.ops.engine.recurrence.recurrence import check_chunk_size
 from fla.ops.ttt import normalisation_gradient, residual_norm
 
 State = tuple[Tensor, Tensor]
@@ -127,7 +127,7 @@ def _check(
     N = check_sequences(op, sizes["B"], cu_seqlens, None)
     shape = (N, sizes["H"], sizes["D"], sizes["D"])
     if state is None:
-        zeros = wide(tensors["v"]).new_zeros(shape)
+        zeros = promote_to_fp32(tensors["v"]).new_zeros(shape)
         return zeros, zeros
     check_parts(op, state, "S, M")
     for i, x in enumerate(state):
@@ -135,7 +135,7 @@ def _check(
             raise ValueError(
                 f"{op}: initial_state[{i}] has shape {list(x.shape)}; {list(shape)} was expected"
             )
-    return wide(state[0]), wide(state[1])
+    return promote_to_fp32(state[0]), promote_to_fp32(state[1])
 
 
 def chunk_titans_linear(
@@ -167,8 +167,8 @@ def chunk_titans_linear(
     starts = _check(op, tensors, initial_state, cu_seqlens)
     check_chunk_size(op, chunk_size)
     resolve(op, q.device, backend)
-    rows = [wide(x).transpose(1, 2).contiguous() for x in (q, k, v, theta, alpha, eta)]
-    rest: Any = (chunk_size, wide(w)[:, None], wide(b)[:, None], eps)
+    rows = [promote_to_fp32(x).transpose(1, 2).contiguous() for x in (q, k, v, theta, alpha, eta)]
+    rest: Any = (chunk_size, promote_to_fp32(w)[:, None], promote_to_fp32(b)[:, None], eps)
     if cu_seqlens is None:
         o, S, M = _sequences(*starts, rows, *rest)
     else:

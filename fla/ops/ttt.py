@@ -34,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.ops.engine.checks import check_sequences, check_tensors
+from fla.core.boundaries import boundaries_to_list
+from fla.core.checks import check_sequences, check_tensors
+from fla.core.precision import promote_to_fp32
 from fla.ops.engine.dispatch import resolve
-from fla.ops.engine.gates import wide
-from fla.ops.engine.layout import boundaries_to_list
-from fla.ops.engine.run import check_chunk_size
+from fla.ops.engine.recurrence.recurrence import check_chunk_size
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -161,18 +161,18 @@ def chunk_ttt_linear(
     for name, x in states.items():
         rows = D if shapes[name] == (-1,) else 1
         if x is None:
-            x = wide(v).new_zeros(N, sizes["H"], rows, D)
+            x = promote_to_fp32(v).new_zeros(N, sizes["H"], rows, D)
         elif x.shape[1:] != (sizes["H"], rows, D):
             raise ValueError(
                 f"{op}: {name} has shape {list(x.shape)}; {[N, sizes['H'], rows, D]} was expected"
             )
         check_sequences(op, sizes["B"], cu_seqlens, x, name)
-        starts.append(wide(x))
+        starts.append(promote_to_fp32(x))
     check_chunk_size(op, chunk_size)
     resolve(op, q.device, backend)
     scale = D**-0.5 if scale is None else scale
-    rest = (chunk_size, wide(w)[:, None], wide(b)[:, None], scale, eps)
-    rows_ = [wide(x).transpose(1, 2).contiguous() for x in (q, k, v, eta)]
+    rest = (chunk_size, promote_to_fp32(w)[:, None], promote_to_fp32(b)[:, None], scale, eps)
+    rows_ = [promote_to_fp32(x).transpose(1, 2).contiguous() for x in (q, k, v, eta)]
     o, S, c = _packed(starts, rows_, cu_seqlens, rest)
     o = o.transpose(1, 2).to(v.dtype)
     return (o, S, c) if output_final_state else (o, None, None)

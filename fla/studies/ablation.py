@@ -12,7 +12,7 @@ from fla.layers.mixer import Context, State
 from fla.models.config import DecoderConfig
 from fla.models.decoder import DecoderForCausalLM, DecoderModel, register
 from fla.ops.delta_rule import chunk_delta_rule
-from fla.ops.engine.gates import l2norm, softplus_gate
+from fla.ops.engine.recurrence.gates import l2norm, softplus_gate
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from fla.ops.simple_gla import chunk_simple_gla
 

@@ -23,6 +23,7 @@ from dilated_attention_pytorch import (
     RingDilatedAttentionV2Collective,
     SparsePatternConfig,
 )
+from fla.core.parallel import current
 from fla.distributed import reduce_gradients, sequence_parallel
 from fla.layers import BlockSparseAttention
 from fla.modules.convolution import causal_conv1d
@@ -30,7 +31,6 @@ from fla.modules.token_shift import token_shift
 from fla.ops.block_sparse_attention import big_bird, block_sparse_attention
 from fla.ops.delta_rule import chunk_delta_rule
 from fla.ops.dilated_attention import dilated_attention
-from fla.ops.engine.parallel import current
 from fla.ops.registry import OPS
 from fla.ops.ring_attention import naive_ring_attention, ring_attention, unzigzag, zigzag
 from tests.models.common import MODELS, ids

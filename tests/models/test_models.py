@@ -10,9 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 import fla.models
+from fla.core.layout import SequenceLayout
 from fla.models import Cache, GatedDeltaNetConfig
 from fla.models.decoder import next_tokens
-from fla.ops.engine.layout import SequenceLayout
 from tests.helpers import assert_within_budget
 from tests.models.common import GDN, MODELS, TINY, ids, make
 

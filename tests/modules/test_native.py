@@ -10,7 +10,8 @@ from fla import explain, use_backend
 from fla.modules.activations import swiglu, swiglu_linear
 from fla.modules.fused_norm_gate import rms_norm_gated
 from fla.modules.layernorm import rms_norm
-from fla.ops.engine.native import gated, library
+from fla.ops.engine.native import library
+from fla.ops.engine.native import rows as gated
 
 pytestmark = pytest.mark.skipif(library.MISSING is not None, reason=str(library.MISSING))
 FORMS = {

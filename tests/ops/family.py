@@ -3,8 +3,8 @@
 
 import torch
 
-from fla.ops.engine.chunk import chunk
-from fla.ops.engine.columns import chunk_columns
+from fla.ops.engine.recurrence.chunk import chunk
+from fla.ops.engine.recurrence.columns import chunk_columns
 from tests.helpers import error, gradients
 
 DECAYS, ERASES = ("none", "scalar", "vector"), ("none", "delta", "delta with b", "low rank")

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fla.ops.engine.recurrence import chunk_form, token_form
+from fla.ops.engine.recurrence.equation import chunk_form, token_form
 from fla.ops.registry import OpCase
 from tests.helpers import assert_same, assert_within_budget, error, gradients
 

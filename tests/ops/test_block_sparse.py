@@ -13,7 +13,7 @@ from fla.ops.block_sparse_attention import (
     naive_block_sparse_attention,
     topk_content,
 )
-from fla.ops.engine import pieces
+from fla.ops.engine.attention import pieces
 from tests.helpers import assert_same, error, gradients
 
 PATTERNS = {

@@ -19,7 +19,7 @@ from fla.ops.dilated_attention import (
     geometric_schedule,
     naive_dilated_attention,
 )
-from fla.ops.engine import flash, pieces
+from fla.ops.engine.attention import flash, pieces
 from tests.helpers import assert_same, error, gradients
 
 BRANCHES = {

@@ -4,10 +4,10 @@
 import pytest
 import torch
 
+from fla.core.checks import checked_inputs
 from fla.ops import gated_delta_rule as gdr
 from fla.ops import linear_attn
 from fla.ops.engine import dispatch
-from fla.ops.engine.checks import checked_inputs
 from fla.ops.engine.native import library
 from fla.ops.registry import OPS
 

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fla.ops.engine import layout as layout_module
-from fla.ops.engine.layout import SequenceLayout, boundaries_to_list
+from fla.core import boundaries as layout_module
+from fla.core.boundaries import boundaries_to_list
+from fla.core.layout import SequenceLayout
 
 CU = torch.tensor
 

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fla.modules.convolution import causal_conv1d
-from fla.ops.engine import selective
 from fla.ops.engine.dispatch import explain, unavailable, use_backend
-from fla.ops.engine.native import library, ops
-from fla.ops.engine.native.selective import selective_scan as native_scan
+from fla.ops.engine.native import library
+from fla.ops.engine.native import recurrence as ops
+from fla.ops.engine.native.scan import selective_scan as native_scan
+from fla.ops.engine.scan import selective
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from fla.ops.gsa import chunk_gsa
 from fla.ops.mamba import chunk_mamba
@@ -438,7 +439,7 @@ def test_out_of_memory_is_an_error_and_nothing_else():
     """A workspace of a thread that the system cannot give."""
     script = (
         "import resource, torch\n"
-        "from fla.ops.engine.native import ops\n"
+        "from fla.ops.engine.native import recurrence as ops\n"
         "q, v = torch.ones(1, 1, 1, 1).expand(1, 1, 1, 60000), torch.ones(1, 1, 1, 60000)\n"
         "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
         "o = torch.empty(1)\n"

@@ -11,14 +11,16 @@ pytest.importorskip("triton")
 
 from fla.layers import GatedDeltaNet
 from fla.modules.convolution import causal_conv1d
-from fla.ops.engine import dispatch, token
-from fla.ops.engine.chunk import chunk
+from fla.ops.engine import dispatch
 from fla.ops.engine.dispatch import explain, unavailable, use_backend
-from fla.ops.engine.kernels import convolution, launch, ops, selfcheck
+from fla.ops.engine.kernels import convolution, launch, selfcheck
+from fla.ops.engine.kernels import recurrence as ops
 from fla.ops.engine.kernels.selective_scan import selective_scan
 from fla.ops.engine.kernels.vector_scan import SCANS
-from fla.ops.engine.run import overwrite_states
-from fla.ops.engine.selective import selective_scan as plain_selective
+from fla.ops.engine.recurrence import token
+from fla.ops.engine.recurrence.chunk import chunk
+from fla.ops.engine.recurrence.recurrence import overwrite_states
+from fla.ops.engine.scan.selective import selective_scan as plain_selective
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from fla.ops.gsa import chunk_gsa
 from fla.ops.registry import OPS

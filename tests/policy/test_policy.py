@@ -21,6 +21,7 @@ SOURCES = sorted(
 ORDER = [
     "fla._lazy",
     "fla._register",
+    "fla.core",
     "fla.ops.engine",
     "fla.ops",
     "fla.utils",

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.chunk import CHUNK_SIZE, compute_dtype
-from fla.ops.engine.kernels import ops as triton_ops
+from fla.core.parallel import refuse_sharded
+from fla.core.precision import compute_dtype
+from fla.ops.engine.kernels import recurrence as triton_ops
 from fla.ops.engine.native import library
-from fla.ops.engine.parallel import refuse_sharded
-from fla.ops.engine.token import SEGMENT
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.token import SEGMENT
 
 BACKENDS = ("triton", "native", "torch")
 _chosen: str | None = None

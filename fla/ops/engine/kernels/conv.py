@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.ops.engine.conv_operator import register, rows
-from fla.ops.engine.kernels.ops import interpreted, on_device
+from fla.ops.engine.kernels.recurrence import interpreted, on_device
 from fla.ops.engine.kernels.selfcheck import TOKENS, differs_from, trusted
+from fla.ops.engine.rows.convolution import register, rows
 
 
 class Kind(NamedTuple):

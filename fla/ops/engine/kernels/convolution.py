@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.ops.engine.conv_operator import rows
 from fla.ops.engine.kernels.launch import CHUNK, Cuts
+from fla.ops.engine.rows.convolution import rows
 
 CHANNELS, WARPS = 64, 4
 

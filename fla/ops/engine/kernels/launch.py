@@ -12,9 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
+from fla.core.boundaries import boundaries_to_list
 from fla.ops.engine.kernels import gradients, parts, scores, state, token, unit, vector
 from fla.ops.engine.kernels.tensors import flat
-from fla.ops.engine.layout import boundaries_to_list
 
 CHUNK = 64
 L2_EPS = 1e-6

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The selective scan, `fla/ops/engine/selective.py`, and its gradient.
+"""The selective scan, `fla/ops/engine/scan/selective.py`, and its gradient.
 
 One program per sequence and tile of channels, which holds their N states each. A chunk is one
 associative scan over its tokens from a state of zero, to which the state before it is added times

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fla.ops.engine import selective as plain
-from fla.ops.engine.kernels.ops import interpreted, on_device
+from fla.core.boundaries import count_sequences
+from fla.ops.engine.kernels.recurrence import interpreted, on_device
 from fla.ops.engine.kernels.selfcheck import TOKENS, differs_from, trusted
 from fla.ops.engine.kernels.tensors import flat, fp32
-from fla.ops.engine.layout import count_sequences
+from fla.ops.engine.scan import selective as plain
 
 
 class Kind(NamedTuple):
@@ -35,7 +35,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `fla.ops.engine.selective.selective_scan`, for dtypes below fp64."""
+    """As `fla.ops.engine.scan.selective.selective_scan`, for dtypes below fp64."""
     if not trusted(Kind(x.device, x.dtype, A.shape[1]), differs, interpreted()):
         return plain.selective_scan(x, dt, A, B, C, initial_state, cu_seqlens)
     return torch.ops.fla.triton_selective(x, dt, A, B, C, initial_state, cu_seqlens)

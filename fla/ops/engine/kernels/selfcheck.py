@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fla.ops.engine.chunk import chunk
+from fla.ops.engine.recurrence.chunk import chunk
 
 TOKENS, HEADS = 70, 2  # more than a chunk
 LIMITS = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}  # of the largest value

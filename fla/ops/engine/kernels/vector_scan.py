@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fla.ops.engine import scan as plain
-from fla.ops.engine.kernels.ops import interpreted, on_device
+from fla.core.boundaries import count_sequences
+from fla.ops.engine.kernels.recurrence import interpreted, on_device
 from fla.ops.engine.kernels.selfcheck import TOKENS, differs_from, trusted
 from fla.ops.engine.kernels.tensors import flat, fp32
-from fla.ops.engine.layout import count_sequences
+from fla.ops.engine.scan import vector as plain
 
 
 class Kind(NamedTuple):

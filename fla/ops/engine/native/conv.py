@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.conv_operator import register, rows
-from fla.ops.engine.layout import boundaries_to_list, count_sequences
+from fla.core.boundaries import boundaries_to_list, count_sequences
 from fla.ops.engine.native import library
 from fla.ops.engine.native.library import Conv, channels, wide
+from fla.ops.engine.rows.convolution import register, rows
 
 
 def convolve(

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine import pieces
-from fla.ops.engine.parallel import SequenceParallel, Shard, exchange
-from fla.ops.engine.pieces import Piece
+from fla.core.parallel import SequenceParallel, Shard, exchange
+from fla.ops.engine.attention import pieces
+from fla.ops.engine.attention.pieces import Piece
 
 # rank, batch, tokens of keys -> its problems: rows of queries (b l + t) HQ + h, t counted on the
 # rank, and of keys (b S + t) H + h, t counted in the whole row

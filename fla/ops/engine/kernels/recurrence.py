@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine import chunk as plain
-from fla.ops.engine import token
+from fla.core.boundaries import count_sequences
 from fla.ops.engine.kernels.selfcheck import differs, kind_of, trusted
 from fla.ops.engine.kernels.tensors import fp32
-from fla.ops.engine.layout import count_sequences
+from fla.ops.engine.recurrence import chunk as plain
+from fla.ops.engine.recurrence import token
 
 K_MOST = 256  # key channels where there is an erase; a program holds them all
 OLDEST = "3.5"
@@ -73,7 +73,7 @@ def chunk(
     l2norm: bool = False,
     read_before: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `fla.ops.engine.chunk.chunk`, for dtypes below fp64, with an erase for K up to 256; the
+    """As `fla.ops.engine.recurrence.chunk.chunk`, for dtypes below fp64, with an erase for K up to 256; the
     state is fp32.
     """
     inputs: Any = dict(q=q, k=k, v=v, g=g, beta=beta, a=a, b=b)
@@ -103,7 +103,7 @@ def recurrent(
     read_before: bool = False,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `fla.ops.engine.token.recurrent`, without gradients: beta may be per value channel. With
+    """As `fla.ops.engine.recurrence.token.recurrent`, without gradients: beta may be per value channel. With
     `overwrite` the final state is `initial_state` itself, contiguous fp32, overwritten.
     """
     inputs: Any = dict(q=q, k=k, v=v, g=g, beta=beta, gv=gv, a=a, b=b)

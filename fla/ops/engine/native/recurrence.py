@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.layout import boundaries_to_list, count_sequences
+from fla.core.boundaries import boundaries_to_list, count_sequences
 from fla.ops.engine.native import library
 from fla.ops.engine.native.library import BLOCK, PANEL, TYPES, Problem, view, wide
 
@@ -39,7 +39,7 @@ def chunk(
     l2norm: bool = False,
     read_before: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `fla.ops.engine.chunk.chunk`, or with gv, which comes alone, `chunk_columns`; for dtypes
+    """As `fla.ops.engine.recurrence.chunk.chunk`, or with gv, which comes alone, `chunk_columns`; for dtypes
     below fp64 on a CPU. The state is fp32.
     """
     inputs = (q, k, v, g, beta, gv, a, b, initial_state)
@@ -67,7 +67,7 @@ def recurrent(
     read_before: bool = False,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `fla.ops.engine.token.recurrent`, without gradients: beta may be per value channel. With
+    """As `fla.ops.engine.recurrence.token.recurrent`, without gradients: beta may be per value channel. With
     `overwrite` the final state is `initial_state` itself, contiguous fp32, overwritten.
     """
     arguments = (

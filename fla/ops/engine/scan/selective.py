@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.chunk import CHUNK_SIZE, compute_dtype
-from fla.ops.engine.layout import boundaries_to_list, count_sequences
-from fla.ops.engine.plan import Plan, Step, count_chunks, make_plan
+from fla.core.boundaries import boundaries_to_list, count_sequences
+from fla.core.precision import compute_dtype
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.plan import Plan, Step, count_chunks, make_plan
 
 
 def selective_scan(

@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fla.ops.engine.conv_operator import rows
-from fla.ops.engine.layout import boundaries_to_list, count_sequences
+from fla.core.boundaries import boundaries_to_list, count_sequences
 from fla.ops.engine.native import library
 from fla.ops.engine.native.library import BLOCK, CHANNELS, TYPES, Scan, channels, wide
+from fla.ops.engine.rows.convolution import rows
 
 
 def selective_scan(
@@ -21,7 +21,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `fla.ops.engine.selective.selective_scan`, for dtypes below fp64 on a CPU."""
+    """As `fla.ops.engine.scan.selective.selective_scan`, for dtypes below fp64 on a CPU."""
     inputs = (x, dt, A, B, C, initial_state)
     save = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in inputs)
     eager = type(x) is Tensor and not save and not torch.compiler.is_compiling()

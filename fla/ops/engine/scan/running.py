@@ -8,9 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fla.ops.engine import sharded
-from fla.ops.engine.layout import boundaries_to_list, count_sequences
-from fla.ops.engine.parallel import current, tie, using
+from fla.core.boundaries import boundaries_to_list, count_sequences
+from fla.core.parallel import current, tie, using
+from fla.ops.engine.scan import sharded
+from fla.ops.engine.sharding import LocalSequences
 
 RUNNING = {
     "sum": lambda x: x.cumsum(1),
@@ -23,7 +24,7 @@ def running(kind: str, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The sum, logsumexp or maximum of x `[B, T, ...]` over the tokens of a sequence so far."""
     parallel = current()
     if parallel is not None:
-        pieces = sharded.Pieces.of(f"a running {kind}", parallel, x, cu_seqlens)
+        pieces = LocalSequences.of(f"a running {kind}", parallel, x, cu_seqlens)
         with using(None):
             return sharded.running(kind, pieces, running(kind, x, pieces.cuts))
     form = RUNNING[kind]
@@ -71,7 +72,7 @@ def repeat_rows(first: Tensor, length: int, cu_seqlens: Tensor | None) -> Tensor
         return first.unsqueeze(1).expand(first.shape[0], length, *first.shape[1:])
     parallel = current()
     if parallel is not None:
-        pieces = sharded.Pieces.of("a state a token", parallel, first, cu_seqlens, length)
+        pieces = LocalSequences.of("a state a token", parallel, first, cu_seqlens, length)
         first, cu_seqlens = first[pieces.own.numbers or [0]], pieces.cuts
     lengths = cu_seqlens.diff().to(first.device)
     return first.repeat_interleave(lengths, 0, output_size=length).unsqueeze(0)

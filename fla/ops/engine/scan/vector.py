@@ -16,11 +16,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fla.ops.engine import sharded
-from fla.ops.engine.chunk import CHUNK_SIZE, compute_dtype
-from fla.ops.engine.layout import boundaries_to_list, count_sequences
-from fla.ops.engine.parallel import current
-from fla.ops.engine.plan import Plan, count_chunks, make_plan
+from fla.core.boundaries import boundaries_to_list, count_sequences
+from fla.core.parallel import current
+from fla.core.precision import compute_dtype
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.plan import Plan, count_chunks, make_plan
+from fla.ops.engine.scan import sharded
 
 
 def scan(

@@ -7,12 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.ops.engine.chunk import L2_EPS
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 where it is fp64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from fla.core.precision import promote_to_fp32
+from fla.ops.engine.recurrence.chunk import L2_EPS
 
 
 def l2norm(x: Tensor, eps: float = L2_EPS, output_dtype: torch.dtype | None = None) -> Tensor:
@@ -22,7 +18,7 @@ def l2norm(x: Tensor, eps: float = L2_EPS, output_dtype: torch.dtype | None = No
         >>> l2norm(torch.tensor([3.0, 4.0])).tolist()
         [0.6000000238418579, 0.800000011920929]
     """
-    y = wide(x)
+    y = promote_to_fp32(x)
     y = y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)
     return y.to(output_dtype or x.dtype)
 
@@ -43,12 +39,16 @@ def sigmoid_gate(
 
 
 def _per_head(A_log: Tensor, g: Tensor) -> Tensor:
-    A_log = wide(A_log).flatten()
+    A_log = promote_to_fp32(A_log).flatten()
     return A_log if g.dim() == 3 else A_log.unsqueeze(-1)
 
 
 def _biased(g: Tensor, dt_bias: Tensor | None) -> Tensor:
-    return wide(g) if dt_bias is None else wide(g) + wide(dt_bias).view(g.shape[2:])
+    return (
+        promote_to_fp32(g)
+        if dt_bias is None
+        else promote_to_fp32(g) + promote_to_fp32(dt_bias).view(g.shape[2:])
+    )
 
 
 def channel_gate(

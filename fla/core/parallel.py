@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fla.core.boundaries import boundaries_to_list
+
 
 @dataclass
 class SequenceParallel:
@@ -85,8 +87,6 @@ class Shard:
 
     def bounds(self, op: str, cu_seqlens: Tensor | None) -> list[int]:
         """Of the whole row, on the host; one sequence where there are none."""
-        from fla.ops.engine.layout import boundaries_to_list  # which knows of shards itself
-
         if cu_seqlens is None:
             return [0, self.total]
         return boundaries_to_list(cu_seqlens, self.total, op)

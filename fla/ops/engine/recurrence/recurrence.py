@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fla.ops.engine.checks import (
+from fla.core.checks import (
     check_groups,
     check_log_decay,
     check_same,
@@ -19,14 +19,15 @@ from fla.ops.engine.checks import (
     check_shapes,
     checks_inputs,
 )
-from fla.ops.engine.chunk import CHUNK_SIZE, chunk, compute_dtype
-from fla.ops.engine.columns import chunk_columns
+from fla.core.parallel import SequenceParallel, current
+from fla.core.precision import compute_dtype
 from fla.ops.engine.dispatch import requested, resolve
-from fla.ops.engine.kernels import ops as triton
-from fla.ops.engine.native import ops as native
-from fla.ops.engine.parallel import SequenceParallel, current
-from fla.ops.engine.sharded import recurrence
-from fla.ops.engine.token import recurrent
+from fla.ops.engine.kernels import recurrence as triton
+from fla.ops.engine.native import recurrence as native
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE, chunk
+from fla.ops.engine.recurrence.columns import chunk_columns
+from fla.ops.engine.recurrence.sharded import recurrence
+from fla.ops.engine.recurrence.token import recurrent
 
 KERNELS: dict[str, Any] = {"native": native, "triton": triton}
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.ops.engine.chunk import compute_dtype
-from fla.ops.engine.flash import attend, attend_backward, merge_
+from fla.core.precision import compute_dtype
+from fla.ops.engine.attention.flash import attend, attend_backward, merge_
 
 BYTES = 16 << 20  # gathered at a time
 

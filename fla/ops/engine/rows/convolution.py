@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.layout import count_sequences
+from fla.core.boundaries import count_sequences
 
 
 def register(

@@ -11,11 +11,13 @@ form its gradient, and the other way round, so both stand on `VectorDecay`.
 import torch
 from torch import Tensor
 
-from fla.ops.engine.chunk import CHUNK_SIZE, _plan, _tokens, compute_dtype
-from fla.ops.engine.decay import AFTER, VectorDecay
-from fla.ops.engine.layout import count_sequences
-from fla.ops.engine.plan import Plan, Step, count_chunks
-from fla.ops.engine.workspace import Workspace
+from fla.core.boundaries import count_sequences
+from fla.core.precision import compute_dtype
+from fla.ops.engine.recurrence.chunk import CHUNK_SIZE, _plan, _tokens
+from fla.ops.engine.recurrence.decay.vector import VectorDecay
+from fla.ops.engine.recurrence.plan import Plan, Step, count_chunks
+from fla.ops.engine.recurrence.terms import AFTER
+from fla.ops.engine.recurrence.workspace import Workspace
 
 
 def chunk_columns(

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fla.ops.engine.chunk import L2_EPS, compute_dtype
-from fla.ops.engine.layout import boundaries_to_list
-from fla.ops.engine.recurrence import per_sequence
+from fla.core.boundaries import boundaries_to_list
+from fla.core.precision import compute_dtype
+from fla.ops.engine.recurrence.chunk import L2_EPS
+from fla.ops.engine.recurrence.equation import per_sequence
 
 SEGMENT = 64
 

@@ -28,8 +28,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fla.ops.engine.decay import ScalarDecay, VectorDecay
-from fla.ops.engine.workspace import Workspace
+from fla.ops.engine.recurrence.decay.scalar import ScalarDecay
+from fla.ops.engine.recurrence.decay.vector import VectorDecay
+from fla.ops.engine.recurrence.workspace import Workspace
 
 NONE, DELTA, LOW_RANK = "none", "delta", "low rank"
 

@@ -16,20 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.decay import AFTER, BEFORE, DECAYED, ScalarDecay, VectorDecay
-from fla.ops.engine.layout import boundaries_to_list, count_sequences
-from fla.ops.engine.plan import Plan, Step, count_chunks, make_plan
-from fla.ops.engine.recurrence import LOG_ZERO
-from fla.ops.engine.step import DELTA, LOW_RANK, NONE, Rows, backward, forward
-from fla.ops.engine.workspace import Workspace
+from fla.core.boundaries import boundaries_to_list, count_sequences
+from fla.core.precision import compute_dtype
+from fla.ops.engine.recurrence.decay.scalar import ScalarDecay
+from fla.ops.engine.recurrence.decay.vector import VectorDecay
+from fla.ops.engine.recurrence.equation import LOG_ZERO
+from fla.ops.engine.recurrence.plan import Plan, Step, count_chunks, make_plan
+from fla.ops.engine.recurrence.step import DELTA, LOW_RANK, NONE, Rows, backward, forward
+from fla.ops.engine.recurrence.terms import AFTER, BEFORE, DECAYED
+from fla.ops.engine.recurrence.workspace import Workspace
 
 CHUNK_SIZE = 64
 L2_EPS = 1e-6
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 stays fp64; everything else is computed in fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def chunk(

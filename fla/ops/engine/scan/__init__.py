@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Scans: vector, selective, and running sums."""
