@@ -8,9 +8,10 @@ the whole row. What a rank sends is counted in `sent`, in bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -144,7 +145,17 @@ def refuse_sharded(op: str, why: str = "it has no sequence-parallel form") -> No
         raise ValueError(f"{op}: called inside sequence_parallel, but {why}; call it outside")
 
 
-Message = tuple[Tensor, int]
+def sharded_by(form: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let `form(parallel, function, *args)` stand for the decorated function inside a context."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            return function(*args) if _active is None else form(_active, function, *args)
+
+        return call
+
+    return decorate
 
 
 def exchange(
@@ -204,34 +215,6 @@ def halo(shard: Shard, x: Tensor, n: int) -> Tensor:
     return torch.cat([x.new_zeros(x.shape[0], n - found.shape[1], *x.shape[2:]), found], 1)
 
 
-class _Gather(torch.autograd.Function):
-    """Every rank's x, `[size, ...]`; each gets the sum of its gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, parallel: SequenceParallel) -> Tensor:
-        ctx.parallel = parallel
-        return _everyone(parallel, [x] * parallel.size)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _everyone(ctx.parallel, list(grads[0])).sum(0), None
-
-
-def _everyone(parallel: SequenceParallel, xs: list[Tensor]) -> Tensor:
-    """What each rank has for this one, of `xs[p]` for rank p."""
-    mine = [x.contiguous() for x in xs]
-    out = [x.new_zeros(x.shape) for x in mine]
-    out[parallel.rank].copy_(mine[parallel.rank])
-    others = [p for p in range(parallel.size) if p != parallel.rank]
-    exchange(parallel, [(mine[p], p) for p in others], [(out[p], p) for p in others])
-    return torch.stack(out)
-
-
-def gather(parallel: SequenceParallel, x: Tensor) -> Tensor:
-    """x of all ranks, `[size, ...]`."""
-    return _Gather.apply(x, parallel)
-
-
 class _Carry(torch.autograd.Function):
     """A state through the ranks in turn: `S_out = A S_in + S`, where S_in is what the rank before
     sent (zeros on the first). Returns S_in. Its gradient goes the other way round.
@@ -287,55 +270,3 @@ def tie(x: Tensor, *others: Tensor | None) -> Tensor:
     tokens, it still has to take part in sending the gradient back.
     """
     return _Tie.apply(x, *others)
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over the ranks, on every rank; so is its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, parallel: SequenceParallel) -> Tensor:
-        ctx.parallel = parallel
-        return _summed(parallel, x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _summed(ctx.parallel, grads[0]), None
-
-
-def _summed(parallel: SequenceParallel, x: Tensor) -> Tensor:
-    x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=parallel.group)
-    parallel.count(x)
-    return x
-
-
-def total(parallel: SequenceParallel, x: Tensor, source: Tensor) -> Tensor:
-    """The sum of x over the ranks; `source` is what x comes from on the ranks that have some."""
-    return _Sum.apply(tie(x, source), parallel)
-
-
-def mean_over_ranks(mean: Tensor, count: int, source: Tensor, parallel: SequenceParallel) -> Tensor:
-    """The mean over all ranks' tokens, of a rank's own mean over `count`, which comes from
-    `source`; its gradient is the share of this rank.
-    """
-    share = mean * count if count else tie(source.new_zeros((), dtype=mean.dtype), source)
-    both = _summed(parallel, torch.stack([share.detach(), share.new_tensor(float(count))]))
-    share = share / both[1]
-    return share + (both[0] / both[1] - share).detach()
-
-
-def sharded_next_tokens(labels: Tensor, layout: Any, ignore: int) -> Tensor:
-    """`[B, l]`: at each token of this rank the label of the next one of its sequence, else
-    `ignore`.
-    """
-    shard = layout.shard
-    first = labels[:, :1] if labels.shape[1] else labels.new_zeros(len(labels), 1)
-    every = _everyone(shard.parallel, [first] * shard.parallel.size)
-    later = [p for p in range(shard.rank + 1, len(every)) if shard.ends[p] < shard.ends[p + 1]]
-    after = every[later[0]] if later else torch.full_like(first, ignore)
-    targets = torch.cat([labels, after], 1)[:, 1:][:, : labels.shape[1]]
-    ends = [b - 1 - shard.begin for b in shard.bounds("labels", layout.cu_seqlens)[1:]]
-    inside = [i for i in ends if 0 <= i < labels.shape[1]]
-    return targets.index_fill(
-        1, torch.tensor(inside, device=labels.device, dtype=torch.long), ignore
-    )

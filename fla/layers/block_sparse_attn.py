@@ -15,7 +15,7 @@ from fla.core.parallel import refuse_sharded, tie, using
 from fla.layers.attn import Attention, Where
 from fla.ops import block_sparse_attention as page
 from fla.ops.block_sparse_attention import BlockPattern, block_sparse_attention
-from fla.ops.engine.attention.sharded import among_all, collect
+from fla.ops.engine.attention.sharded import all_gather, among_all
 
 PATTERNS: dict[str, Callable[..., BlockPattern]] = {
     f.__name__: f
@@ -112,7 +112,7 @@ class BlockSparseAttention(Attention):
             refuse_sharded(
                 "BlockSparseAttention", "a block of queries asks by the mean of all ranks'"
             )
-        q, k, v = among_all(q, shard), collect(k, shard), collect(v, shard)
+        q, k, v = among_all(q, shard), all_gather(k, shard), all_gather(v, shard)
         parts = [q.new_empty(len(q), 0, *q.shape[2:])]
         with using(None):
             for a, b in pairwise(shard.bounds("BlockSparseAttention", layout.cu_seqlens)):

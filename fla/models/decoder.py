@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from fla.core.layout import SequenceLayout
-from fla.core.parallel import mean_over_ranks, refuse_sharded, sharded_next_tokens
+from fla.core.parallel import refuse_sharded
 from fla.layers.mixer import Mixer
 from fla.models.config import DecoderConfig
 from fla.models.utils import Cache
@@ -35,6 +35,7 @@ from fla.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss, Gate
 from fla.modules.feature_map import HedgehogFeatureMap
 from fla.modules.l2warp import L2_FACTOR, l2_warp
 from fla.modules.moe import ExpertMLPs, MixtureOfExperts
+from fla.ops.engine.sharding import mean_over_ranks, sharded_next_tokens
 
 IGNORE = -100
 

@@ -9,21 +9,25 @@ exactly. A packed row is laid out with W slots of history before every sequence;
 across a boundary.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.core.boundaries import boundaries_to_list
+from fla.core.boundaries import boundaries_to_list, count_sequences
 from fla.core.checks import check_sequences, check_shapes
-from fla.core.parallel import current, refuse_sharded, tie, using
-from fla.ops.engine.dispatch import resolve
-from fla.ops.engine.kernels import conv as triton
+from fla.core.parallel import SequenceParallel, refuse_sharded, tie, using
+from fla.core.stage import Form, Stage
+from fla.ops.engine.kernels import operators as triton
+from fla.ops.engine.kernels import support
 from fla.ops.engine.native import conv as native
+from fla.ops.engine.native import library
 from fla.ops.engine.scan.sharded import tokens_before
 
 ACTIVATIONS = (None, "silu", "swish")
-CONVOLVE = {"native": native.convolve, "triton": triton.convolve}
 
 
 def causal_conv1d(
@@ -57,30 +61,29 @@ def causal_conv1d(
         residual=(residual, "B T D"),
         initial_state=(initial_state, "N D W"),
     )
-    N = check_sequences(op, x.shape[0], cu_seqlens, initial_state)
+    check_sequences(op, x.shape[0], cu_seqlens, initial_state)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}; expected None, 'silu' or 'swish'")
-    parallel = current()
-    if parallel is not None:
-        if initial_state is not None or output_final_state:
-            refuse_sharded(op, "a state goes in or out")
-        states, cuts = tokens_before(op, parallel, x, cu_seqlens, weight.shape[1])
-        with using(None):
-            y, _ = causal_conv1d(
-                x, weight, bias, residual, states.transpose(1, 2), False, activation, backend, cuts
-            )
-            return tie(y, states), None
-    chosen = resolve(op, x.device, backend, x.dtype)
-    kernels = CONVOLVE.get(chosen)
-    if kernels is not None and (
-        chosen != "triton" or triton.runs(x, weight, activation is not None)
-    ):
-        y, final = kernels(x, weight, bias, initial_state, cu_seqlens, activation is not None)
-        y = y if residual is None else y + residual
-        return y, final.to(x.dtype) if output_final_state else None
+    if initial_state is not None or output_final_state:
+        refuse_sharded(op, "a state goes in or out")
+    silu = activation is not None
+    y, final = CONVOLUTION(op, backend, x, weight, bias, initial_state, cu_seqlens, silu)
+    y = y if residual is None else y + residual
+    return y, final.to(x.dtype) if output_final_state else None
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, the last W inputs `[N, D, W]`): one product per tap, under plain autograd."""
     _B, T, D = x.shape
-    W = weight.shape[1]
-    state = x.new_zeros(N, D, W) if initial_state is None else initial_state.to(x.dtype)
+    N, W = count_sequences(x, cu_seqlens), weight.shape[1]
+    state = x.new_zeros(N, D, W) if history is None else history.to(x.dtype)
     history = state.transpose(1, 2)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if cu_seqlens is None:
@@ -88,7 +91,7 @@ def causal_conv1d(
         y = _taps(row[:, 1:], weight, T)
         final = row[:, -W:]
     else:
-        boundaries_to_list(cu_seqlens, T, op)
+        boundaries_to_list(cu_seqlens, T, "causal_conv1d")
         slots, ends = _slots(cu_seqlens, T, W)
         row = x.new_zeros(T + N * W, D).index_copy(0, slots, x[0])
         before = ends[:, None] - cu_seqlens.diff()[:, None] - W + torch.arange(W, device=x.device)
@@ -96,9 +99,7 @@ def causal_conv1d(
         y = _taps(row[None, 1:], weight, row.shape[0] - W).index_select(1, slots - W)
         final = row[ends[:, None] - W + torch.arange(W, device=x.device)]
     y = y if bias is None else y + bias
-    y = y if activation is None else F.silu(y)
-    y = y if residual is None else y + residual
-    return y, final.transpose(1, 2).contiguous() if output_final_state else None
+    return F.silu(y) if silu else y, final.transpose(1, 2).contiguous()
 
 
 def _slots(cu_seqlens: Tensor, T: int, W: int) -> tuple[Tensor, Tensor]:
@@ -120,6 +121,61 @@ def _taps(row: Tensor, weight: Tensor, length: int) -> Tensor:
     for i in range(1, weight.shape[1]):
         y = torch.addcmul(y, row[:, i : i + length], weight[:, i])
     return y
+
+
+class Taps(NamedTuple):
+    """What the choice of a form looks at: W is the number of taps."""
+
+    device: torch.device
+    dtype: torch.dtype
+    W: int
+    silu: bool
+
+
+def _facts(x: Tensor, weight: Tensor, bias: Any, history: Any, bounds: Any, silu: bool) -> Taps:
+    return Taps(x.device, x.dtype, weight.shape[1], silu)
+
+
+def _problem(facts: Taps) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 70, 20), (20, facts.W), (20,))  # more tokens than a chunk
+    x, weight, bias = (
+        torch.randn(shape, generator=generator).to(facts.device, facts.dtype) for shape in shapes
+    )
+    return x, weight, bias, None, None, facts.silu
+
+
+def _over_ranks(
+    op: str, parallel: SequenceParallel, form: Callable[..., tuple[Tensor, Tensor]], x: Tensor,
+    weight: Tensor, bias: Tensor | None, history: None, cu_seqlens: Tensor | None, silu: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """This rank's tokens, with those before them as history; the final state is of this rank."""
+    states, cuts = tokens_before(op, parallel, x, cu_seqlens, weight.shape[1])
+    with using(None):
+        y, final = form(x, weight, bias, states.transpose(1, 2), cuts, silu)
+        return tie(y, states), final
+
+
+CONVOLUTION = Stage(
+    "convolution",
+    {
+        "triton": Form(
+            triton.convolve,
+            "chunks of 64 tokens side by side, in Triton; backward by hand",
+            (support.runs,),
+            support.checked,
+        ),
+        "native": Form(
+            native.convolve,
+            library.in_cpp("channels side by side, token by token, in {}; backward by hand"),
+            (library.runs,),
+        ),
+        "torch": Form(_convolve, "one product per tap, under plain autograd"),
+    },
+    _facts,
+    _over_ranks,
+    _problem,
+)
 
 
 class ShortConvolution(nn.Conv1d):

@@ -24,8 +24,8 @@ On the one equation: `gsa` with the decay that the normalisation implies.
 import torch
 from torch import Tensor
 
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
 from fla.ops.engine.recurrence.recurrence import Options
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.gsa import State, _gsa, naive_recurrent_gsa
 
 

@@ -31,8 +31,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fla.core.checks import check_groups, check_same, check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 BLOCK = 512
 
@@ -128,12 +128,12 @@ def _based(
     check_same(op, q=q, k=k, v=v)
     scale = sizes["K"] ** -0.5 if options.scale is None else options.scale
     values = torch.cat([promote_to_fp32(v), promote_to_fp32(v).new_ones(*v.shape[:-1], 1)], -1)
-    o, final = run(
+    o, final = recurrence(
         op,
         options._replace(scale=1.0),
-        taylor_features(promote_to_fp32(q) * scale),
-        taylor_features(promote_to_fp32(k)),
-        values,
+        Terms(
+            taylor_features(promote_to_fp32(q) * scale), taylor_features(promote_to_fp32(k)), values
+        ),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )

@@ -33,13 +33,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core import operator
+from fla.core.operator import Schema
 from fla.core.checks import check_groups, check_same, check_shapes
-from fla.core.parallel import current, tie, using
+from fla.core.parallel import SequenceParallel, tie, using
 from fla.core.precision import compute_dtype
+from fla.core.stage import Form, Stage, first_tensor
 from fla.ops.engine.attention import pieces
 from fla.ops.engine.attention.pieces import Piece
-from fla.ops.engine.attention.sharded import among_all, collect
-from fla.ops.engine.dispatch import resolve
+from fla.ops.engine.attention.sharded import all_gather, among_all
 
 RUN = 64  # blocks of queries that meet one block of keys in a problem, a power of four
 
@@ -437,73 +439,47 @@ def _rows(
     return pieces.Rows(q, k, v, flat), plan
 
 
-@torch.library.custom_op("fla::block_sparse_attention", mutates_args=())
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kept: Tensor,
-    gate: Tensor | None,
-    sizes: Sequence[int],
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, gate: Tensor | None, sizes: Sequence[int],
+    causal: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o, and the log-sum-exp `[B, T, HQ]`."""
     rows, plan = _rows(q, k, v, kept, gate, sizes, causal)
     o, lse = pieces.forward(rows, plan, scale)
     return _unfold(o, q).to(q.dtype), _unfold(lse, q)
 
 
-@_forward.register_fake
-def _empty(q, k, v, kept, gate, sizes, causal, scale):
+def _empty(q, k, v, *rest):
     lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
     return q.new_empty(*q.shape[:3], v.shape[-1]), lse
 
 
-@torch.library.custom_op("fla::block_sparse_attention_backward", mutates_args=())
 def _backward(
-    do: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kept: Tensor,
-    gate: Tensor | None,
-    sizes: Sequence[int],
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the gate (empty where there is none)."""
+    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor,
+    gate: Tensor | None, sizes: Sequence[int], causal: bool, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of q, k, v, none of what is kept, and of the gate (empty where there is none)."""
     rows, plan = _rows(q, k, v, kept, gate, sizes, causal)
     inner = (_fold(do, *sizes), rows, _fold(o, *sizes), _fold(lse[..., None], *sizes).squeeze(-1))
     found = pieces.backward(*inner, plan, scale)
-    dgate = q.new_empty(0) if gate is None else found.pop().view(gate.shape).to(gate.dtype)
-    dq, dk, dv = (_unfold(g, x).to(x.dtype) for g, x in zip(found, (q, k, v), strict=True))
-    return dq, dk, dv, dgate
+    dgate = q.new_empty(0) if gate is None else found.pop().view(gate.shape)
+    dq, dk, dv = (_unfold(g, x) for g, x in zip(found, (q, k, v), strict=True))
+    return dq, dk, dv, torch.empty_like(kept), dgate
 
 
-@_backward.register_fake
-def _empty_backward(do, o, lse, q, k, v, kept, gate, sizes, causal, scale):
-    dgate = q.new_empty(0) if gate is None else gate.new_empty(gate.shape)
-    return *(x.new_empty(x.shape) for x in (q, k, v)), dgate
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.options = inputs[5:]
-    ctx.mark_non_differentiable(output[1])
-
-
-def _gradients(ctx, do, _):
-    *inputs, o, lse = ctx.saved_tensors
-    dq, dk, dv, dgate = torch.ops.fla.block_sparse_attention_backward(
-        do, o, lse, *inputs, *ctx.options
-    )
-    return dq, dk, dv, None, None if inputs[4] is None else dgate, None, None, None
-
-
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+operator.define(
+    "block_sparse_attention",
+    Schema(
+        "Tensor q, Tensor k, Tensor v, Tensor kept, Tensor? gate",
+        "int[] sizes, bool causal, float scale",
+        differentiable=1,
+        saved=(0, 1),
+        state=False,
+    ),
+    forward=_forward,
+    fake=_empty,
+    backward=_backward,
+)
 
 
 def block_sparse_attention(
@@ -535,44 +511,48 @@ def block_sparse_attention(
     sizes = check_shapes(op, q=(q, "B T HV K"), k=(k, "B T H K"), v=(v, "B T H V"))
     check_groups(op, sizes, "q")
     check_same(op, q=q, k=k, v=v)
-    parallel = current()
-    if parallel is not None:
-        shard = parallel.of(op, sizes["T"])
-        _check_pattern(op, pattern, sizes | {"T": shard.total})
-        q, k, v = among_all(q, shard), collect(k, shard), collect(v, shard)
-        pattern = pattern.only(shard.begin, shard.end)
-        with using(None):
-            found = block_sparse_attention(
-                q, k, v, pattern, scale=scale, return_lse=True, backend=backend
-            )
-        o, lse = (tie(x[:, shard.begin : shard.end], k, v) for x in found)
-        return (o, lse) if return_lse else o
-    _check_pattern(op, pattern, sizes)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if backend == "flex":
-        return _flex(op, q, k, v, pattern, scale, return_lse)
-    resolve(op, q.device, backend, q.dtype)
-    o, lse = torch.ops.fla.block_sparse_attention(
-        q, k, v, pattern.kept.to(q.device), pattern.gate,
-        [pattern.block_size, pattern.query_block], pattern.causal, scale,
-    )  # fmt: skip
+    o, lse = KEPT_BLOCKS(op, backend, q, k, v, pattern, scale)
     return (o, lse) if return_lse else o
 
 
-def _check_pattern(op: str, pattern: BlockPattern, sizes: dict[str, int]) -> None:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float
+) -> tuple[Tensor, Tensor]:
+    _check_pattern(pattern, q, k, q.shape[1])
+    return torch.ops.fla.block_sparse_attention(
+        q, k, v, pattern.kept.to(q.device), pattern.gate,
+        [pattern.block_size, pattern.query_block], pattern.causal, scale,
+    )  # fmt: skip
+
+
+def _over_ranks(
+    op: str, parallel: SequenceParallel, attend: Callable[..., tuple[Tensor, Tensor]], q: Tensor,
+    k: Tensor, v: Tensor, pattern: BlockPattern, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shard = parallel.of(op, q.shape[1])
+    _check_pattern(pattern, q, k, shard.total)
+    q, k, v = among_all(q, shard), all_gather(k, shard), all_gather(v, shard)
+    with using(None):
+        found = attend(q, k, v, pattern.only(shard.begin, shard.end), scale)
+    o, lse = (tie(x[:, shard.begin : shard.end], k, v) for x in found)
+    return o, lse
+
+
+def _check_pattern(pattern: BlockPattern, q: Tensor, k: Tensor, T: int) -> None:
+    op = "block_sparse_attention"
     if not isinstance(pattern, BlockPattern):
         raise ValueError(
             f"{op}: pattern is a {type(pattern).__name__}; pass a BlockPattern, such as "
             "local_window(T, 256)"
         )
-    B, H = pattern.kept.shape[:2]
-    if pattern.length != sizes["T"] or B not in (1, sizes["B"]) or H not in (1, sizes["H"]):
+    (B, H), (batch, heads) = pattern.kept.shape[:2], (k.shape[0], k.shape[2])
+    if pattern.length != T or B not in (1, batch) or H not in (1, heads):
         raise ValueError(
             f"{op}: pattern is for {pattern.length} tokens, B={B} and H={H}, but q and k have "
-            f"T={sizes['T']}, B={sizes['B']} and H={sizes['H']} heads of k; make it for those "
-            "(B and H may be 1)"
+            f"T={T}, B={batch} and H={heads} heads of k; make it for those (B and H may be 1)"
         )
-    expected = (sizes["B"], sizes["H"], *pattern.kept.shape[2:])
+    expected = (batch, heads, *pattern.kept.shape[2:])
     if pattern.gate is not None and pattern.gate.shape != expected:
         raise ValueError(
             f"{op}: the pattern's gate is {list(pattern.gate.shape)}; expected {list(expected)}"
@@ -580,15 +560,17 @@ def _check_pattern(op: str, pattern: BlockPattern, sizes: dict[str, int]) -> Non
 
 
 def _flex(
-    op: str, q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, lse: bool
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float
+) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if q.device.type == "cpu" and grads:
         raise ValueError(
-            f"{op}: FlexAttention has no backward on CPUs; use backend='torch', or torch.no_grad()"
+            "block_sparse_attention: FlexAttention has no backward on CPUs; use backend='torch', or "
+            "torch.no_grad()"
         )
+    _check_pattern(pattern, q, k, q.shape[1])
     gate, step, size = pattern.gate, pattern.query_block, pattern.block_size
     groups = q.shape[2] // k.shape[2]
 
@@ -607,4 +589,18 @@ def _flex(
     o, found = o.transpose(1, 2), aux.lse.transpose(1, 2)
     nothing = found == -torch.inf
     o = o.masked_fill(nothing.unsqueeze(-1), 0.0)
-    return (o, found) if lse else o
+    return o, found
+
+
+KEPT_BLOCKS = Stage(
+    "block_sparse_attention",
+    {
+        "torch": Form(
+            _attend,
+            "dense pieces in torch's flash kernels (elsewhere in blocks), merged; backward by hand",
+        ),
+        "flex": Form(_flex, "torch's FlexAttention with a block mask"),
+    },
+    first_tensor,
+    _over_ranks,
+)

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from fla.core.checks import check_groups, check_tensors
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import l2norm
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
 def naive_recurrent_comba(
@@ -107,7 +107,9 @@ def _comba(
     if sizes["HV"] > sizes["H"]:
         p = p.repeat_interleave(sizes["HV"] // sizes["H"], 2)
     beta = v.new_ones(v.shape[:3]) if beta is None else beta
-    return run(op, options, q, k, v, g=g, beta=beta, b=p, names={"b": "p"}, **sequences)
+    return recurrence(
+        op, options, Terms(q, k, v, g=g, beta=beta, b=p), names={"b": "p"}, **sequences
+    )
 
 
 def chunk_comba(

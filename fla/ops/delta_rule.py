@@ -22,9 +22,9 @@ On the one equation: no decay, a = -beta k, b = k, written k and beta v.
 import torch
 from torch import Tensor
 
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
 from fla.ops.engine.recurrence.equation import chunk_form
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
 def naive_recurrent_delta_rule(
@@ -111,13 +111,10 @@ def chunk_delta_rule(
     options = Options(
         scale, output_final_state, use_qk_l2norm_in_kernel, chunk_size=chunk_size, backend=backend
     )
-    return run(
+    return recurrence(
         "chunk_delta_rule",
         options,
-        q,
-        k,
-        v,
-        beta=beta,
+        Terms(q, k, v, beta=beta),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,
@@ -139,13 +136,10 @@ def fused_recurrent_delta_rule(
     """The delta rule token by token; beta defaults to 1."""
     options = Options(scale, output_final_state, use_qk_l2norm_in_kernel, backend=backend)
     beta = v.new_ones(v.shape[:3]) if beta is None else beta
-    return run(
+    return recurrence(
         "fused_recurrent_delta_rule",
         options,
-        q,
-        k,
-        v,
-        beta=beta,
+        Terms(q, k, v, beta=beta),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )

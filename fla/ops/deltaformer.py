@@ -34,8 +34,9 @@ from torch.utils.checkpoint import checkpoint
 from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_parts, check_sequences, check_tensors
 from fla.core.layout import SequenceLayout
+from fla.core.parallel import refuse_sharded
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.dispatch import resolve
+from fla.core.stage import Form, Stage, first_tensor
 from fla.ops.engine.recurrence.recurrence import check_chunk_size
 
 BLOCK = 128
@@ -101,6 +102,25 @@ def _sequence(
     return (torch.cat(out, 2) if out else v), keys, us
 
 
+def _packed(
+    rows: list[Tensor], state: State | None, cu_seqlens: Tensor | None, C: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, keys, u) of q, k, v, beta `[B, H, T, .]`; of packed sequences o alone, and its keys."""
+    if cu_seqlens is None:
+        return _sequence(*rows, state, C)  # type: ignore[call-arg]
+    bounds = boundaries_to_list(cu_seqlens, rows[0].shape[2], "deltaformer_attn")
+    parts: Any = ([x[:, :, a:b] for x in rows] for a, b in pairwise(bounds))
+    o = torch.cat([_sequence(*part, None, C)[0] for part in parts], 2)
+    return o, rows[1], o
+
+
+BLOCKS = Stage(
+    "deltaformer",
+    {"torch": Form(_packed, "exact blocks of rows, formed again in the backward")},
+    lambda rows, *_: first_tensor(rows[0]),
+)
+
+
 def deltaformer_attn(
     q: Tensor,
     k: Tensor,
@@ -126,7 +146,6 @@ def deltaformer_attn(
     )
     check_sequences(op, sizes["B"], cu_seqlens, None)
     check_chunk_size(op, C)
-    resolve(op, q.device, backend)
     if attention_mask is not None:
         if initial_state is not None or output_final_state:
             raise ValueError(
@@ -145,16 +164,11 @@ def deltaformer_attn(
         promote_to_fp32(x).transpose(1, 2) for x in (q, k, v, ones if beta is None else beta)
     ]
     state = None if initial_state is None else _head_first(op, sizes, initial_state, cu_seqlens)
-    if cu_seqlens is None:
-        o, keys, us = _sequence(rows[0], rows[1], rows[2], rows[3], state, C)
-    else:
-        if state is not None or output_final_state:
-            raise ValueError(
-                f"{op}: packed sequences have states of different lengths; call it once a sequence"
-            )
-        bounds = boundaries_to_list(cu_seqlens, q.shape[1], op)
-        parts: Any = ([x[:, :, a:b] for x in rows] for a, b in pairwise(bounds))
-        o = torch.cat([_sequence(a, b, c, d, None, C)[0] for a, b, c, d in parts], 2)
+    if cu_seqlens is not None and (state is not None or output_final_state):
+        raise ValueError(
+            f"{op}: packed sequences have states of different lengths; call it once per sequence"
+        )
+    o, keys, us = BLOCKS(op, backend, rows, state, cu_seqlens, C)
     o = o.transpose(1, 2).to(v.dtype)
     return (o, (keys.transpose(1, 2), us.transpose(1, 2))) if output_final_state else o
 

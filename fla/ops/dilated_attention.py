@@ -38,14 +38,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core import operator
+from fla.core.operator import Schema
 from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_groups, check_same, check_sequences, check_shapes
-from fla.core.parallel import SequenceParallel, current, using
+from fla.core.parallel import SequenceParallel, current
 from fla.core.precision import compute_dtype
+from fla.core.stage import Form, Stage, first_tensor
 from fla.ops.engine.attention import pieces
 from fla.ops.engine.attention.pieces import Piece
-from fla.ops.engine.attention.sharded import attend_spread, check_heads, turn
-from fla.ops.engine.dispatch import resolve
+from fla.ops.engine.attention.sharded import all_to_all, attend_sharded, check_heads
 
 MODES = ("gather", "ring", "heads")
 
@@ -272,19 +274,10 @@ def _flat(x: Tensor) -> Tensor:
     return pieces.compute(x).reshape(-1, 1, x.shape[-1])
 
 
-@torch.library.custom_op("fla::dilated_attention", mutates_args=())
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    segments: Sequence[int],
-    rates: Sequence[int],
-    offsets: Sequence[int],
-    on: Sequence[bool],
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, segments: Sequence[int],
+    rates: Sequence[int], offsets: Sequence[int], on: Sequence[bool], causal: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o, and the log-sum-exp `[B, T, HQ]`."""
     b = Branches(list(segments), list(rates), list(offsets), list(on))
     problems = _pieces(q, k, cu_seqlens, b, causal)
@@ -292,54 +285,37 @@ def _forward(
     return o.view(*q.shape[:3], v.shape[-1]).to(q.dtype), lse.view(q.shape[:3])
 
 
-@_forward.register_fake
-def _empty(q, k, v, cu_seqlens, segments, rates, offsets, on, causal, scale):
+def _empty(q, k, v, *rest):
     lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
     return q.new_empty(*q.shape[:3], v.shape[-1]), lse
 
 
-@torch.library.custom_op("fla::dilated_attention_backward", mutates_args=())
 def _backward(
-    do: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    segments: Sequence[int],
-    rates: Sequence[int],
-    offsets: Sequence[int],
-    on: Sequence[bool],
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    cu_seqlens: Tensor | None, segments: Sequence[int], rates: Sequence[int],
+    offsets: Sequence[int], on: Sequence[bool], causal: bool, scale: float,
+) -> list[Tensor]:  # fmt: skip
     b = Branches(list(segments), list(rates), list(offsets), list(on))
     problems = _pieces(q, k, cu_seqlens, b, causal)
     flat = pieces.Rows(_flat(q), _flat(k), _flat(v))
     grads = pieces.backward(_flat(do), flat, _flat(o), lse.reshape(-1, 1), problems, scale)
-    dq, dk, dv = (g.view(x.shape).to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
-    return dq, dk, dv
+    return [g.view(x.shape) for g, x in zip(grads, (q, k, v), strict=True)]
 
 
-@_backward.register_fake
-def _empty_backward(do, o, lse, q, k, v, cu_seqlens, segments, rates, offsets, on, causal, scale):
-    return tuple(torch.empty_like(x) for x in (q, k, v))
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4], *output)
-    ctx.options = inputs[4:]
-    ctx.mark_non_differentiable(output[1])
-
-
-def _gradients(ctx, do, _):
-    q, k, v, cu_seqlens, o, lse = ctx.saved_tensors
-    grads = torch.ops.fla.dilated_attention_backward(do, o, lse, q, k, v, cu_seqlens, *ctx.options)
-    return *grads, *[None] * 7
-
-
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+operator.define(
+    "dilated_attention",
+    Schema(
+        "Tensor q, Tensor k, Tensor v",
+        "Tensor? cu_seqlens, int[] segments, int[] rates, int[] offsets, bool[] on, bool causal, "
+        "float scale",
+        differentiable=1,
+        saved=(0, 1),
+        state=False,
+    ),
+    forward=_forward,
+    fake=_empty,
+    backward=_backward,
+)
 
 
 def dilated_attention(
@@ -389,27 +365,30 @@ def dilated_attention(
             + ("whole sequences need as many of each" if whole else "the queries "
                "are the last of the tokens of k, so T must be at most S")
         )  # fmt: skip
-    parallel = current()
-    with using(None):
-        resolve(op, q.device, backend, q.dtype)
     b = branches(
         op, segment_lengths, dilation_rates, sizes["H"], sizes["HV"] // max(1, sizes["H"]),
         head_offsets, branch_heads,
     )  # fmt: skip
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if parallel is not None:
-        o, lse = _over_ranks(op, parallel, q, k, v, cu_seqlens, b, causal, scale, mode or "gather")
-    elif mode is not None:
-        raise ValueError(f"{op}: mode={mode!r} is for sequence_parallel; drop it")
-    else:
-        o, lse = torch.ops.fla.dilated_attention(q, k, v, cu_seqlens, *b, causal, scale)
+    o, lse = BRANCHES(op, backend, q, k, v, cu_seqlens, b, causal, scale, mode)
     return (o, lse) if return_lse else o
 
 
-def _over_ranks(
-    op: str, parallel: SequenceParallel, q: Tensor, k: Tensor, v: Tensor,
-    cu_seqlens: Tensor | None, b: Branches, causal: bool, scale: float, mode: str,
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, b: Branches, causal: bool,
+    scale: float, mode: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if mode is not None:
+        raise ValueError(f"dilated_attention: mode={mode!r} is for sequence_parallel; drop it")
+    return torch.ops.fla.dilated_attention(q, k, v, cu_seqlens, *b, causal, scale)
+
+
+def _over_ranks(
+    op: str, parallel: SequenceParallel, attend: Callable[..., tuple[Tensor, Tensor]], q: Tensor,
+    k: Tensor, v: Tensor, cu_seqlens: Tensor | None, b: Branches, causal: bool, scale: float,
+    mode: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    mode = mode or "gather"
     if mode not in MODES:
         raise ValueError(f"{op}: mode is {mode!r}; expected one of {', '.join(MODES)}")
     shard, H = parallel.of(op, q.shape[1]), k.shape[2]
@@ -420,16 +399,29 @@ def _over_ranks(
         mine = slice(parallel.rank * share, (parallel.rank + 1) * share)
         on = [x for i in range(len(b.rates)) for x in b.on[i * H : (i + 1) * H][mine]]
         own = Branches(b.segments, b.rates, b.offsets[mine], on)
-        rows = (turn(x, shard) for x in (q, k, v))
-        o, lse = torch.ops.fla.dilated_attention(*rows, cu_seqlens, *own, causal, scale)
-        return turn(o, shard, False), turn(lse.unsqueeze(3), shard, False).squeeze(3)
+        rows = (all_to_all(x, shard) for x in (q, k, v))
+        o, lse = attend(*rows, cu_seqlens, own, causal, scale, None)
+        return all_to_all(o, shard, False), all_to_all(lse.unsqueeze(3), shard, False).squeeze(3)
 
     def problems(rank: int, batch: int, keys: tuple[int, int]) -> Iterator[Piece]:
         begin, end = shard.ends[rank], shard.ends[rank + 1]
         places = Places(batch, end - begin, shard.total, q.shape[2], H, begin, q.device)
         return plan(b, places, bounds, causal, keys)
 
-    return attend_spread(q, k, v, shard, problems, scale, mode == "ring")
+    return attend_sharded(q, k, v, shard, problems, scale, mode == "ring")
+
+
+BRANCHES = Stage(
+    "dilated_attention",
+    {
+        "torch": Form(
+            _attend,
+            "dense pieces in torch's flash kernels (elsewhere in blocks), merged; backward by hand",
+        )
+    },
+    first_tensor,
+    _over_ranks,
+)
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:

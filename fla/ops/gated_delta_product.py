@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from fla.core.checks import check_tensors
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
 def naive_recurrent_gated_delta_product(
@@ -97,14 +97,10 @@ def _product(
             )
     bounds: Any = (c if c is None else c * n for c in (cu_seqlens, cu_seqlens_cpu))
     state |= dict(zip(("cu_seqlens", "cu_seqlens_cpu"), bounds, strict=True))
-    o, final = run(
+    o, final = recurrence(
         op,
         options,
-        _spread(q, n, n - 1),
-        k,
-        v,
-        g=None if g is None else _spread(g, n, 0),
-        beta=beta,
+        Terms(_spread(q, n, n - 1), k, v, g=None if g is None else _spread(g, n, 0), beta=beta),
         **state,
     )
     return o[:, n - 1 :: n], final

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from fla.core.checks import check_shapes, refuse
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import softplus_gate
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
 def naive_recurrent_gated_delta_rule(
@@ -185,14 +185,10 @@ def chunk_gated_delta_rule(
         chunk_size=chunk_size,
         backend=backend,
     )
-    return run(
+    return recurrence(
         op,
         options,
-        q,
-        k,
-        v,
-        g=g,
-        beta=beta,
+        Terms(q, k, v, g=g, beta=beta),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,
@@ -238,16 +234,10 @@ def fused_recurrent_gated_delta_rule(
     options = Options(
         scale, output_final_state, use_qk_l2norm_in_kernel, state_v_first, backend=backend
     )
-    return run(
+    return recurrence(
         op,
         options,
-        q,
-        k,
-        v,
-        g=g,
-        beta=beta,
-        gk=gk,
-        gv=gv,
+        Terms(q, k, v, g=g, beta=beta, gk=gk, gv=gv),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )

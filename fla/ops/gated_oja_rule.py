@@ -31,9 +31,9 @@ from torch import Tensor
 
 from fla.core.checks import check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
 from fla.ops.engine.recurrence.gates import l2norm
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
 def naive_recurrent_gated_oja_rule(
@@ -85,14 +85,10 @@ def _oja(
     beta = promote_to_fp32(v).new_ones(v.shape[:3]) if beta is None else beta
     state = None if initial_state is None else initial_state.mT
     keys = (promote_to_fp32(v) * promote_to_fp32(gv).exp()).to(v.dtype)
-    read, final = run(
+    read, final = recurrence(
         op,
         options._replace(scale=1.0, read_before=True),
-        keys,
-        v,
-        k,
-        gk=gv,
-        beta=beta,
+        Terms(keys, v, k, gk=gv, beta=beta),
         initial_state=state,
         names={"gk": "gv"},
         **sequences,
@@ -100,13 +96,10 @@ def _oja(
     u = (promote_to_fp32(beta).unsqueeze(-1) * (promote_to_fp32(k) - promote_to_fp32(read))).to(
         k.dtype
     )
-    o, _ = run(
+    o, _ = recurrence(
         op,
         options._replace(output_final_state=False),
-        q,
-        u,
-        v,
-        gv=gv,
+        Terms(q, u, v, gv=gv),
         initial_state=initial_state,
         **sequences,
     )

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from fla.core.checks import check_groups, check_tensors, refuse
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import channel_gate, l2norm
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
 def naive_recurrent_gdn2(
@@ -106,8 +106,8 @@ def _gdn2(
     ones = promote_to_fp32(v).new_ones(v.shape[:3])
     written = (promote_to_fp32(w) * promote_to_fp32(v)).to(torch.promote_types(v.dtype, w.dtype))
     q, k = q.to(written.dtype), k.to(written.dtype)
-    o, final = run(
-        op, options, q, k, written, gk=g, beta=ones, b=erase, names={"gk": "g"}, **sequences
+    o, final = recurrence(
+        op, options, Terms(q, k, written, gk=g, beta=ones, b=erase), names={"gk": "g"}, **sequences
     )
     return o.to(v.dtype), final
 

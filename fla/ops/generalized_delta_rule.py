@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from fla.core.checks import refuse
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
 from fla.ops.engine.recurrence.equation import chunk_form
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -161,7 +161,7 @@ def _low_rank(
     **sequences: Any,
 ) -> Result:
     names = {"a": "b", "b": "a"} | (names or {})
-    return run(op, options, q, k, v, gk=gk, a=b, b=a, names=names, **sequences)
+    return recurrence(op, options, Terms(q, k, v, gk=gk, a=b, b=a), names=names, **sequences)
 
 
 def check_bounds(

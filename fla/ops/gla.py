@@ -23,8 +23,8 @@ On the one equation: vector decay, no erase.
 import torch
 from torch import Tensor
 
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
 def naive_recurrent_gla(
@@ -74,13 +74,10 @@ def chunk_gla(
         chunk_size=chunk_size,
         backend=backend,
     )
-    return run(
+    return recurrence(
         "chunk_gla",
         options,
-        q,
-        k,
-        v,
-        gk=g,
+        Terms(q, k, v, gk=g),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,
@@ -109,14 +106,10 @@ def fused_recurrent_gla(
     options = Options(
         scale, output_final_state, state_v_first=state_v_first, reverse=reverse, backend=backend
     )
-    return run(
+    return recurrence(
         "fused_recurrent_gla",
         options,
-        q,
-        k,
-        v,
-        gk=gk,
-        gv=gv,
+        Terms(q, k, v, gk=gk, gv=gv),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )

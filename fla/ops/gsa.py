@@ -34,8 +34,8 @@ from torch import Tensor
 
 from fla.core.checks import check_groups, check_parts, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 from fla.ops.engine.scan.running import log_cumulative_sum
 
 State = tuple[Tensor, ...]
@@ -141,25 +141,19 @@ def _gsa(
     starts = [x.repeat_interleave(groups, 1) for x in state] or [None, None]
     k, v, s, g = expanded
     scale = sizes["K"] ** -0.5 if options.scale is None else options.scale
-    logits, S = run(
+    logits, S = recurrence(
         op,
         options._replace(scale=scale),
-        q,
-        k,
-        s,
-        gv=g,
+        Terms(q, k, s, gv=g),
         initial_state=starts[0],
         cu_seqlens=cu_seqlens,
         names={"v": "s", "gv": "g"},
     )
     p = promote_to_fp32(logits).softmax(-1).to(v.dtype)
-    o, R = run(
+    o, R = recurrence(
         op,
         options._replace(scale=1.0),
-        p,
-        s,
-        v,
-        gk=g,
+        Terms(p, s, v, gk=g),
         initial_state=starts[1],
         cu_seqlens=cu_seqlens,
         names={"k": "s", "gk": "g"},

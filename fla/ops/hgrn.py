@@ -17,18 +17,18 @@ Numerics: products of factors in [0, 1] and sums in fp32; no quotient of decays.
 On the one equation: K = V = 1 with q = k = 1 and a head per channel, so a vector scan.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from fla.core.checks import check_log_decay, check_sequences, check_tensors
-from fla.core.parallel import current, using
-from fla.ops.engine.dispatch import resolve
-from fla.ops.engine.kernels.vector_scan import SCANS
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
-from fla.ops.engine.recurrence.recurrence import Options, announce, check_chunk_size, observers
-from fla.ops.engine.scan import sharded
+from fla.ops.engine.recurrence.recurrence import (
+    Options,
+    call_trace_hooks,
+    check_chunk_size,
+    trace_hooks,
+)
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE
+from fla.ops.engine.scan.stages import VECTOR_SCAN
 
 
 def naive_recurrent_hgrn(
@@ -84,15 +84,10 @@ def _hgrn(
     check_sequences(op, sizes["B"], cu_seqlens, initial_state)
     check_log_decay(op, g=g)
     check_chunk_size(op, chunk_size)
-    parallel = current()
-    with using(None):
-        form = partial(SCANS[resolve(op, x.device, backend, x.dtype)], chunk_size=chunk_size)
-    if parallel is not None:
-        form = partial(sharded.scan, form, op, parallel)
-    if observers:
+    if trace_hooks:
         state = None if initial_state is None else initial_state[..., None, None]
-        announce(op, Options(1.0), **point(x, g), state=state, cu_seqlens=cu_seqlens)
-    h, final = form(x, g, initial_state, cu_seqlens)
+        call_trace_hooks(op, Options(1.0), **point(x, g), state=state, cu_seqlens=cu_seqlens)
+    h, final = VECTOR_SCAN(op, backend, x, g, initial_state, cu_seqlens, chunk_size)
     return h, final if output_final_state else None
 
 

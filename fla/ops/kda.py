@@ -30,10 +30,10 @@ from torch import Tensor
 
 from fla.core.checks import check_tensors, refuse
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import channel_gate, sigmoid_gate, softplus_gate
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 naive_kda_gate = fused_kda_gate = softplus_gate
 
@@ -158,13 +158,10 @@ def chunk_kda(
         backend=backend,
     )
     gate = (A_log, dt_bias, use_gate_in_kernel, safe_gate, lower_bound)
-    return run(
+    return recurrence(
         op,
         options,
-        q,
-        k,
-        v,
-        **_gates(op, v, g, beta, gate, (use_beta_sigmoid_in_kernel, allow_neg_eigval)),
+        Terms(q, k, v, **_gates(op, v, g, beta, gate, (use_beta_sigmoid_in_kernel, allow_neg_eigval))),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,
@@ -198,13 +195,10 @@ def fused_recurrent_kda(
         scale, output_final_state, use_qk_l2norm_in_kernel, state_v_first, backend=backend
     )
     gate = (A_log, dt_bias, use_gate_in_kernel, False, lower_bound)
-    return run(
+    return recurrence(
         op,
         options,
-        q,
-        k,
-        v,
-        **_gates(op, v, g, beta, gate, (use_beta_sigmoid_in_kernel, allow_neg_eigval)),
+        Terms(q, k, v, **_gates(op, v, g, beta, gate, (use_beta_sigmoid_in_kernel, allow_neg_eigval))),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         names={"gk": "g"},

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fla.core.checks import check_tensors
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
 

@@ -23,7 +23,8 @@ whose value is 1.
 import torch
 from torch import Tensor
 
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import Terms
 
 State = Tensor | tuple[Tensor, Tensor] | None
 
@@ -74,7 +75,9 @@ def _run(
             raise ValueError(
                 f"{op}: initial_state is a pair (S, z), which belongs to normalize=True"
             )
-        return run(op, options, q, k, v, initial_state=initial_state, cu_seqlens=cu_seqlens)
+        return recurrence(
+            op, options, Terms(q, k, v), initial_state=initial_state, cu_seqlens=cu_seqlens
+        )
     if initial_state is not None:
         if not isinstance(initial_state, tuple):
             raise ValueError(
@@ -83,12 +86,10 @@ def _run(
         S, z = initial_state
         initial_state = torch.cat([S, z.squeeze(1).unsqueeze(-1).to(S)], -1)
     ones = v.new_ones(*v.shape[:-1], 1)
-    o, final = run(
+    o, final = recurrence(
         op,
         options,
-        q,
-        k,
-        torch.cat([v, ones], -1),
+        Terms(q, k, torch.cat([v, ones], -1)),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fla.core.boundaries import boundaries_to_list
+from fla.core.boundaries import boundaries_to_list, count_sequences
 from fla.core.checks import (
     check_groups,
     check_log_decay,
@@ -43,10 +43,10 @@ from fla.core.checks import (
     check_tensors,
 )
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.dispatch import resolve
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.core.stage import Form, Stage, first_tensor
 from fla.ops.engine.recurrence.equation import LOG_ZERO
 from fla.ops.engine.recurrence.recurrence import check_chunk_size
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 
 
 class LogLinearAttentionState(NamedTuple):
@@ -160,8 +160,8 @@ def _check(
     tensors: dict[str, Tensor],
     state: LogLinearAttentionState | None,
     cu_seqlens: Tensor | None,
-) -> int:
-    """The number of sequences, or `ValueError`."""
+) -> None:
+    """Raise `ValueError` unless the arguments fit."""
     axes = dict(q="B T H K", k="B T H K", v="B T HV V", g="B T HV", level_scales="B T HV L")
     specs: Any = {n: (tensors[n], a) for n, a in axes.items()}
     sizes = check_tensors(op, **specs)
@@ -187,7 +187,48 @@ def _check(
             f"{op}: level_scales has {L} levels, but position {last} needs {1 + last.bit_length()};"
             " pass more levels"
         )
-    return N
+
+
+def _levels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    level_scales: Tensor,
+    initial_state: LogLinearAttentionState | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, LogLinearAttentionState]:
+    N = count_sequences(q, cu_seqlens)
+    H, L = v.shape[2], level_scales.shape[-1]
+    if initial_state is None:
+        levels = promote_to_fp32(v).new_zeros(N, H, L, q.shape[-1], v.shape[-1])
+        offsets = torch.zeros(N, dtype=torch.long, device=v.device)
+    else:
+        levels, offsets = initial_state[0].to(promote_to_fp32(v).dtype), initial_state[1]
+    q, k = (x.repeat_interleave(H // x.shape[2], 2) for x in (q, k))
+    rows = [promote_to_fp32(x).transpose(1, 2).contiguous() for x in (q, k, v, g, level_scales)]
+    if cu_seqlens is None:
+        o, levels = _sequences(levels, offsets, chunk_size, *rows)
+        lengths = offsets.new_full((N,), v.shape[1])
+    else:
+        bounds = boundaries_to_list(cu_seqlens, v.shape[1], "log_linear_attn")
+        outs, finals = [], []
+        for i, (a, b) in enumerate(pairwise(bounds)):
+            part = (x[:, :, a:b] for x in rows)
+            o, S = _sequences(levels[i : i + 1], offsets[i : i + 1], chunk_size, *part)
+            outs.append(o)
+            finals.append(S)
+        o, levels = torch.cat(outs, 2), torch.cat(finals)
+        lengths = cu_seqlens.diff().to(offsets)
+    return o.transpose(1, 2).to(v.dtype), LogLinearAttentionState(levels, offsets + lengths)
+
+
+HIERARCHY = Stage(
+    "log_linear_attn",
+    {"torch": Form(_levels, "chunks over a hierarchy of states, under plain autograd")},
+    first_tensor,
+)
 
 
 def _log_linear(
@@ -203,32 +244,10 @@ def _log_linear(
     backend: str | None,
 ) -> tuple[Tensor, LogLinearAttentionState]:
     tensors = dict(q=q, k=k, v=v, g=g, level_scales=level_scales)
-    N = _check(op, tensors, initial_state, cu_seqlens)
+    _check(op, tensors, initial_state, cu_seqlens)
     check_log_decay(op, g=g)
     check_chunk_size(op, chunk_size)
-    resolve(op, q.device, backend)
-    H, L = v.shape[2], level_scales.shape[-1]
-    if initial_state is None:
-        levels = promote_to_fp32(v).new_zeros(N, H, L, q.shape[-1], v.shape[-1])
-        offsets = torch.zeros(N, dtype=torch.long, device=v.device)
-    else:
-        levels, offsets = initial_state[0].to(promote_to_fp32(v).dtype), initial_state[1]
-    q, k = (x.repeat_interleave(H // x.shape[2], 2) for x in (q, k))
-    rows = [promote_to_fp32(x).transpose(1, 2).contiguous() for x in (q, k, v, g, level_scales)]
-    if cu_seqlens is None:
-        o, levels = _sequences(levels, offsets, chunk_size, *rows)
-        lengths = offsets.new_full((N,), v.shape[1])
-    else:
-        bounds = boundaries_to_list(cu_seqlens, v.shape[1], op)
-        outs, finals = [], []
-        for i, (a, b) in enumerate(pairwise(bounds)):
-            part = (x[:, :, a:b] for x in rows)
-            o, S = _sequences(levels[i : i + 1], offsets[i : i + 1], chunk_size, *part)
-            outs.append(o)
-            finals.append(S)
-        o, levels = torch.cat(outs, 2), torch.cat(finals)
-        lengths = cu_seqlens.diff().to(offsets)
-    return o.transpose(1, 2).to(v.dtype), LogLinearAttentionState(levels, offsets + lengths)
+    return HIERARCHY(op, backend, q, k, v, g, level_scales, initial_state, cu_seqlens, chunk_size)
 
 
 def chunk_log_linear_attn(

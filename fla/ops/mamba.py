@@ -23,24 +23,20 @@ On the one equation: V = 1 with a head per channel: vector decay g = D A over K 
 written D x; no erase.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from fla.core.checks import check_log_decay, check_sequences, check_tensors
-from fla.core.parallel import current, using
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.dispatch import resolve
-from fla.ops.engine.kernels.selective_scan import selective_scan as triton_scan
-from fla.ops.engine.native.scan import selective_scan as native_scan
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
-from fla.ops.engine.recurrence.recurrence import Options, announce, check_chunk_size, observers
-from fla.ops.engine.scan.selective import selective_scan
-from fla.ops.engine.scan.sharded import selective
+from fla.ops.engine.recurrence.recurrence import (
+    Options,
+    call_trace_hooks,
+    check_chunk_size,
+    trace_hooks,
+)
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE
+from fla.ops.engine.scan.stages import SELECTIVE_SCAN
 from fla.ops.mamba2 import step_sizes
-
-SCANS = {"native": native_scan, "triton": triton_scan}
 
 
 def naive_recurrent_mamba(
@@ -105,26 +101,16 @@ def chunk_mamba(
     check_tensors(op, A=(A, "D N"), initial_state=(initial_state, "sequences D N"))
     check_sequences(op, sizes["B"], cu_seqlens, initial_state)
     check_chunk_size(op, chunk_size)
-    parallel = current()
-    with using(None):
-        chosen = resolve(op, x.device, backend, x.dtype)
     check_log_decay(op, A=A)
     dt = step_sizes(dt, dt_bias, dt_softplus, (0.0, float("inf")))
-    scan = partial(
-        SCANS.get(chosen, partial(selective_scan, chunk_size=chunk_size)),
-        x,
-        dt,
-        promote_to_fp32(A),
-        B,
-        C,
-    )
-    if observers:
+    if trace_hooks:
         state = None if initial_state is None else initial_state.unsqueeze(-1)
-        announce(op, Options(1.0), **point(x, dt, A, B, C), state=state, cu_seqlens=cu_seqlens)
-    if parallel is not None:
-        y, final = selective(scan, op, parallel, x, dt, A, initial_state, cu_seqlens)
-    else:
-        y, final = scan(initial_state, cu_seqlens)
+        call_trace_hooks(
+            op, Options(1.0), **point(x, dt, A, B, C), state=state, cu_seqlens=cu_seqlens
+        )
+    y, final = SELECTIVE_SCAN(
+        op, backend, x, dt, promote_to_fp32(A), B, C, initial_state, cu_seqlens, chunk_size
+    )
     if D is not None:
         y = (promote_to_fp32(y) + promote_to_fp32(D) * promote_to_fp32(x)).to(y.dtype)
     return y, final if output_final_state else None

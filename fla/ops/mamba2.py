@@ -28,8 +28,8 @@ from torch import Tensor
 
 from fla.core.checks import check_groups, check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 NO_LIMIT = (0.0, float("inf"))
 
@@ -90,7 +90,9 @@ def _mamba2(
     values = dt.unsqueeze(-1) * promote_to_fp32(x)
     q, k = C.to(values.dtype), B.to(values.dtype)
     names = {"q": "C", "k": "B", "v": "x", "g": "dt"}
-    o, final = run(op, options, q, k, values, g=dt * promote_to_fp32(A), names=names, **sequences)
+    o, final = recurrence(
+        op, options, Terms(q, k, values, g=dt * promote_to_fp32(A)), names=names, **sequences
+    )
     if D is not None:
         o = o + promote_to_fp32(D if D.dim() == 2 else D.unsqueeze(-1)) * promote_to_fp32(x)
     return o.to(x.dtype), final

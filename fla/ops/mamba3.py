@@ -38,8 +38,8 @@ from torch import Tensor
 from fla.core.checks import check_parts, check_sequences, check_tensors
 from fla.core.parallel import refuse_sharded
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 from fla.ops.engine.scan.running import lasts, repeat_rows, running, starts
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -170,13 +170,10 @@ def _run(
         rest = g.new_zeros(*g.shape[:2], M - 1, g.shape[2])
         g = torch.cat([g.unsqueeze(2), rest], 2).flatten(1, 2)
         cu_seqlens = None if cu_seqlens is None else cu_seqlens * M
-    o, S = run(
+    o, S = recurrence(
         op,
         options,
-        q * g.exp().unsqueeze(-1),
-        k,
-        v,
-        g=g,
+        Terms(q * g.exp().unsqueeze(-1), k, v, g=g),
         initial_state=state,
         cu_seqlens=cu_seqlens,
         names={"q": "C", "k": "B", "v": "x"},

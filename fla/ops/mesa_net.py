@@ -26,19 +26,21 @@ of the family, so one iteration is one chunk form. The gradient of the solve is 
 On the one equation: two states of scalar decay without erase, and between them a solve.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fla.core.boundaries import boundaries_to_list, count_sequences
 from fla.core.checks import check_log_decay, check_sequences, check_tensors
+from fla.core.parallel import refuse_sharded
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.dispatch import resolve
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.core.stage import Form, Stage, first_tensor
 from fla.ops.engine.recurrence.equation import per_sequence
 from fla.ops.engine.recurrence.gates import l2norm
-from fla.ops.engine.recurrence.recurrence import ChunkForm, chunk_form
+from fla.ops.engine.recurrence.recurrence import check_chunk_size
+from fla.ops.engine.recurrence.stages import CHUNK
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Switches, Terms
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -116,10 +118,10 @@ def _product(
     lamb: Tensor,
     A: Tensor | None,
     cu_seqlens: Tensor | None,
-    form: ChunkForm,
+    form: LinearForm,
 ) -> Tensor:
     """`(A_t + diag(lambda)) x_t` for every token."""
-    o, _ = form(x, k, write, g, scale=1.0, initial_state=A, cu_seqlens=cu_seqlens)
+    o, _ = form(x, k, write, g, A, cu_seqlens)
     return o + lamb * x
 
 
@@ -132,16 +134,15 @@ def _solve(
     A: Tensor | None,
     cu_seqlens: Tensor | None,
     iterations: int,
-    form: ChunkForm,
+    form: LinearForm,
 ) -> Tensor:
     """x_t = (A_t + diag(lambda))^{-1} q_t, differentiable in every tensor: x is found without
     gradient, and `x + solve(q - A x)`, whose second term is 0, has the gradient of the solution.
     """
     with torch.no_grad():
-        options: Any = dict(scale=1.0, cu_seqlens=cu_seqlens)
         state = None if A is None else A.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
         ones = torch.ones_like(k[..., :1])
-        diagonal = lamb + form(ones, ones, write * k, g, initial_state=state, **options)[0]
+        diagonal = lamb + form(ones, ones, write * k, g, state, cu_seqlens)[0]
         x = _conjugate_gradients(
             lambda p: _product(p, k, write, g, lamb, A, cu_seqlens, form),
             q,
@@ -165,8 +166,7 @@ def _check(
     lamb: Tensor,
     states: tuple[Tensor | None, Tensor | None],
     cu_seqlens: Tensor | None,
-    backend: str | None,
-) -> str:
+) -> None:
     sizes = check_tensors(
         op,
         q=(q, "B T H K"),
@@ -185,7 +185,23 @@ def _check(
     for name, state in zip(("h_kk_init", "h_kv_init"), states, strict=True):
         check_sequences(op, sizes["B"], cu_seqlens, state, name)
     check_log_decay(op, g=g)
-    return resolve(op, q.device, backend, q.dtype)
+    refuse_sharded(op)
+
+
+class LinearForm(NamedTuple):
+    """Linear attention with a decay on a backend: `(q, k, v, g)` to o and the final state."""
+
+    op: str
+    backend: str | None
+    chunk_size: int
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        switches = Switches(1.0, chunk_size=self.chunk_size)
+        terms = Terms(q, k, v, g=g)
+        return CHUNK(self.op, self.backend, terms, switches, initial_state, cu_seqlens)
 
 
 def chunk_mesa_net(
@@ -215,8 +231,9 @@ def chunk_mesa_net(
     """
     op = "chunk_mesa_net"
     states = (h_kk_init, h_kv_init)
-    chosen = _check(op, q, k, v, g, beta, lamb, states, cu_seqlens, backend)
-    form = chunk_form(op, chosen, chunk_size)
+    _check(op, q, k, v, g, beta, lamb, states, cu_seqlens)
+    check_chunk_size(op, chunk_size)
+    form = LinearForm(op, backend, chunk_size)
     if max_CG_iteration < 1:
         raise ValueError(f"{op}: max_CG_iteration is {max_CG_iteration}; at least 1 was expected")
     if use_qk_l2norm_in_kernel:
@@ -230,12 +247,48 @@ def chunk_mesa_net(
         else (promote_to_fp32(h_kk_init) + promote_to_fp32(h_kk_init).mT) / 2
     )
     x = _solve(q, k, write, g, lamb, A0, cu_seqlens, max_CG_iteration, form)
-    options: Any = dict(scale=1.0, cu_seqlens=cu_seqlens)
-    o, S = form(x, write, v, g, initial_state=h_kv_init, **options)
+    o, S = form(x, write, v, g, h_kv_init, cu_seqlens)
     if not output_final_state:
         return o.to(dtype), None, None
-    _, A = form(k, write, k, g, initial_state=A0, **options)
+    _, A = form(k, write, k, g, A0, cu_seqlens)
     return o.to(dtype), A, S
+
+
+def _exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    lamb: Tensor,
+    states: tuple[Tensor | None, Tensor | None],
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """o, and the final states side by side, `[N, H, K, K + V]`."""
+    K, N = k.shape[-1], count_sequences(k, cu_seqlens)
+    shapes = ((N, k.shape[2], K, K), (N, k.shape[2], K, v.shape[-1]))
+    starts = [
+        promote_to_fp32(k).new_zeros(s) if x is None else promote_to_fp32(x)
+        for x, s in zip(states, shapes, strict=True)
+    ]
+
+    def form(state: Tensor, **rows: Any) -> tuple[Tensor, Tensor]:
+        A, S = state[..., :K], state[..., K:]
+        o, A, S = naive_mesa_net_exact(**rows, lamb=promote_to_fp32(lamb), h_kk_init=A, h_kv_init=S)
+        return o, torch.cat([A, S], -1)
+
+    tensors = dict(q=q, k=k, v=v, g=g, beta=beta)
+    rows = {name: promote_to_fp32(x) for name, x in tensors.items()}
+    bounds = None if cu_seqlens is None else boundaries_to_list(cu_seqlens, k.shape[1], "mesa_net")
+    o, final = per_sequence(form, bounds, torch.cat(starts, -1), **rows)
+    return o.to(v.dtype), final
+
+
+EXACT = Stage(
+    "mesa_net.token",
+    {"torch": Form(_exact, "token form with an exact solve, under plain autograd")},
+    first_tensor,
+)
 
 
 def fused_recurrent_mesa_net(
@@ -254,35 +307,14 @@ def fused_recurrent_mesa_net(
 ) -> Result:
     """MesaNet token by token, with an exact solve."""
     op = "fused_recurrent_mesa_net"
-    _check(op, q, k, v, g, beta, lamb, (h_kk_init, h_kv_init), cu_seqlens, backend)
+    _check(op, q, k, v, g, beta, lamb, (h_kk_init, h_kv_init), cu_seqlens)
     if use_qk_l2norm_in_kernel:
         q, k = l2norm(q), l2norm(k)
-    dtype, K = v.dtype, k.shape[-1]
-    states = [x if x is None else promote_to_fp32(x) for x in (h_kk_init, h_kv_init)]
-    N = count_sequences(k, cu_seqlens)
-    shapes = ((N, k.shape[2], K, K), (N, k.shape[2], K, v.shape[-1]))
-    starts = [
-        promote_to_fp32(k).new_zeros(s) if x is None else x
-        for x, s in zip(states, shapes, strict=True)
-    ]
-
-    def form(state: Tensor, **rows: Any) -> tuple[Tensor, Tensor]:
-        A, S = state[..., :K], state[..., K:]
-        o, A, S = naive_mesa_net_exact(**rows, lamb=promote_to_fp32(lamb), h_kk_init=A, h_kv_init=S)
-        return o, torch.cat([A, S], -1)
-
-    rows = dict(
-        q=promote_to_fp32(q),
-        k=promote_to_fp32(k),
-        v=promote_to_fp32(v),
-        g=promote_to_fp32(g),
-        beta=promote_to_fp32(beta),
-    )
-    bounds = None if cu_seqlens is None else boundaries_to_list(cu_seqlens, k.shape[1], op)
-    o, final = per_sequence(form, bounds, torch.cat(starts, -1), **rows)
+    K = k.shape[-1]
+    o, final = EXACT(op, backend, q, k, v, g, beta, lamb, (h_kk_init, h_kv_init), cu_seqlens)
     if not output_final_state:
-        return o.to(dtype), None, None
-    return o.to(dtype), final[..., :K], final[..., K:]
+        return o, None, None
+    return o, final[..., :K], final[..., K:]
 
 
 def mesa_net_decoding_one_step(

@@ -29,8 +29,8 @@ from torch import Tensor
 from fla.core.boundaries import count_sequences
 from fla.core.checks import check_groups, check_parts, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 from fla.ops.engine.scan.running import lasts, repeat_rows, running, starts
 
 State = tuple[Tensor, Tensor, Tensor]
@@ -104,7 +104,9 @@ def _mlstm(
     values = (i - m).exp().unsqueeze(-1) * values
     q, k = q.to(values.dtype), k.to(values.dtype)
     decay = log_f + before - m
-    o, final = run(op, options, q, k, values, g=decay, initial_state=state, cu_seqlens=cu_seqlens)
+    o, final = recurrence(
+        op, options, Terms(q, k, values, g=decay), initial_state=state, cu_seqlens=cu_seqlens
+    )
     bound = torch.maximum(o[..., -1:].abs(), (-m).exp().unsqueeze(-1))
     o = (o[..., :-1] / bound).to(v.dtype)
     return o, None if final is None else (final[..., :-1], final[..., -1], last)

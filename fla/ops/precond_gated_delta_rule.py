@@ -34,9 +34,9 @@ from torch import Tensor
 
 from fla.core.checks import check_groups, check_log_decay, check_sequences, check_tensors, refuse
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
 from fla.ops.engine.recurrence.gates import l2norm
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 from fla.ops.engine.scan.vector import scan
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
@@ -116,15 +116,10 @@ def _precond(
     A, A_final = scan(gain, decay.expand_as(gain), initial_A_state, cu_seqlens, options.chunk_size)
     write = (precondition(A, *squash) * keys).to(k.dtype)
     read = (promote_to_fp32(g) if vector else promote_to_fp32(g).unsqueeze(-1)).exp() * keys
-    o, S = run(
+    o, S = recurrence(
         op,
         options,
-        q,
-        write,
-        v,
-        **{"gk" if vector else "g": g},
-        beta=tensors["beta"],
-        b=read,
+        Terms(q, write, v, **{"gk" if vector else "g": g}, beta=tensors["beta"], b=read),
         initial_state=initial_state,
         names={"gk": "g"} if vector else {},
         **sequences,

@@ -28,9 +28,9 @@ On the one equation: vector decay, a = -beta M k, b = exp(g) k, written M k and 
 from torch import Tensor
 
 from fla.core.checks import check_tensors, refuse
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
 from fla.ops.engine.recurrence.gates import channel_gate
 from fla.ops.engine.recurrence.recurrence import Options
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.precond_gated_delta_rule import (
     Result,
     _precond,

@@ -27,8 +27,8 @@ from torch import Tensor
 from fla.core.checks import check_groups, check_same, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.ops.based import pairs, polynomial_attention
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
 def naive_recurrent_rebased(
@@ -80,12 +80,10 @@ def _rebased(
     check_tensors(op, q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T HV V"))
     check_same(op, q=q, k=k, v=v)
     values = torch.cat([promote_to_fp32(v), promote_to_fp32(v).new_ones(*v.shape[:-1], 1)], -1)
-    o, final = run(
+    o, final = recurrence(
         op,
         options._replace(scale=1.0),
-        pairs(promote_to_fp32(q) * options.scale),
-        pairs(promote_to_fp32(k)),
-        values,
+        Terms(pairs(promote_to_fp32(q) * options.scale), pairs(promote_to_fp32(k)), values),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )

@@ -22,19 +22,19 @@ sum to one.
 On the one equation: K = V = 1, so the average is a vector scan, read before the write.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from fla.core.checks import check_sequences, check_tensors
-from fla.core.parallel import current, using
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.dispatch import resolve
-from fla.ops.engine.kernels.vector_scan import SCANS
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
-from fla.ops.engine.recurrence.recurrence import Options, announce, check_chunk_size, observers
-from fla.ops.engine.scan import sharded
+from fla.ops.engine.recurrence.recurrence import (
+    Options,
+    call_trace_hooks,
+    check_chunk_size,
+    trace_hooks,
+)
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE
+from fla.ops.engine.scan.stages import VECTOR_SCAN
 from fla.ops.engine.scan.running import lasts, repeat_rows, running, starts
 
 
@@ -100,13 +100,6 @@ def chunk_rwkv4(
         raise ValueError(f"{op}: state has shape {list(state.shape)}; [N, 3, 1, C] was expected")
     N = check_sequences(op, sizes["B"], cu_seqlens, state, "state")
     check_chunk_size(op, chunk_size)
-    parallel = current()
-    with using(None):
-        form = SCANS[resolve(op, k.device, backend, k.dtype)]
-    if parallel is not None:
-        form = partial(sharded.scan, partial(form, chunk_size=chunk_size), op, parallel)
-    else:
-        form = partial(form, chunk_size=chunk_size)
     keys, values = promote_to_fp32(k), promote_to_fp32(v)
     if state is None:
         average, first = None, keys.new_full((N, sizes["C"]), -torch.inf)
@@ -117,14 +110,16 @@ def chunk_rwkv4(
     before = starts(log_b, first.to(log_b), cu_seqlens)
     decay = (before - w.double().exp() - log_b).to(keys.dtype)
     gain = (keys - log_b).exp().to(keys.dtype)
-    means, last = form(gain * values, decay, average, cu_seqlens)
+    means, last = VECTOR_SCAN(op, backend, gain * values, decay, average, cu_seqlens, chunk_size)
     zero = last.new_zeros(last.shape) if average is None else average
     new = torch.sigmoid(promote_to_fp32(u) + keys - before).to(keys.dtype)
-    if observers:
+    if trace_hooks:
         rows = {"q": 1 - new, "k": gain, "v": values, "gk": decay}
         tensors = {name: x.unsqueeze(-1) for name, x in rows.items()}
         start = None if average is None else average[..., None, None]
-        announce(op, Options(1.0, read_before=True), **tensors, state=start, cu_seqlens=cu_seqlens)
+        call_trace_hooks(
+            op, Options(1.0, read_before=True), **tensors, state=start, cu_seqlens=cu_seqlens
+        )
     o = (1 - new) * starts(means, zero, cu_seqlens) + new * values
     if not output_final_state:
         return o.to(v.dtype), None

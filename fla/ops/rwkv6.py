@@ -25,8 +25,8 @@ from torch import Tensor
 
 from fla.core.checks import check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
 def naive_recurrent_rwkv6(
@@ -71,13 +71,10 @@ def _rwkv6(
         w=(w, "B T HV K"),
         u=(u, "H K"),
     )
-    o, final = run(
+    o, final = recurrence(
         op,
         options,
-        r,
-        k,
-        v,
-        gk=w,
+        Terms(r, k, v, gk=w),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,

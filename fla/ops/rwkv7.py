@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from fla.core.boundaries import boundaries_to_list
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
 from fla.ops.engine.recurrence.recurrence import Options
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.generalized_delta_rule import (
     Result,
     _low_rank,

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from fla.core.boundaries import boundaries_to_list
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
 from fla.ops.engine.recurrence.equation import LOG_ZERO
-from fla.ops.engine.recurrence.recurrence import Options, run
+from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
 def naive_recurrent_simple_gla(
@@ -135,13 +135,10 @@ def chunk_simple_gla(
         chunk_size=chunk_size,
         backend=backend,
     )
-    return run(
+    return recurrence(
         op,
         options,
-        q,
-        k,
-        v,
-        g=_decay(op, v, g, g_gamma),
+        Terms(q, k, v, g=_decay(op, v, g, g_gamma)),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,
@@ -194,13 +191,10 @@ def fused_recurrent_simple_gla(
     options = Options(
         scale, output_final_state, state_v_first=state_v_first, reverse=reverse, backend=backend
     )
-    return run(
+    return recurrence(
         op,
         options,
-        q,
-        k,
-        v,
-        g=_decay(op, v, g, g_gamma),
+        Terms(q, k, v, g=_decay(op, v, g, g_gamma)),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )

@@ -33,7 +33,7 @@ from torch import Tensor
 from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_parts, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.dispatch import resolve
+from fla.core.stage import Form, Stage, first_tensor
 from fla.ops.engine.recurrence.recurrence import check_chunk_size
 from fla.ops.ttt import normalisation_gradient, residual_norm
 
@@ -138,6 +138,27 @@ def _check(
     return promote_to_fp32(state[0]), promote_to_fp32(state[1])
 
 
+def _packed(
+    rows: list[Tensor], starts: list[Tensor], cu_seqlens: Tensor | None, rest: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    if cu_seqlens is None:
+        return _sequences(*starts, rows, *rest)
+    bounds = boundaries_to_list(cu_seqlens, rows[0].shape[2], "chunk_titans_linear")
+    results: Any = [
+        _sequences(starts[0][i : i + 1], starts[1][i : i + 1], [x[:, :, a:e] for x in rows], *rest)
+        for i, (a, e) in enumerate(pairwise(bounds))
+    ]
+    o, S, M = (torch.cat(x, 0 if j else 2) for j, x in enumerate(zip(*results, strict=True)))
+    return o, S, M
+
+
+MINI_BATCHES = Stage(
+    "titans",
+    {"torch": Form(_packed, "mini-batches in turn, under plain autograd")},
+    lambda rows, *_: first_tensor(rows[0]),
+)
+
+
 def chunk_titans_linear(
     q: Tensor,
     k: Tensor,
@@ -166,20 +187,9 @@ def chunk_titans_linear(
     tensors = dict(q=q, k=k, v=v, w=w, b=b, theta=theta, alpha=alpha, eta=eta)
     starts = _check(op, tensors, initial_state, cu_seqlens)
     check_chunk_size(op, chunk_size)
-    resolve(op, q.device, backend)
     rows = [promote_to_fp32(x).transpose(1, 2).contiguous() for x in (q, k, v, theta, alpha, eta)]
     rest: Any = (chunk_size, promote_to_fp32(w)[:, None], promote_to_fp32(b)[:, None], eps)
-    if cu_seqlens is None:
-        o, S, M = _sequences(*starts, rows, *rest)
-    else:
-        bounds = boundaries_to_list(cu_seqlens, q.shape[1], op)
-        results: Any = [
-            _sequences(
-                starts[0][i : i + 1], starts[1][i : i + 1], [x[:, :, a:e] for x in rows], *rest
-            )
-            for i, (a, e) in enumerate(pairwise(bounds))
-        ]
-        o, S, M = (torch.cat(x, 0 if j else 2) for j, x in enumerate(zip(*results, strict=True)))
+    o, S, M = MINI_BATCHES(op, backend, rows, starts, cu_seqlens, rest)
     return o.transpose(1, 2).to(v.dtype), (S, M) if output_final_state else None
 
 

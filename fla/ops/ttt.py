@@ -37,7 +37,7 @@ from torch import Tensor
 from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.dispatch import resolve
+from fla.core.stage import Form, Stage, first_tensor
 from fla.ops.engine.recurrence.recurrence import check_chunk_size
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
@@ -169,17 +169,16 @@ def chunk_ttt_linear(
         check_sequences(op, sizes["B"], cu_seqlens, x, name)
         starts.append(promote_to_fp32(x))
     check_chunk_size(op, chunk_size)
-    resolve(op, q.device, backend)
     scale = D**-0.5 if scale is None else scale
     rest = (chunk_size, promote_to_fp32(w)[:, None], promote_to_fp32(b)[:, None], scale, eps)
     rows_ = [promote_to_fp32(x).transpose(1, 2).contiguous() for x in (q, k, v, eta)]
-    o, S, c = _packed(starts, rows_, cu_seqlens, rest)
+    o, S, c = MINI_BATCHES(op, backend, rows_, starts, cu_seqlens, rest)
     o = o.transpose(1, 2).to(v.dtype)
     return (o, S, c) if output_final_state else (o, None, None)
 
 
 def _packed(
-    starts: list[Tensor], rows: list[Tensor], cu_seqlens: Tensor | None, rest: tuple[Any, ...]
+    rows: list[Tensor], starts: list[Tensor], cu_seqlens: Tensor | None, rest: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     if cu_seqlens is None:
         return _sequences(starts[0], starts[1], rows, *rest)
@@ -190,6 +189,13 @@ def _packed(
     ]
     o, S, c = zip(*results, strict=True)
     return torch.cat(o, 2), torch.cat(S), torch.cat(c)
+
+
+MINI_BATCHES = Stage(
+    "ttt",
+    {"torch": Form(_packed, "mini-batches in turn, under plain autograd")},
+    lambda rows, *_: first_tensor(rows[0]),
+)
 
 
 fused_chunk_ttt_linear = chunk_ttt_linear

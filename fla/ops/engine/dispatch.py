@@ -21,7 +21,7 @@ from fla.core.parallel import refuse_sharded
 from fla.core.precision import compute_dtype
 from fla.ops.engine.kernels import recurrence as triton_ops
 from fla.ops.engine.native import library
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.engine.recurrence.token import SEGMENT
 
 BACKENDS = ("triton", "native", "torch")

@@ -89,7 +89,7 @@ class Fetch:
         )
 
 
-class _Spread(torch.autograd.Function):
+class _Sharded(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, fetches: list[Fetch], scale: float
@@ -125,7 +125,7 @@ def _flat(x: Tensor) -> Tensor:
     return pieces.compute(x).reshape(-1, 1, x.shape[-1])
 
 
-def attend_spread(
+def attend_sharded(
     q: Tensor, k: Tensor, v: Tensor, shard: Shard, plan: Plan, scale: float, in_turn: bool
 ) -> tuple[Tensor, Tensor]:
     """o `[B, l, HQ, V]` and the log-sum-exp `[B, l, HQ]` of this rank's queries; `in_turn` fetches
@@ -134,23 +134,23 @@ def attend_spread(
     offsets = list(range(shard.parallel.size))
     make = partial(Fetch, shard, plan, k.shape[2], len(k))
     fetches = [make([s]) for s in offsets] if in_turn else [make(offsets)]
-    return _Spread.apply(q, k, v, fetches, scale)
+    return _Sharded.apply(q, k, v, fetches, scale)
 
 
-class _Turn(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     """`[B, l, H, D]` of a rank's tokens to `[B, T, H / P, D]` of its heads, or back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: Shard, to_heads: bool) -> Tensor:
         ctx.shard, ctx.to_heads = shard, to_heads
-        return _turned(x, shard, to_heads)
+        return _exchanged(x, shard, to_heads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _turned(grads[0], ctx.shard, not ctx.to_heads), None, None
+        return _exchanged(grads[0], ctx.shard, not ctx.to_heads), None, None
 
 
-def _turned(x: Tensor, shard: Shard, to_heads: bool) -> Tensor:
+def _exchanged(x: Tensor, shard: Shard, to_heads: bool) -> Tensor:
     parallel, rank = shard.parallel, shard.rank
     lengths = [b - a for a, b in pairwise(shard.ends)]
     parts = x.chunk(parallel.size, 2) if to_heads else x.split(lengths, 1)
@@ -168,9 +168,9 @@ def _turned(x: Tensor, shard: Shard, to_heads: bool) -> Tensor:
     return torch.cat(found, 1 if to_heads else 2)
 
 
-def turn(x: Tensor, shard: Shard, to_heads: bool = True) -> Tensor:
+def all_to_all(x: Tensor, shard: Shard, to_heads: bool = True) -> Tensor:
     """All tokens of this rank's share of the heads, of this rank's tokens of all heads; or back."""
-    return _Turn.apply(x, shard, to_heads)
+    return _AllToAll.apply(x, shard, to_heads)
 
 
 def check_heads(op: str, parallel: SequenceParallel, heads: int) -> None:
@@ -182,7 +182,7 @@ def check_heads(op: str, parallel: SequenceParallel, heads: int) -> None:
         )
 
 
-class _Collect(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     """`[B, l, ...]` of every rank as `[B, T, ...]`; each gets the sum of its gradients."""
 
     @staticmethod
@@ -210,9 +210,9 @@ class _Collect(torch.autograd.Function):
         return sum(found, own.clone()), None
 
 
-def collect(x: Tensor, shard: Shard) -> Tensor:
+def all_gather(x: Tensor, shard: Shard) -> Tensor:
     """The tokens of all ranks."""
-    return _Collect.apply(x, shard)
+    return _AllGather.apply(x, shard)
 
 
 def among_all(x: Tensor, shard: Shard) -> Tensor:

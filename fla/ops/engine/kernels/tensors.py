@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Tensors as the kernels read them; needs no Triton."""
+"""Where the kernels run, and tensors as they read them; needs no Triton."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import overload
 
 import torch
@@ -19,3 +20,8 @@ def flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
 def fp32(x: Tensor | None) -> Tensor | None:
     """A state, as the kernels hold it."""
     return None if x is None else x.to(torch.float32).contiguous()
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Triton starts kernels on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

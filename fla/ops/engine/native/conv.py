@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla.core import operator
 from fla.core.boundaries import boundaries_to_list, count_sequences
 from fla.ops.engine.native import library
-from fla.ops.engine.native.library import Conv, channels, wide
-from fla.ops.engine.rows.convolution import register, rows
+from fla.ops.engine.native.library import Conv, channels, readable
+from fla.ops.engine.rows.convolution import SCHEMA, empty, rows
 
 
 def convolve(
@@ -27,7 +28,7 @@ def convolve(
     """
     arguments = (x, weight, bias, history, cu_seqlens, silu)
     if not torch.compiler.is_compiling() and type(x) is Tensor and not torch.is_grad_enabled():
-        return _convolve(*arguments)  # an operator's dispatch costs more than one token
+        return _forward(*arguments)  # dispatching an operator costs more than one token
     return torch.ops.fla.native_conv(*arguments)
 
 
@@ -47,14 +48,14 @@ def _conv(
         filled["bounds"] = cu_seqlens.to(torch.int64).contiguous()
     pointers = {name: None if y is None else y.data_ptr() for name, y in filled.items()}
     N = count_sequences(x, cu_seqlens)
-    x = wide(x)
+    x = readable(x)
     p = Conv(
         x=channels(x), N=N, T=x.shape[1], D=x.shape[2], W=weight.shape[1], silu=silu, **pointers
     )
     return p, [x, *filled.values()]
 
 
-def _convolve(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -71,7 +72,7 @@ def _convolve(
     return y, final.mT.contiguous()
 
 
-def _backward_op(
+def _backward(
     dy: Tensor,
     dfinal: Tensor | None,
     x: Tensor,
@@ -92,7 +93,10 @@ def _backward_op(
     p.dweight, p.dbias, p.dhistory = dweight.data_ptr(), dbias.data_ptr(), dhistory.data_ptr()
     library.call("fla_conv_backward", p)
     del alive
-    return dx, dweight.sum(0).mT.contiguous(), dbias.sum(0), dhistory.mT.contiguous()
+    dbias = dbias.sum(0) if bias is not None else dbias.new_empty(0)
+    return dx, dweight.sum(0).mT.contiguous(), dbias, dhistory.mT.contiguous()
 
 
-register("native_conv", _convolve, _backward_op, "cpu")
+operator.define(
+    "native_conv", SCHEMA, forward=_forward, fake=empty, backward=_backward, device_types="cpu"
+)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +97,7 @@ def channels(x: Tensor) -> View:
     return view(x.unsqueeze(2))
 
 
-def wide(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """What the kernels read: anything but fp32, bf16 and fp16 as fp32."""
     return x if x.dtype in TYPES else x.float()
 
@@ -176,3 +178,15 @@ def call(function: str, problem: Problem | Conv | Scan | Gated) -> None:
 
 
 MISSING = _missing()  # a constant, which torch.compile takes as one
+
+
+def runs(facts: Any) -> str | None:
+    """Why no native kernel runs a call, or None."""
+    if facts.device.type != "cpu":
+        return f"the native kernels are for CPU tensors, not for {facts.device.type}"
+    return MISSING or ("fp64 is computed by torch" if facts.dtype == torch.float64 else None)
+
+
+def in_cpp(text: str) -> Callable[[], str]:
+    """What a native form says of itself: `{}` stands for the language and the instruction set."""
+    return lambda: text.format(f"C++ ({instruction_set_name()})")

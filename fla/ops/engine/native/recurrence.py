@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The native kernels as torch operators: `chunk` and `recurrent` with the signatures of those in
-plain torch, registered with fake kernels and one backward, so that `torch.compile` sees through.
-"""
+"""The native kernels of the recurrence as torch operators, so that `torch.compile` sees through."""
 
 from __future__ import annotations
 
@@ -12,72 +10,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla.core import operator
 from fla.core.boundaries import boundaries_to_list, count_sequences
+from fla.core.operator import empty_gradients
 from fla.ops.engine.native import library
-from fla.ops.engine.native.library import BLOCK, PANEL, TYPES, Problem, view, wide
+from fla.ops.engine.native.library import BLOCK, PANEL, TYPES, Problem, readable, view
+from fla.ops.engine.recurrence.operators import SWITCHES, TERMS, chunk_schema, define_tokens
+from fla.ops.engine.recurrence.terms import Point, Switches, Terms
 
 NO_DECAY, SCALAR, VECTOR = range(3)
 NO_ERASE, DELTA, LOW_RANK = range(3)
-VIEWS = library.VIEWS[:-1]  # of inputs
-OFFSETS = [getattr(Problem, name).offset for name in VIEWS]
+OFFSETS = [getattr(Problem, name).offset for name in TERMS]
 TASKS = 4  # of a backward pass, where it can
 
 
 def chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    beta: Tensor | None = None,
-    gv: Tensor | None = None,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    *,
-    scale: float,
+    terms: Terms,
+    switches: Switches,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    l2norm: bool = False,
-    read_before: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `fla.ops.engine.recurrence.chunk.chunk`, or with gv, which comes alone, `chunk_columns`; for dtypes
-    below fp64 on a CPU. The state is fp32.
+    """As `recurrence.chunk.chunk`, or with gv, which comes alone, as `recurrence.columns`; for
+    dtypes below fp64 on a CPU. The state is fp32.
     """
-    inputs = (q, k, v, g, beta, gv, a, b, initial_state)
+    inputs = (*terms.named(TERMS), initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, final, _ = torch.ops.fla.native_chunk(
-        *inputs, cu_seqlens, float(scale), l2norm, read_before, save
+        *inputs, cu_seqlens, float(switches.scale), switches.l2norm, switches.read_before, save
     )
     return o, final
 
 
 def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    beta: Tensor | None = None,
-    gv: Tensor | None = None,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    *,
-    scale: float,
+    terms: Terms,
+    switches: Switches,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    l2norm: bool = False,
-    read_before: bool = False,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `fla.ops.engine.recurrence.token.recurrent`, without gradients: beta may be per value channel. With
-    `overwrite` the final state is `initial_state` itself, contiguous fp32, overwritten.
+    """As `recurrence.token.recurrent`, without gradients. With `overwrite` the final state is
+    `initial_state` itself, contiguous fp32, overwritten.
     """
     arguments = (
-        q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, float(scale), l2norm, read_before
+        *terms.named(TERMS), initial_state, cu_seqlens, float(switches.scale), switches.l2norm,
+        switches.read_before,
     )  # fmt: skip
-    if type(q) is Tensor and not torch.compiler.is_compiling():
-        return _tokens(*arguments, overwrite)  # an operator's dispatch costs as much as the step
-    if overwrite:
+    if type(terms.q) is Tensor and not torch.compiler.is_compiling():
+        # dispatching an operator costs as much as the step
+        return _tokens(*arguments, overwrite)
+    if overwrite and initial_state is not None:
         return torch.ops.fla.native_tokens_(*arguments), initial_state
     return torch.ops.fla.native_tokens(*arguments)
+
+
+def trained_columns(point: Point) -> str | None:
+    """Why the chunk form has no gradients of a call, or None."""
+    if point.rates or (
+        point.columns and (point.decay, point.erase, point.read_before) != ("none", "none", False)
+    ):
+        return (
+            "there are no native kernels for gradients through a beta per value channel, or through "
+            "a decay of value channels beside other gates"
+        )
+    return None
 
 
 # Problems without their pointers, by all that they say: a decode step takes as long as making one.
@@ -92,7 +87,7 @@ def _template(
     _, T, H, K = q.shape
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     return Problem(
-        **{name: view(x) for name, x in zip(VIEWS, tensors, strict=True)}, o=view(o),
+        **{name: view(x) for name, x in zip(TERMS, tensors, strict=True)}, o=view(o),
         N=sequences, T=T, H=H, HV=v.shape[2], K=K, V=v.shape[3], scale=options[0],
         decay=NO_DECAY if g is None else SCALAR if g.dim() == 3 else VECTOR,
         erase=LOW_RANK if a is not None else NO_ERASE if beta is None else DELTA,
@@ -136,23 +131,11 @@ def _state(x: Tensor | None, p: Problem, name: str, alive: list[Any]) -> None:
         setattr(p, name, x.data_ptr())
 
 
-@torch.library.custom_op("fla::native_chunk", mutates_args=(), device_types="cpu")
-def _chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    gv: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    l2norm: bool,
-    read_before: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, gv: Tensor | None,
+    a: Tensor | None, b: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, l2norm: bool, read_before: bool, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o, the final state, and where `save` the first state of every block of tokens."""
     tensors, options = (q, k, v, g, beta, gv, a, b), (scale, l2norm, read_before)
     o, final, states = _empty_outputs(*tensors, initial_state, cu_seqlens, *options, save)
@@ -164,7 +147,6 @@ def _chunk(
     return o, final, states
 
 
-@_chunk.register_fake
 def _empty_outputs(
     q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, scale, l2norm, read_before, save
 ):
@@ -176,38 +158,27 @@ def _empty_outputs(
     return o, final, final.new_empty(shape if save else (0,))
 
 
-@torch.library.custom_op("fla::native_chunk_backward", mutates_args=(), device_types="cpu")
-def _chunk_backward(
-    do: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    gv: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    cu_seqlens: Tensor | None,
-    states: Tensor,
-    scale: float,
-    l2norm: bool,
-    read_before: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(
+    do: Tensor, dfinal: Tensor | None, states: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    g: Tensor | None, beta: Tensor | None, gv: Tensor | None, a: Tensor | None, b: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, l2norm: bool, read_before: bool, save: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v, g, beta, gv, a, b (empty where absent) and of the initial state."""
     tensors, options = (q, k, v, g, beta, gv, a, b), (scale, l2norm, read_before)
-    *grads, dstate = _empty_gradients(do, dfinal, *tensors, cu_seqlens, states, *options)
+    grads = empty_gradients(tensors)
+    shape = (count_sequences(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
+    dstate = q.new_empty(shape, dtype=torch.float32)
     p, alive = _problem(tensors, cu_seqlens, len(dstate), options)
     _state(dfinal, p, "dfinal", alive)
     p.parts = _parts(len(dstate), q.shape[2], v.shape[3])
     targets = [
         _target(x, 1 if name in PER_VALUE_CHANNEL else p.parts)
-        for name, x in zip(VIEWS, grads, strict=True)
+        for name, x in zip(TERMS, grads, strict=True)
     ]
-    for name, x, target in zip(VIEWS, tensors, targets, strict=True):
+    for name, x, target in zip(TERMS, tensors, targets, strict=True):
         if x is not None:
             setattr(p, "dg" if name == "gv" else f"d{name}", view(target))
-    do = wide(do)
+    do = readable(do)
     p.o, p.states, p.dinitial = view(do), states.data_ptr(), dstate.data_ptr()
     library.call("fla_backward", p)
     for grad, target in zip(grads, targets, strict=True):
@@ -235,38 +206,14 @@ def _target(grad: Tensor, parts: int) -> Tensor:
     return torch.empty(parts * B, *rest, dtype=torch.float32)
 
 
-@_chunk_backward.register_fake
-def _empty_gradients(
-    do, dfinal, q, k, v, g, beta, gv, a, b, cu_seqlens, states, scale, l2norm, read_before
-):
-    tensors = (q, k, v, g, beta, gv, a, b)
-    inputs = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
-    shape = (count_sequences(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
-    return *inputs, q.new_empty(shape, dtype=torch.float32)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, initial_state, cu_seqlens, _, _, _, save = inputs
-    ctx.options = inputs[-4:-1]
-    ctx.set_materialize_grads(False)
-    ctx.state_dtype = None if initial_state is None else initial_state.dtype
-    if save:
-        ctx.save_for_backward(*tensors, cu_seqlens, output[2])
-
-
-def _backward(ctx, do, dfinal, _unused):
-    *tensors, cu_seqlens, states = ctx.saved_tensors
-    q, v = tensors[0], tensors[2]
-    do = q.new_zeros(v.shape) if do is None else do
-    *grads, dstate = torch.ops.fla.native_chunk_backward(
-        do, dfinal, *tensors, cu_seqlens, states, *ctx.options
-    )
-    grads = [None if x is None else grad for x, grad in zip(tensors, grads, strict=True)]
-    dstate = None if ctx.state_dtype is None else dstate.to(ctx.state_dtype)
-    return *grads, dstate, None, None, None, None, None
-
-
-_chunk.register_autograd(_backward, setup_context=_setup_context)
+operator.define(
+    "native_chunk",
+    chunk_schema(TERMS, f"{SWITCHES}, bool save", saved=1),
+    forward=_forward,
+    fake=_empty_outputs,
+    backward=_backward,
+    device_types="cpu",
+)
 
 
 def _tokens(
@@ -298,55 +245,4 @@ def _tokens(
     return o if o.dtype == q.dtype else o.to(q.dtype), final
 
 
-@torch.library.custom_op("fla::native_tokens", mutates_args=(), device_types="cpu")
-def _tokens_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    gv: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    l2norm: bool,
-    read_before: bool,
-) -> tuple[Tensor, Tensor]:
-    return _tokens(
-        q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, scale, l2norm, read_before
-    )
-
-
-@_tokens_op.register_fake
-def _(q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, scale, l2norm, read_before):
-    shape = (count_sequences(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
-    return q.new_empty(v.shape), q.new_empty(shape, dtype=torch.float32)
-
-
-@torch.library.custom_op("fla::native_tokens_", mutates_args=("state",), device_types="cpu")
-def _overwriting_tokens(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    gv: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    l2norm: bool,
-    read_before: bool,
-) -> Tensor:
-    """o; the final state is written over `state`."""
-    return _tokens(q, k, v, g, beta, gv, a, b, state, cu_seqlens, scale, l2norm, read_before, True)[
-        0
-    ]
-
-
-@_overwriting_tokens.register_fake
-def _(q, k, v, g, beta, gv, a, b, state, cu_seqlens, scale, l2norm, read_before):
-    return q.new_empty(v.shape)
+define_tokens("native_tokens", _tokens, "cpu")

@@ -16,51 +16,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla.core import operator
 from fla.core.boundaries import boundaries_to_list, count_sequences
+from fla.core.operator import empty_gradients
 from fla.core.precision import compute_dtype
 from fla.ops.engine.recurrence.decay.scalar import ScalarDecay
 from fla.ops.engine.recurrence.decay.vector import VectorDecay
 from fla.ops.engine.recurrence.equation import LOG_ZERO
+from fla.ops.engine.recurrence.operators import CHUNK_TERMS, chunk_schema
 from fla.ops.engine.recurrence.plan import Plan, Step, count_chunks, make_plan
-from fla.ops.engine.recurrence.step import DELTA, LOW_RANK, NONE, Rows, backward, forward
-from fla.ops.engine.recurrence.terms import AFTER, BEFORE, DECAYED
+from fla.ops.engine.recurrence.step import Rows, backward, forward
+from fla.ops.engine.recurrence.terms import (
+    AFTER_DECAY,
+    AFTER_WRITE,
+    BEFORE_DECAY,
+    DELTA,
+    L2_EPS,
+    LOW_RANK,
+    NONE,
+    Switches,
+    Terms,
+)
 from fla.ops.engine.recurrence.workspace import Workspace
-
-CHUNK_SIZE = 64
-L2_EPS = 1e-6
 
 
 def chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    beta: Tensor | None = None,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    *,
-    scale: float,
+    terms: Terms,
+    switches: Switches,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    chunk_size: int = CHUNK_SIZE,
-    l2norm: bool = False,
-    read_before: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Chunk form of `S <- diag(exp(g)) S + a (b^T S) + k v^T`, `o = scale S^T q`.
 
-    q, k `[B, T, H, K]`, v `[B, T, HV, V]`; g `[B, T, HV]` or `[B, T, HV, K]`; returns o
-    `[B, T, HV, V]` in q's dtype and the final state `[N, HV, K, V]` in fp32 (fp64 for fp64 inputs).
-    Differentiable in every tensor.
+    Returns o `[B, T, HV, V]` in q's dtype and the final state `[N, HV, K, V]` in fp32 (fp64 for
+    fp64 inputs). Differentiable in every tensor.
 
     With beta `[B, T, HV]` the erase is a delta: `k beta (v - b^T S)^T` is written, where b defaults
-    to `exp(g) k`. With a and b `[B, T, HV, K]` it is the low-rank term as it stands. `l2norm`
-    divides q and k by their norms first; with `read_before`, o reads the state before its token.
+    to `exp(g) k`. With a and b it is the low-rank term as it stands. Value channels do not decay
+    here; `columns.py` has that form.
     """
-    inputs = (q, k, v, g, beta, a, b, initial_state)
+    inputs = (*terms.named(CHUNK_TERMS), initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, final, *_ = torch.ops.fla.chunk(
-        *inputs, cu_seqlens, float(scale), chunk_size, l2norm, read_before, save
-    )
+        *inputs, cu_seqlens, float(switches.scale), switches.chunk_size, switches.l2norm,
+        switches.read_before, save,
+    )  # fmt: skip
     return o, final
 
 
@@ -89,9 +89,9 @@ class _Call:
         cls, ws: Workspace, like: Tensor, tensors: list, groups: int, l2norm: bool, before: bool
     ) -> "_Call":
         q, k, g, beta, a, b = tensors
-        reads = [BEFORE if before else AFTER]
+        reads = [BEFORE_DECAY if before else AFTER_WRITE]
         if beta is not None or a is not None:
-            reads.append(DECAYED if b is None else BEFORE)
+            reads.append(AFTER_DECAY if b is None else BEFORE_DECAY)
         if g is not None and g.dim() == 3:
             # in fp64 cumulative decays of -1e4 do not swallow the small ones beside them
             g = g.to(torch.float64).clamp(min=LOG_ZERO)
@@ -191,23 +191,11 @@ def _tokens(x: Tensor, step: Step) -> Tensor:
     return x.unflatten(0, (step.rows, -1))[:, :, : step.size].transpose(1, 2)
 
 
-@torch.library.custom_op("fla::chunk", mutates_args=())
-def _chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk_size: int,
-    l2norm: bool,
-    read_before: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, a: Tensor | None,
+    b: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
+    chunk_size: int, l2norm: bool, read_before: bool, save: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """o, the final state, and where `save`: the first state, solution and inverse of every
     chunk.
     """
@@ -246,7 +234,6 @@ def _store(saved: list[Tensor], solved: list[Tensor], step: Step) -> None:
         out[:, :, :n, :width] = x[..., :width]
 
 
-@_chunk.register_fake
 def _empty_outputs(
     q, k, v, g, beta, a, b, initial_state, cu_seqlens, scale, chunk_size, l2norm, before, save
 ):
@@ -261,31 +248,15 @@ def _empty_outputs(
     return o, final, *(final.new_empty((chunks, *s) if save else (0,)) for s in shapes)
 
 
-@torch.library.custom_op("fla::chunk_backward", mutates_args=())
-def _chunk_backward(
-    do: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    cu_seqlens: Tensor | None,
-    states: Tensor,
-    solutions: Tensor,
-    inverses: Tensor,
-    scale: float,
-    chunk_size: int,
-    l2norm: bool,
-    read_before: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(
+    do: Tensor, dfinal: Tensor | None, states: Tensor, solutions: Tensor, inverses: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, a: Tensor | None,
+    b: Tensor | None, cu_seqlens: Tensor | None, scale: float, chunk_size: int, l2norm: bool,
+    read_before: bool, save: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v, g, beta, a, b (empty where absent) and of the initial state."""
-    *grads, dstate = _empty_gradients(
-        do, dfinal, q, k, v, g, beta, a, b, cu_seqlens, states, solutions, inverses,
-        scale, chunk_size, l2norm, read_before,
-    )  # fmt: skip
+    grads = empty_gradients((q, k, v, g, beta, a, b))
+    dstate = states.new_empty(count_sequences(q, cu_seqlens), *states.shape[1:])
     plan, ws = _plan(q, cu_seqlens, chunk_size), Workspace(dstate)
     dstate = dstate.zero_() if dfinal is None else plan.sort(dstate.copy_(dfinal))
     groups = v.shape[2] // q.shape[2]
@@ -362,37 +333,14 @@ def _write_gradients(
             step.write(out, _tokens(grad, step))
 
 
-@_chunk_backward.register_fake
-def _empty_gradients(
-    do, dfinal, q, k, v, g, beta, a, b, cu_seqlens, states, solutions, inverses,
-    scale, chunk_size, l2norm, read_before,
-):  # fmt: skip
-    sequences = count_sequences(q, cu_seqlens)
-    inputs = (
-        q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, beta, a, b)
-    )
-    return *inputs, states.new_empty(sequences, *states.shape[1:])
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, initial_state, cu_seqlens, _, _, _, _, save = inputs
-    ctx.options = inputs[9:-1]
-    ctx.set_materialize_grads(False)
-    ctx.state_dtype = None if initial_state is None else initial_state.dtype
-    if save:
-        ctx.save_for_backward(*tensors, cu_seqlens, *output[2:])
-
-
-def _backward(ctx, do, dfinal, *_unused):
-    *tensors, cu_seqlens, states, solutions, inverses = ctx.saved_tensors
-    q, v = tensors[0], tensors[2]
-    do = q.new_zeros(v.shape) if do is None else do
-    *grads, dstate = torch.ops.fla.chunk_backward(
-        do, dfinal, *tensors, cu_seqlens, states, solutions, inverses, *ctx.options
-    )
-    grads = [None if x is None else grad for x, grad in zip(tensors, grads, strict=True)]
-    dstate = None if ctx.state_dtype is None else dstate.to(ctx.state_dtype)
-    return *grads, dstate, None, None, None, None, None, None
-
-
-_chunk.register_autograd(_backward, setup_context=_setup_context)
+operator.define(
+    "chunk",
+    chunk_schema(
+        CHUNK_TERMS,
+        "float scale, int chunk_size, bool l2norm, bool read_before, bool save",
+        saved=3,
+    ),
+    forward=_forward,
+    fake=_empty_outputs,
+    backward=_backward,
+)

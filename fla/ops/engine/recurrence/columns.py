@@ -11,32 +11,32 @@ form its gradient, and the other way round, so both stand on `VectorDecay`.
 import torch
 from torch import Tensor
 
+from fla.core import operator
 from fla.core.boundaries import count_sequences
+from fla.core.operator import Schema, empty_gradients
 from fla.core.precision import compute_dtype
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE, _plan, _tokens
+from fla.ops.engine.recurrence.chunk import _plan, _tokens
 from fla.ops.engine.recurrence.decay.vector import VectorDecay
 from fla.ops.engine.recurrence.plan import Plan, Step, count_chunks
-from fla.ops.engine.recurrence.terms import AFTER
+from fla.ops.engine.recurrence.terms import AFTER_WRITE, Switches, Terms
 from fla.ops.engine.recurrence.workspace import Workspace
 
 
 def chunk_columns(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    *,
-    scale: float,
+    terms: Terms,
+    switches: Switches,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """q, k `[B, T, H, K]`, v, g `[B, T, H, V]`; returns o `[B, T, H, V]` in q's dtype and the final
-    state `[N, H, K, V]` in fp32 (fp64 for fp64 inputs). Differentiable in every tensor.
+    """The chunk form for q, k `[B, T, H, K]`, v, gv `[B, T, H, V]`, where gv is the only gate;
+    returns o `[B, T, H, V]` in q's dtype and the final state `[N, H, K, V]` in fp32 (fp64 for fp64
+    inputs). Differentiable in every tensor.
     """
-    inputs = (q, k, v, g, initial_state)
+    inputs = (terms.q, terms.k, terms.v, terms.gv, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    o, final, _ = torch.ops.fla.chunk_columns(*inputs, cu_seqlens, float(scale), chunk_size, save)
+    o, final, _ = torch.ops.fla.chunk_columns(
+        *inputs, cu_seqlens, float(switches.scale), switches.chunk_size, save
+    )
     return o, final
 
 
@@ -48,7 +48,7 @@ class _Step:
         self.q, self.k, self.v = (
             ws.load(name, step.read(x), n) for name, x in (("q", q), ("k", k), ("v", v))
         )
-        self.decay = VectorDecay(ws, ws.load("factors", step.read(g), n).exp_(), [AFTER])
+        self.decay = VectorDecay(ws, ws.load("factors", step.read(g), n).exp_(), [AFTER_WRITE])
         self.weights = torch.bmm(self.q, self.k.mT, out=ws("weights", self.q.shape[0], n, n))
 
     def forward(self, S: Tensor) -> Tensor:
@@ -74,18 +74,10 @@ class _Step:
         return dq, dk, dv, decay.log_gradient(prefix, suffix, logs)
 
 
-@torch.library.custom_op("fla::chunk_columns", mutates_args=())
-def _columns(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk_size: int,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, chunk_size: int, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o, the final state, and where `save` the first state of every chunk."""
     o, final, states = _empty(q, k, v, g, initial_state, cu_seqlens, scale, chunk_size, save)
     plan, ws = _plan(q, cu_seqlens, chunk_size), Workspace(final)
@@ -104,7 +96,6 @@ def _start(plan: Plan, out: Tensor, state: Tensor | None) -> Tensor:
     return out.zero_() if state is None else plan.sort(out.copy_(state))
 
 
-@_columns.register_fake
 def _empty(q, k, v, g, initial_state, cu_seqlens, scale, chunk_size, save):
     packed = cu_seqlens is not None
     sequences = cu_seqlens.shape[0] - 1 if packed else q.shape[0]
@@ -114,21 +105,13 @@ def _empty(q, k, v, g, initial_state, cu_seqlens, scale, chunk_size, save):
     return q.new_empty(v.shape), final, final.new_empty((chunks, *shape) if save else (0,))
 
 
-@torch.library.custom_op("fla::chunk_columns_backward", mutates_args=())
-def _columns_backward(
-    do: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    cu_seqlens: Tensor | None,
-    states: Tensor,
-    scale: float,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(
+    do: Tensor, dfinal: Tensor | None, states: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor,
+    cu_seqlens: Tensor | None, scale: float, chunk_size: int, save: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v, g and of the initial state."""
-    *grads, dstate = _empty_backward(do, dfinal, q, k, v, g, cu_seqlens, states, scale, chunk_size)
+    grads = empty_gradients((q, k, v, g))
+    dstate = states.new_empty(count_sequences(q, cu_seqlens), *states.shape[1:])
     plan, ws = _plan(q, cu_seqlens, chunk_size), Workspace(dstate)
     dstate = _start(plan, dstate, dfinal)
     with torch.autocast(q.device.type, enabled=False):
@@ -144,30 +127,15 @@ def _columns_backward(
     return *grads, plan.unsort(dstate)
 
 
-@_columns_backward.register_fake
-def _empty_backward(do, dfinal, q, k, v, g, cu_seqlens, states, scale, chunk_size):
-    sequences = count_sequences(q, cu_seqlens)
-    inputs = (x.new_empty(x.shape) for x in (q, k, v, g))
-    return *inputs, states.new_empty(sequences, *states.shape[1:])
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, initial_state, cu_seqlens, scale, chunk_size, save = inputs
-    ctx.options = (scale, chunk_size)
-    ctx.set_materialize_grads(False)
-    ctx.state_dtype = None if initial_state is None else initial_state.dtype
-    if save:
-        ctx.save_for_backward(*tensors, cu_seqlens, output[2])
-
-
-def _backward(ctx, do, dfinal, _unused):
-    *tensors, cu_seqlens, states = ctx.saved_tensors
-    do = tensors[0].new_zeros(tensors[2].shape) if do is None else do
-    *grads, dstate = torch.ops.fla.chunk_columns_backward(
-        do, dfinal, *tensors, cu_seqlens, states, *ctx.options
-    )
-    dstate = None if ctx.state_dtype is None else dstate.to(ctx.state_dtype)
-    return *grads, dstate, None, None, None, None
-
-
-_columns.register_autograd(_backward, setup_context=_setup_context)
+operator.define(
+    "chunk_columns",
+    Schema(
+        "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial_state",
+        "Tensor? cu_seqlens, float scale, int chunk_size, bool save",
+        returns=3,
+        saved=(2,),
+    ),
+    forward=_forward,
+    fake=_empty,
+    backward=_backward,
+)

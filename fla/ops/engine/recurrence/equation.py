@@ -59,7 +59,7 @@ def token_form(
 
 
 # A log decay this low already is a factor of exactly 0 in fp64, and a sum of 64 of them still
-# leaves room # for the small decays around it in an fp64 accumulator. It also stands in for -inf, a
+# leaves room for the small decays around it in an fp64 accumulator. It also stands in for -inf, a
 # reset.
 LOG_ZERO = -1000.0
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.recurrence.chunk import L2_EPS
+from fla.ops.engine.recurrence.terms import L2_EPS
 
 
 def l2norm(x: Tensor, eps: float = L2_EPS, output_dtype: torch.dtype | None = None) -> Tensor:

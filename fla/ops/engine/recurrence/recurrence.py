@@ -5,7 +5,6 @@ of the form.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,29 +18,23 @@ from fla.core.checks import (
     check_shapes,
     checks_inputs,
 )
-from fla.core.parallel import SequenceParallel, current
+from fla.core.parallel import refuse_sharded
 from fla.core.precision import compute_dtype
-from fla.ops.engine.dispatch import requested, resolve
-from fla.ops.engine.kernels import recurrence as triton
-from fla.ops.engine.native import recurrence as native
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE, chunk
-from fla.ops.engine.recurrence.columns import chunk_columns
-from fla.ops.engine.recurrence.sharded import recurrence
-from fla.ops.engine.recurrence.token import recurrent
+from fla.core.stage import Stage
+from fla.ops.engine.recurrence.stages import CHUNK, COLUMNS, TOKEN, TRAINED_TOKEN
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Point, Switches, Terms, point
 
-KERNELS: dict[str, Any] = {"native": native, "triton": triton}
+TraceHook = Callable[[str, "Options", dict[str, Tensor | None]], None]
+# Called with (op, options, tensors by name) at every call, while `fla.analysis.record` looks on.
+trace_hooks: list[TraceHook] = []
 
 
-# Called with (op, options, tensors by name) at every run, while `fla.analysis.record` looks on.
-observers: list[Callable[[str, "Options", dict[str, Tensor | None]], None]] = []
-
-
-def announce(op: str, options: "Options", **tensors: Tensor | None) -> None:
-    """Tell all observers of a run, with the tensors of `run` (`state` is the initial one). Scans,
-    which do not come through `run`, say what they are as one: a head for each of their channels.
+def call_trace_hooks(op: str, options: "Options", **tensors: Tensor | None) -> None:
+    """Tell all hooks of a call, with its terms by name, `state` (the first one) and `cu_seqlens`.
+    Scans do not call `recurrence`; they report themselves as one with one head per channel.
     """
-    for look in observers:
-        look(op, options, dict(tensors))
+    for hook in trace_hooks:
+        hook(op, options, dict(tensors))
 
 
 _overwriting = False
@@ -76,14 +69,13 @@ def overwrite_states() -> Iterator[None]:
         _overwriting = previous
 
 
-def _check_overwritten(op: str, dtype: torch.dtype, tensors: tuple[Tensor | None, ...]) -> None:
-    state = tensors[-1]
-    if state is not None and state.dtype != dtype:
+def _check_overwritten(op: str, dtype: torch.dtype, terms: Terms, state: Tensor) -> None:
+    if state.dtype != dtype:
         raise ValueError(
             f"{op}: initial_state is {state.dtype}, but overwrite_states() wants it in the dtype "
             f"of the result; pass initial_state.to({dtype})"
         )
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*terms, state)):
         raise ValueError(
             f"{op}: overwrite_states() while a gradient is recorded, which needs the state as it "
             "was; use torch.no_grad(), or leave overwrite_states()"
@@ -103,19 +95,10 @@ class Options(NamedTuple):
     backend: str | None = None
 
 
-def run(
+def recurrence(
     op: str,
     options: Options,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    g: Tensor | None = None,
-    beta: Tensor | None = None,
-    gk: Tensor | None = None,
-    gv: Tensor | None = None,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
+    terms: Terms,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
@@ -125,112 +108,112 @@ def run(
     `fused_recurrent_*` (the only form with a beta per value channel), chunk by chunk for the
     others. `names` are the caller's own for arguments that go by another name there.
     """
-    gates = dict(g=g, beta=beta, gk=gk, gv=gv, a=a, b=b)
-    tensors = (q, k, v, *gates.values(), initial_state)
-    kinds = None if torch.compiler.is_compiling() else _kinds(op, options, tensors)
-    if kinds is None or kinds not in _checked or cu_seqlens is not None or checks_inputs():
-        _check(op, options, q, k, v, gates, initial_state, cu_seqlens, names or {})
-        if kinds is not None and len(_checked) < CHECKED:
-            _checked.add(kinds)
-    if observers:
-        announce(op, options, q=q, k=k, v=v, **gates, state=initial_state, cu_seqlens=cu_seqlens)
+    where = _checked_point(op, options, terms, initial_state, cu_seqlens, names or {})
+    if trace_hooks:
+        given = terms._asdict() | dict(state=initial_state, cu_seqlens=cu_seqlens)
+        call_trace_hooks(op, options, **given)
     cu_seqlens = host_boundaries(op, cu_seqlens, cu_seqlens_cpu)
-    parallel = current()
-    if parallel is not None:
-        sequences = dict(initial_state=initial_state, cu_seqlens=cu_seqlens)
-        return _sharded(op, options, parallel, q, k, v, **gates, **sequences)
-    erases = beta is not None or a is not None
-    kind = (q.dtype, q.shape[3] if erases else 0)
-    backend = resolve(op, q.device, options.backend, *kind)
-    given = initial_state if _overwriting and options.output_final_state else None
-    if given is not None:
-        _check_overwritten(op, compute_dtype(q.dtype), tensors)
+    if options.reverse or _overwriting:
+        what = "reverse=True" if options.reverse else "overwrite_states()"
+        refuse_sharded(op, f"{what} is not possible there")
+    overwrite = _overwriting and options.output_final_state and initial_state is not None
+    if overwrite:
+        _check_overwritten(op, compute_dtype(terms.q.dtype), terms, initial_state)
+    given = initial_state
     if options.state_v_first and initial_state is not None:
         initial_state = initial_state.mT
-    inputs: dict[str, Any] = dict(q=q, k=k, v=v, **gates)
     if options.reverse:
-        inputs = {n: x if x is None else x.flip(1) for n, x in inputs.items()}
-        cu_seqlens = None if cu_seqlens is None else q.shape[1] - cu_seqlens.flip(0)
+        terms = Terms(*(x if x is None else x.flip(1) for x in terms))
+        cu_seqlens = None if cu_seqlens is None else terms.q.shape[1] - cu_seqlens.flip(0)
         initial_state = _flip_packed(initial_state, cu_seqlens)
-    inputs |= dict(
-        scale=q.shape[3] ** -0.5 if options.scale is None else options.scale,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-    )
-    autocast = torch.is_autocast_enabled(q.device.type)  # which is not for this arithmetic
-    with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
-        if op.startswith("fused_recurrent_"):
-            inputs |= dict(l2norm=options.l2norm, read_before=options.read_before)
-            if backend in KERNELS:
-                there = initial_state is not None and initial_state is given
-                overwrite = there and initial_state.is_contiguous()
-                o, final = _tokens(op, options, backend, overwrite, **inputs)
-            else:
-                o, final = recurrent(**inputs)
-        else:
-            o, final = _chunk(op, options, backend, **inputs)
+    stage = _stage(op, terms, initial_state)
+    call: tuple[Any, ...] = (terms, _switches(op, options, terms), initial_state, cu_seqlens)
+    if overwrite and stage is TOKEN:
+        call = (*call, initial_state is given and given.is_contiguous())
+    autocast = torch.is_autocast_enabled(terms.q.device.type)  # which is not for this arithmetic
+    with torch.autocast(terms.q.device.type, enabled=False) if autocast else nullcontext():
+        o, final = stage(op, options.backend, *call, facts=where)
     if options.reverse:
         o, final = o.flip(1), _flip_packed(final, cu_seqlens)
     if not options.output_final_state:
         return o, None
     final = final.mT.contiguous() if options.state_v_first else final
-    return o, final if given is None or final is given else given.copy_(final)
+    return o, given.copy_(final) if overwrite and final is not given else final
 
 
-def _sharded(
-    op: str, options: Options, parallel: SequenceParallel, q: Tensor, k: Tensor, v: Tensor,
-    g: Tensor | None, gv: Tensor | None, initial_state: Tensor | None, **rest: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The same on a shard of every sequence, inside `sequence_parallel`."""
-    if options.reverse or _overwriting:
-        what = "reverse=True" if options.reverse else "overwrite_states()"
-        raise ValueError(f"{op}: {what} is not possible inside sequence_parallel; call it outside")
-    scale = q.shape[3] ** -0.5 if options.scale is None else options.scale
-    local = options._replace(scale=scale, output_final_state=True, state_v_first=False)
-    if options.state_v_first and initial_state is not None:
-        initial_state = initial_state.mT
-    o, final = recurrence(
-        partial(run, op, local), op, parallel, q, k, v, gv, initial_state, scale=scale,
-        read_before=options.read_before, keep=options.output_final_state, g=g, **rest,
-    )  # fmt: skip
-    return o, final.mT.contiguous() if options.state_v_first and final is not None else final
+def _stage(op: str, terms: Terms, initial_state: Tensor | None) -> Stage:
+    """The stage that computes a call."""
+    if not op.startswith("fused_recurrent_"):
+        return CHUNK if terms.gv is None else COLUMNS
+    if torch.is_grad_enabled():
+        for x in (*terms, initial_state):
+            if x is not None and x.requires_grad:
+                return TRAINED_TOKEN
+    return TOKEN
 
 
-# Calls whose arguments were found right: a decode step takes as long as its checks.
-_checked: set[tuple] = set()
+def _switches(op: str, options: Options, terms: Terms) -> Switches:
+    check_chunk_size(op, options.chunk_size)
+    return Switches(
+        terms.q.shape[3] ** -0.5 if options.scale is None else options.scale,
+        options.l2norm,
+        options.read_before,
+        options.chunk_size,
+        options.output_final_state,
+    )
+
+
+# Calls whose arguments were found right, and their points: a decode step takes as long as its
+# checks.
+_checked: dict[tuple, Point] = {}
 CHECKED = 4096
 
 
-def _kinds(op: str, options: Options, tensors: tuple) -> tuple | None:
+def _checked_point(
+    op: str,
+    options: Options,
+    terms: Terms,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    names: dict[str, str],
+) -> Point:
+    """Where a call lies in the family, after the checks of its arguments."""
+    kinds = None if torch.compiler.is_compiling() else _kinds(op, options, terms, initial_state)
+    found = None if kinds is None else _checked.get(kinds)
+    if found is None or cu_seqlens is not None or checks_inputs():
+        _check(op, options, terms, initial_state, cu_seqlens, names)
+        found = point(terms, options)  # type: ignore[arg-type]
+        if kinds is not None and len(_checked) < CHECKED:
+            _checked[kinds] = found
+    return found
+
+
+def _kinds(op: str, options: Options, terms: Terms, state: Tensor | None) -> tuple | None:
     """All that the checks of a call look at; None where an argument is no tensor."""
+    tensors = (*terms, state)
     try:
         return op, options, *[x if x is None else (x.shape, x.dtype, x.device) for x in tensors]
     except AttributeError:
         return None
 
 
+AXES = dict(g="B T HV", beta="B T HV", gk="B T HV K", gv="B T HV V", a="B T HV K", b="B T HV K")
+
+
 def _check(
     op: str,
     options: Options,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: dict[str, Tensor | None],
+    terms: Terms,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     names: dict[str, str],
-) -> dict[str, int]:
-    """The sizes of the axes, or `ValueError`."""
-    beta = gates["beta"]
-    axes = dict(
-        g="B T HV",
-        beta="B T HV V" if isinstance(beta, Tensor) and beta.dim() == 4 else "B T HV",
-        gk="B T HV K",
-        gv="B T HV V",
-        a="B T HV K",
-        b="B T HV K",
-    )
-    own = {name: names.get(name, name) for name in ("q", "k", "v", *axes)}
+) -> None:
+    """Raise `ValueError` unless the tensors of a call fit."""
+    gates, axes = terms._asdict(), dict(AXES)
+    if isinstance(terms.beta, Tensor) and terms.beta.dim() == 4:
+        axes["beta"] = "B T HV V"
+    own = {name: names.get(name, name) for name in gates}
+    q, k, v = terms[:3]
     sizes = check_shapes(
         op,
         **{own["q"]: (q, "B T H K"), own["k"]: (k, "B T H K"), own["v"]: (v, "B T HV V")},
@@ -245,73 +228,6 @@ def _check(
     check_sequences(op, sizes["B"], cu_seqlens, initial_state)
     decays: Any = {own[name]: gates[name] for name in ("g", "gk", "gv")}
     check_log_decay(op, **decays)
-    return sizes
-
-
-def row_decay(g: Tensor | None, gk: Tensor | None) -> Tensor | None:
-    """One log decay for the rows of the state."""
-    if gk is None:
-        return g
-    return gk if g is None else g.unsqueeze(-1) + gk
-
-
-def _chunk(op: str, options: Options, backend: str, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """The chunk form for the decays that were given."""
-    check_chunk_size(op, options.chunk_size)
-    gk, gv = inputs.pop("gk"), inputs.pop("gv")
-    if gv is not None:  # comes alone
-        inputs = {n: x for n, x in inputs.items() if x is not None}
-        if backend == "native":
-            return native.chunk(**inputs, gv=gv)
-        return chunk_columns(**inputs, g=gv, chunk_size=options.chunk_size)
-    inputs |= dict(
-        g=row_decay(inputs["g"], gk), l2norm=options.l2norm, read_before=options.read_before
-    )
-    if backend in KERNELS:
-        return KERNELS[backend].chunk(**inputs)
-    return chunk(**inputs, chunk_size=options.chunk_size)
-
-
-def _tokens(
-    op: str, options: Options, backend: str, overwrite: bool, **inputs: Any
-) -> tuple[Tensor, Tensor]:
-    """Token by token in kernels; with gradients the chunk form, which alone has a backward there,
-    and torch where that cannot express the call.
-    """
-    kernels = KERNELS[backend]
-    inputs["g"] = row_decay(inputs["g"], inputs.pop("gk"))
-    if not torch.is_grad_enabled():
-        return kernels.recurrent(**inputs, overwrite=overwrite)
-    tensors = (x for x in inputs.values() if isinstance(x, Tensor))
-    if not any(x.requires_grad for x in tensors):
-        return kernels.recurrent(**inputs, overwrite=overwrite)
-    beta, gv = inputs["beta"], inputs["gv"]
-    alone = all(inputs[name] is None for name in ("g", "beta", "a", "b"))
-    if gv is None and (beta is None or beta.dim() == 3):
-        del inputs["gv"]
-        return kernels.chunk(**inputs)
-    if gv is not None and backend == "native" and alone and not options.read_before:
-        return native.chunk(**inputs)
-    if requested(options.backend)[0] == backend:
-        raise ValueError(
-            f"{op}: backend {backend!r} was asked for, but it has no kernel for gradients through "
-            "a beta per value channel, or a decay of value channels beside other gates; use "
-            "backend='torch', or let fla choose"
-        )
-    g = inputs.pop("g")
-    kind = "g" if g is None or g.dim() == 3 else "gk"
-    return recurrent(**inputs, **{kind: g})
-
-
-ChunkForm = Callable[..., tuple[Tensor, Tensor]]
-
-
-def chunk_form(op: str, backend: str, chunk_size: int) -> ChunkForm:
-    """The engine's chunk form on a backend, for operators that are built of several runs of it."""
-    check_chunk_size(op, chunk_size)
-    if backend in KERNELS:
-        return KERNELS[backend].chunk
-    return partial(chunk, chunk_size=chunk_size)
 
 
 def _flip_packed(state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:

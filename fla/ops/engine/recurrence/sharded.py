@@ -14,66 +14,60 @@ from torch import Tensor
 
 from fla.core.parallel import SequenceParallel, carry, tie, using
 from fla.core.precision import compute_dtype
+from fla.ops.engine.recurrence.terms import Switches, Terms
 from fla.ops.engine.sharding import LocalSequences
 
-Run = Callable[..., tuple[Tensor, Tensor]]
+Form = Callable[..., tuple[Tensor, Tensor]]  # of terms, switches, first state and boundaries
 
 
 def recurrence(
-    run: Run,
     op: str,
     parallel: SequenceParallel,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gv: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    read_before: bool,
-    keep: bool,
-    **gates: Tensor | None,
+    form: Form,
+    terms: Terms,
+    switches: Switches,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`run(q, k, v, ..., initial_state=, cu_seqlens=)` of the engine over all ranks; states `[N,
-    HV, K, V]`. Without a decay of value channels, A comes out of the same run as S: on value
-    channels `[0, v]` from the state `[1, S]`.
+    """A form of the engine over all ranks; states `[N, HV, K, V]`. Without a decay of value
+    channels, A comes out of the same call as S: on value channels `[0, v]` from the state `[1, S]`.
     """
+    q, v = terms.q, terms.v
     local = LocalSequences.of(op, parallel, v, cu_seqlens)
     wide = compute_dtype(q.dtype)
     shape = (1 if local.packed else v.shape[0], v.shape[2], q.shape[3], v.shape[3])
     zero = torch.zeros(shape, dtype=wide, device=v.device)
     # a rank without tokens may get its state back as it is
-    state = tie(local.starts(initial_state, zero), q, k, v, gv, initial_state, *gates.values())
-    if gv is None:
-        if gates["beta"] is not None and gates["beta"].dim() == 4:
+    state = tie(local.starts(initial_state, zero), *terms, initial_state)
+    if terms.gv is None:
+        if terms.beta is not None and terms.beta.dim() == 4:
             raise ValueError(
-                f"{op}: inside sequence_parallel beta is one number a head; pass [B, T, HV], or "
+                f"{op}: inside sequence_parallel beta is one number per head; pass [B, T, HV], or "
                 "call it outside"
             )
-        o, ends = _rows(run, local, q, k, v, state, zero, gates)
+        o, ends = _rows(form, local, terms, switches, state, zero)
     else:
-        if any(x is not None for x in gates.values()):
+        if any(x is not None for x in (terms.g, terms.gk, terms.beta, terms.a, terms.b)):
             raise ValueError(
                 f"{op}: inside sequence_parallel a decay of value channels comes alone; call it "
                 "outside"
             )
-        o, ends = _columns(run, local, q, k, v, gv, state, zero, scale, read_before)
-    return o, local.finals(ends, initial_state, zero[:1]) if keep else None
+        o, ends = _columns(form, local, terms, switches, state, zero)
+    return o, local.finals(ends, initial_state, zero[:1]) if switches.keep_final else None
 
 
 def _rows(
-    run: Run, local: LocalSequences, q: Tensor, k: Tensor, v: Tensor, state: Tensor, zero: Tensor,
-    gates: dict[str, Tensor | None],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """o, and the last states of the local."""
-    K = q.shape[3]
+    form: Form, local: LocalSequences, terms: Terms, switches: Switches, state: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
+    """o, and the last states of this rank's parts of sequences."""
+    K, v = terms.q.shape[3], terms.v
     unit = torch.eye(K, dtype=state.dtype, device=state.device).expand(*zero.shape[:3], K)
     none = torch.zeros_like(state[..., :1]).expand(*state.shape[:3], K)
     first = unit if local.continued else none[: len(unit)]
     start = torch.cat([torch.cat([first, none[len(unit) :]]), state], -1)
     values = torch.cat([v.new_zeros(*v.shape[:3], K), v], -1)
     with using(None):
-        o, ends = run(q, k, values, **gates, initial_state=start, cu_seqlens=local.cuts)
+        o, ends = form(terms._replace(v=values), switches, start, local.cuts)
     last = ends[-1:] if local.packed else ends
     arrived = carry(local.shard.parallel, last[..., :K], last[..., K:])
     o = o[..., K:] + torch.einsum("bthk,bhkv->bthv", o[..., :K].to(arrived), arrived).to(o.dtype)
@@ -81,16 +75,17 @@ def _rows(
 
 
 def _columns(
-    run: Run, local: LocalSequences, q: Tensor, k: Tensor, v: Tensor, gv: Tensor, state: Tensor,
-    zero: Tensor, scale: float, read_before: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    form: Form, local: LocalSequences, terms: Terms, switches: Switches, state: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
     """The same where value channels decay: what arrives is multiplied, channel by channel."""
+    q, gv = terms.q, terms.gv
+    assert gv is not None
     with using(None):
-        o, ends = run(q, k, v, gv=gv, initial_state=state, cu_seqlens=local.cuts)
-    seen, first, whole = local.decays(gv.to(zero.dtype), read_before)
+        o, ends = form(terms, switches, state, local.cuts)
+    seen, first, whole = local.decays(gv.to(zero.dtype), switches.read_before)
     last = ends[-1:] if local.packed else ends
     arrived = carry(local.shard.parallel, whole.unsqueeze(2), last, True)
-    rows = q.repeat_interleave(v.shape[2] // q.shape[2], 2).to(zero.dtype)
-    read = scale * torch.einsum("bthk,bhkv->bthv", rows, arrived) * seen
+    rows = q.repeat_interleave(terms.v.shape[2] // q.shape[2], 2).to(zero.dtype)
+    read = switches.scale * torch.einsum("bthk,bhkv->bthv", rows, arrived) * seen
     head = ends[: len(zero)] + first.unsqueeze(2) * arrived
     return o + read.to(o.dtype), torch.cat([head, ends[len(zero) :]])

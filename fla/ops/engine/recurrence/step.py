@@ -30,9 +30,8 @@ from torch import Tensor
 
 from fla.ops.engine.recurrence.decay.scalar import ScalarDecay
 from fla.ops.engine.recurrence.decay.vector import VectorDecay
+from fla.ops.engine.recurrence.terms import DELTA, LOW_RANK
 from fla.ops.engine.recurrence.workspace import Workspace
-
-NONE, DELTA, LOW_RANK = "none", "delta", "low rank"
 
 
 @dataclass

@@ -20,48 +20,41 @@ from torch.utils.checkpoint import checkpoint
 
 from fla.core.boundaries import boundaries_to_list
 from fla.core.precision import compute_dtype
-from fla.ops.engine.recurrence.chunk import L2_EPS
 from fla.ops.engine.recurrence.equation import per_sequence
+from fla.ops.engine.recurrence.terms import L2_EPS, Switches, Terms
 
 SEGMENT = 64
 
 
 def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    beta: Tensor | None = None,
-    gk: Tensor | None = None,
-    gv: Tensor | None = None,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    *,
-    scale: float,
+    terms: Terms,
+    switches: Switches,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    l2norm: bool = False,
-    read_before: bool = False,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """q, k `[B, T, H, K]`, v `[B, T, HV, V]`, g `[B, T, HV]`, gk, a, b `[B, T, HV, K]`, gv
-    `[B, T, HV, V]`, beta `[B, T, HV]` or `[B, T, HV, V]`; returns o `[B, T, HV, V]` in q's dtype
-    and the final state `[N, HV, K, V]` in fp32 (fp64 for fp64 inputs).
+    """The token form of any terms; returns o `[B, T, HV, V]` in q's dtype and the final state
+    `[N, HV, K, V]` in fp32 (fp64 for fp64 inputs). With `overwrite` the final state is
+    `initial_state` itself, overwritten.
     """
+    q, k, v, g, gk, gv, beta, a, b = terms
     dtype, groups = compute_dtype(q.dtype), v.shape[2] // q.shape[2]
     inputs: dict[str, Any] = dict(
-        zip("qk", _queries_keys(q, k, groups, dtype, l2norm), strict=True)
+        zip("qk", _queries_keys(q, k, groups, dtype, switches.l2norm), strict=True)
     )
     inputs["v"] = _cast(v, dtype)
     for name, x in (("beta", beta), ("a", a), ("b", b)):
         inputs[name] = x if x is None else _cast(x, dtype)
     inputs["row"], inputs["column"] = _decay(g, gk, gv, dtype)
     state = initial_state if initial_state is None else _cast(initial_state, dtype)
-    run = partial(_run, scale=scale, before=read_before)
+    form = partial(_segments, scale=switches.scale, before=switches.read_before)
     if cu_seqlens is None:
-        o, final = run(state=state, **inputs)
+        o, final = form(state=state, **inputs)
     else:
         bounds = boundaries_to_list(cu_seqlens, v.shape[1], "fused_recurrent")
-        o, final = per_sequence(run, bounds, state, **inputs)
+        o, final = per_sequence(form, bounds, state, **inputs)
+    if overwrite and initial_state is not None:
+        final = initial_state.copy_(final)
     return _cast(o, q.dtype), final
 
 
@@ -91,13 +84,13 @@ def _decay(
     """Factors on the rows `[B, T, HV]` or `[B, T, HV, K]` and on the columns `[B, T, HV, V]` of the
     state.
     """
-    row = g if g is None else _cast(g, dtype)
+    row = g if g is None else _cast(g, dtype)  # per channel already where terms are merged
     if gk is not None:
         row = _cast(gk, dtype) if row is None else row.unsqueeze(-1) + _cast(gk, dtype)
     return None if row is None else row.exp(), None if gv is None else _cast(gv, dtype).exp()
 
 
-def _run(
+def _segments(
     *, state: Tensor | None, scale: float, before: bool, **inputs: Any
 ) -> tuple[Tensor, Tensor]:
     q, v = inputs["q"], inputs["v"]
@@ -105,16 +98,16 @@ def _run(
     if state is None:
         state = q.new_zeros(B, HV, K, v.shape[-1])
     if T <= SEGMENT or not torch.is_grad_enabled():
-        return _tokens(state, scale, before, **inputs)
+        return _loop(state, scale, before, **inputs)
     outs = []
     for first in range(0, T, SEGMENT):
         part = {n: x if x is None else x[:, first : first + SEGMENT] for n, x in inputs.items()}
-        o, state = checkpoint(_tokens, state, scale, before, use_reentrant=False, **part)
+        o, state = checkpoint(_loop, state, scale, before, use_reentrant=False, **part)
         outs.append(o)
     return torch.cat(outs, 1), state
 
 
-def _tokens(S: Tensor, scale: float, before: bool, **inputs: Any) -> tuple[Tensor, Tensor]:
+def _loop(S: Tensor, scale: float, before: bool, **inputs: Any) -> tuple[Tensor, Tensor]:
     """The loop over tokens, with batch and heads as one axis R of matrices."""
     B, T, HV, _ = inputs["q"].shape
     v, shape, R = inputs["v"], S.shape, B * HV

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from fla.core.boundaries import boundaries_to_list, count_sequences
-from fla.core.parallel import current, tie, using
+from fla.core.parallel import sharded_by
 from fla.ops.engine.scan import sharded
-from fla.ops.engine.sharding import LocalSequences
 
 RUNNING = {
     "sum": lambda x: x.cumsum(1),
@@ -20,13 +19,9 @@ RUNNING = {
 }
 
 
+@sharded_by(sharded.running)
 def running(kind: str, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The sum, logsumexp or maximum of x `[B, T, ...]` over the tokens of a sequence so far."""
-    parallel = current()
-    if parallel is not None:
-        pieces = LocalSequences.of(f"a running {kind}", parallel, x, cu_seqlens)
-        with using(None):
-            return sharded.running(kind, pieces, running(kind, x, pieces.cuts))
     form = RUNNING[kind]
     if cu_seqlens is None:
         return form(x) if x.shape[1] else x
@@ -35,13 +30,9 @@ def running(kind: str, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.cat(parts, 1) if parts else x
 
 
+@sharded_by(sharded.starts)
 def starts(x: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """x `[B, T, ...]` one token later: `first` `[N, ...]` at every sequence's first token."""
-    parallel = current()
-    if parallel is not None:
-        before, cuts = sharded.tokens_before("a shift of tokens", parallel, x, cu_seqlens, 1, first)
-        with using(None):
-            return tie(starts(x, before[:, 0], cuts), before)
     if x.shape[1] == 0:
         return x
     if cu_seqlens is None:
@@ -54,11 +45,9 @@ def starts(x: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.cat(parts, 1)
 
 
+@sharded_by(sharded.lasts)
 def lasts(x: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The last token of every sequence `[N, ...]`, or `first` of a sequence without any."""
-    parallel = current()
-    if parallel is not None:
-        return sharded.lasts("the last tokens", parallel, x, first, cu_seqlens)
     if cu_seqlens is None:
         return x[:, -1] if x.shape[1] else first
     bounds = boundaries_to_list(cu_seqlens, x.shape[1])
@@ -66,14 +55,11 @@ def lasts(x: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.stack(rows)
 
 
+@sharded_by(sharded.repeat_rows)
 def repeat_rows(first: Tensor, length: int, cu_seqlens: Tensor | None) -> Tensor:
     """`first` `[N, ...]` at every token of its sequence, `[B, T, ...]`."""
     if cu_seqlens is None:
         return first.unsqueeze(1).expand(first.shape[0], length, *first.shape[1:])
-    parallel = current()
-    if parallel is not None:
-        pieces = LocalSequences.of("a state a token", parallel, first, cu_seqlens, length)
-        first, cu_seqlens = first[pieces.own.numbers or [0]], pieces.cuts
     lengths = cu_seqlens.diff().to(first.device)
     return first.repeat_interleave(lengths, 0, output_size=length).unsqueeze(0)
 

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla.core import operator
 from fla.core.boundaries import boundaries_to_list, count_sequences
+from fla.core.operator import Schema, empty_gradients
 from fla.core.precision import compute_dtype
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
 from fla.ops.engine.recurrence.plan import Plan, Step, count_chunks, make_plan
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 
 
 def selective_scan(
@@ -84,8 +86,7 @@ class _Chunk:
         return [written * self.dt, ddt, dB, dC], dA, adjoint[0] * self.factors[0]
 
 
-@torch.library.custom_op("fla::selective_scan", mutates_args=())
-def _scan(
+def _forward(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -110,7 +111,6 @@ def _scan(
     return y, plan.unsort(final), firsts
 
 
-@_scan.register_fake
 def _empty(x, dt, A, B, C, initial_state, cu_seqlens, chunk_size):
     packed = cu_seqlens is not None
     sequences = cu_seqlens.shape[0] - 1 if packed else x.shape[0]
@@ -119,21 +119,13 @@ def _empty(x, dt, A, B, C, initial_state, cu_seqlens, chunk_size):
     return x.new_empty(x.shape), final, final.new_empty(chunks, *A.shape)
 
 
-@torch.library.custom_op("fla::selective_scan_backward", mutates_args=())
-def _scan_backward(
-    dy: Tensor,
-    dfinal: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    firsts: Tensor,
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(
+    dy: Tensor, dfinal: Tensor | None, firsts: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, cu_seqlens: Tensor | None, chunk_size: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, dt, A, B, C and of the initial state."""
-    *grads, dstate = _empty_backward(dy, dfinal, x, dt, A, B, C, firsts, cu_seqlens, chunk_size)
+    grads = empty_gradients((x, dt, A, B, C))
+    dstate = firsts.new_empty(count_sequences(x, cu_seqlens), *firsts.shape[1:])
     plan = _make_plan(x, cu_seqlens, chunk_size)
     dstate = dstate.zero_() if dfinal is None else plan.sort(dstate.copy_(dfinal))
     dx, ddt, dA, dB, dC = grads
@@ -151,29 +143,15 @@ def _scan_backward(
     return dx, ddt, dA.copy_(total), dB, dC, plan.unsort(dstate)
 
 
-@_scan_backward.register_fake
-def _empty_backward(dy, dfinal, x, dt, A, B, C, firsts, cu_seqlens, chunk_size):
-    sequences = count_sequences(x, cu_seqlens)
-    inputs = (t.new_empty(t.shape) for t in (x, dt, A, B, C))
-    return *inputs, firsts.new_empty(sequences, *firsts.shape[1:])
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, initial_state, cu_seqlens, ctx.chunk_size = inputs
-    ctx.set_materialize_grads(False)
-    ctx.state_dtype = None if initial_state is None else initial_state.dtype
-    ctx.save_for_backward(*tensors, output[2], cu_seqlens)
-
-
-def _backward(ctx, dy, dfinal, _unused):
-    *tensors, firsts, cu_seqlens = ctx.saved_tensors
-    dy = tensors[0].new_zeros(tensors[0].shape) if dy is None else dy
-    results: Any = torch.ops.fla.selective_scan_backward(
-        dy, dfinal, *tensors, firsts, cu_seqlens, ctx.chunk_size
-    )
-    *grads, dstate = results
-    dstate = None if ctx.state_dtype is None else dstate.to(ctx.state_dtype)
-    return *grads, dstate, None, None
-
-
-_scan.register_autograd(_backward, setup_context=_setup_context)
+operator.define(
+    "selective_scan",
+    Schema(
+        "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial_state",
+        "Tensor? cu_seqlens, int chunk_size",
+        returns=3,
+        saved=(2,),
+    ),
+    forward=_forward,
+    fake=_empty,
+    backward=_backward,
+)

@@ -9,27 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.core.parallel import SequenceParallel, carry, gather, halo, tie, total, using
+from fla.core.parallel import SequenceParallel, carry, halo, tie, using
 from fla.core.precision import compute_dtype
-from fla.ops.engine.sharding import LocalSequences
+from fla.ops.engine.sharding import LocalSequences, gather, total
 
-Run = Callable[..., tuple[Tensor, Tensor]]
+Form = Callable[..., tuple[Tensor, Tensor]]
 
 
 def scan(
-    run: Run, op: str, parallel: SequenceParallel, x: Tensor, g: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    op: str, parallel: SequenceParallel, form: Form, x: Tensor, g: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The vector scan `run(x, g, initial_state, cu_seqlens)` over all ranks: h, and the last h of
-    every sequence.
-    """
+    """A form of the vector scan over all ranks: h, and the last h of every sequence."""
     local = LocalSequences.of(op, parallel, x, cu_seqlens)
     wide = compute_dtype(x.dtype)
     shape = (1 if local.packed else len(x), *x.shape[2:])
     zero = torch.zeros(shape, dtype=wide, device=x.device)
     with using(None):
         state = tie(local.starts(initial_state, zero), x, g, initial_state)
-        h, ends = run(x, g, state, local.cuts)
+        h, ends = form(x, g, state, local.cuts, chunk_size)
     seen, first, whole = local.decays(g.to(wide))
     arrived = carry(parallel, whole, ends[-1:] if local.packed else ends, True)
     head = ends[: len(zero)] + first * arrived
@@ -42,8 +40,9 @@ def tokens_before(
     op: str, parallel: SequenceParallel, x: Tensor, cu_seqlens: Tensor | None, n: int,
     first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The n tokens before every piece of x `[B, T, ...]`, `[local or B, n, ...]`, `first` `[N,
-    ...]` (zeros where absent) before the start of a sequence; and the boundaries of the local.
+    """The n tokens before every local part of a sequence of x `[B, T, ...]`, `[parts or B, n, ...]`,
+    with `first` `[N, ...]` (zeros where absent) before the start of a sequence; and the boundaries
+    of the parts.
     """
     local = LocalSequences.of(op, parallel, x, cu_seqlens)
     found = halo(local.shard, x, n)
@@ -57,11 +56,22 @@ def tokens_before(
     return tie(local.starts(start, found), found), local.cuts
 
 
+def starts(
+    parallel: SequenceParallel, alone: Callable[..., Tensor], x: Tensor, first: Tensor,
+    cu_seqlens: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`running.starts` over all ranks."""
+    before, cuts = tokens_before("a shift of tokens", parallel, x, cu_seqlens, 1, first)
+    with using(None):
+        return tie(alone(x, before[:, 0], cuts), before)
+
+
 def lasts(
-    op: str, parallel: SequenceParallel, x: Tensor, first: Tensor, cu_seqlens: Tensor | None
-) -> Tensor:
+    parallel: SequenceParallel, alone: Callable[..., Tensor], x: Tensor, first: Tensor,
+    cu_seqlens: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The last token of every sequence, `first` of one without any, on every rank."""
-    local = LocalSequences.of(op, parallel, x, cu_seqlens)
+    local = LocalSequences.of("the last tokens", parallel, x, cu_seqlens)
     zero = x.new_zeros(1 if local.packed else len(x), *x.shape[2:])
     if local.packed:
         ends = [x[0, cut - 1] if cut else zero[0] for cut in local.own.cuts[1:]]
@@ -73,6 +83,17 @@ def lasts(
     return total(parallel, x[:, -1] if holds == local.shard.rank else zero, x)
 
 
+def repeat_rows(
+    parallel: SequenceParallel, alone: Callable[..., Tensor], first: Tensor, length: int,
+    cu_seqlens: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`running.repeat_rows` for the tokens of this rank."""
+    if cu_seqlens is not None:
+        local = LocalSequences.of("a state per token", parallel, first, cu_seqlens, length)
+        first, cu_seqlens = first[local.own.numbers or [0]], local.cuts
+    return alone(first, length, cu_seqlens)
+
+
 MERGE: dict[str, Any] = {
     "sum": (0.0, lambda x: x.sum(0), torch.add),
     "logsumexp": (-torch.inf, lambda x: x.logsumexp(0), torch.logaddexp),
@@ -80,10 +101,16 @@ MERGE: dict[str, Any] = {
 }
 
 
-def running(kind: str, local: LocalSequences, x: Tensor) -> Tensor:
-    """Running values `[B, T, ...]` within the local, of which the first goes on with what its
-    sequence came to on the ranks before.
+def running(
+    parallel: SequenceParallel, alone: Callable[..., Tensor], kind: str, x: Tensor,
+    cu_seqlens: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Running values `[B, T, ...]` over all ranks: those of this rank's parts of sequences, of
+    which the first continues what its sequence came to on the ranks before.
     """
+    local = LocalSequences.of(f"a running {kind}", parallel, x, cu_seqlens)
+    with using(None):
+        x = alone(kind, x, local.cuts)
     neutral, merge, join = MERGE[kind]
     shard, rank = local.shard, local.shard.rank
     last = x[:, -1] if x.shape[1] else x.new_full((len(x), *x.shape[2:]), neutral)
@@ -103,21 +130,23 @@ def running(kind: str, local: LocalSequences, x: Tensor) -> Tensor:
 
 
 def selective(
-    run: Run, op: str, parallel: SequenceParallel, x: Tensor, dt: Tensor, A: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    op: str, parallel: SequenceParallel, form: Form, x: Tensor, dt: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The selective scan `run(initial_state, cu_seqlens)` over all ranks: once for what the tokens
-    add to a state, and once more from the state that arrives.
+    """A form of the selective scan over all ranks: once for what the tokens add to a state, and
+    once more from the state that arrives.
     """
     local = LocalSequences.of(op, parallel, x, cu_seqlens)
     wide = compute_dtype(x.dtype)
     shape = (1 if local.packed else len(x), *A.shape)
     zero = torch.zeros(shape, dtype=wide, device=x.device)
     with using(None):
-        _, ends = run(tie(local.starts(initial_state, zero), x, dt, A, initial_state), local.cuts)
+        start = tie(local.starts(initial_state, zero), x, dt, A, initial_state)
+        _, ends = form(x, dt, A, B, C, start, local.cuts, chunk_size)
         alone = not local.packed or len(local.own.numbers) <= 1
         through = (A.to(wide) * dt.to(wide).sum(1).unsqueeze(-1)).exp()
         whole = through * (local.continued and alone)
         arrived = carry(parallel, whole, ends[-1:] if local.packed else ends, True)
-        y, ends = run(tie(local.starts(initial_state, arrived), arrived), local.cuts)
+        start = tie(local.starts(initial_state, arrived), arrived)
+        y, ends = form(x, dt, A, B, C, start, local.cuts, chunk_size)
     return y, local.finals(ends, initial_state, zero[:1])

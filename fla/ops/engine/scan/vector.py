@@ -11,17 +11,15 @@ Backward, with dh the gradient of h: `l_t = dh_t + exp(g_{t+1}) l_{t+1}`, the sa
 end; `dx_t = l_t`, `dg_t = l_t exp(g_t) h_{t-1}`.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
+from fla.core import operator
 from fla.core.boundaries import boundaries_to_list, count_sequences
-from fla.core.parallel import current
+from fla.core.operator import Schema, empty_gradients
 from fla.core.precision import compute_dtype
-from fla.ops.engine.recurrence.chunk import CHUNK_SIZE
 from fla.ops.engine.recurrence.plan import Plan, count_chunks, make_plan
-from fla.ops.engine.scan import sharded
+from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 
 
 def scan(
@@ -34,10 +32,6 @@ def scan(
     """x, g `[B, T, ...]`; returns h `[B, T, ...]` in x's dtype and the last h of every sequence
     `[N, ...]` in fp32 (fp64 for fp64 inputs). Differentiable in every tensor.
     """
-    parallel = current()
-    if parallel is not None:
-        local = partial(scan, chunk_size=chunk_size)
-        return sharded.scan(local, "scan", parallel, x, g, initial_state, cu_seqlens)
     h, final, _ = torch.ops.fla.scan(x, g, initial_state, cu_seqlens, chunk_size)
     return h, final
 
@@ -57,8 +51,7 @@ def _chunks(plan: Plan, x: Tensor, like: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("fla::scan", mutates_args=())
-def _scan(
+def _forward(
     x: Tensor,
     g: Tensor,
     initial_state: Tensor | None,
@@ -84,7 +77,6 @@ def _scan(
     return out, plan.unsort(final), states
 
 
-@_scan.register_fake
 def _empty(x, g, initial_state, cu_seqlens, chunk_size):
     packed = cu_seqlens is not None
     sequences = cu_seqlens.shape[0] - 1 if packed else x.shape[0]
@@ -93,18 +85,13 @@ def _empty(x, g, initial_state, cu_seqlens, chunk_size):
     return x.new_empty(x.shape), final, final.new_empty(chunks, *x.shape[2:])
 
 
-@torch.library.custom_op("fla::scan_backward", mutates_args=())
-def _scan_backward(
-    dh: Tensor,
-    dfinal: Tensor | None,
-    x: Tensor,
-    g: Tensor,
-    states: Tensor,
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    dh: Tensor, dfinal: Tensor | None, states: Tensor, x: Tensor, g: Tensor,
+    cu_seqlens: Tensor | None, chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, g and of the initial state."""
-    dx, dg, dstate = _empty_backward(dh, dfinal, x, g, states, cu_seqlens, chunk_size)
+    dx, dg = empty_gradients((x, g))
+    dstate = states.new_empty(count_sequences(x, cu_seqlens), *x.shape[2:])
     plan = _make_plan(g, cu_seqlens, chunk_size)
     dstate = dstate.zero_() if dfinal is None else plan.sort(dstate.copy_(dfinal))
     h, decay = _chunks(plan, x, dstate), _chunks(plan, g, dstate).exp_()
@@ -126,26 +113,15 @@ def _scan_backward(
     return dx, dg, plan.unsort(dstate)
 
 
-@_scan_backward.register_fake
-def _empty_backward(dh, dfinal, x, g, states, cu_seqlens, chunk_size):
-    sequences = count_sequences(x, cu_seqlens)
-    return x.new_empty(x.shape), g.new_empty(g.shape), states.new_empty(sequences, *x.shape[2:])
-
-
-def _setup_context(ctx, inputs, output):
-    x, g, initial_state, cu_seqlens, ctx.chunk_size = inputs
-    ctx.set_materialize_grads(False)
-    ctx.state_dtype = None if initial_state is None else initial_state.dtype
-    ctx.save_for_backward(x, g, output[2], cu_seqlens)
-
-
-def _backward(ctx, dh, dfinal, _unused):
-    x, g, states, cu_seqlens = ctx.saved_tensors
-    dh = x.new_zeros(x.shape) if dh is None else dh
-    dx, dg, dstate = torch.ops.fla.scan_backward(
-        dh, dfinal, x, g, states, cu_seqlens, ctx.chunk_size
-    )
-    return dx, dg, None if ctx.state_dtype is None else dstate.to(ctx.state_dtype), None, None
-
-
-_scan.register_autograd(_backward, setup_context=_setup_context)
+operator.define(
+    "scan",
+    Schema(
+        "Tensor x, Tensor g, Tensor? initial_state",
+        "Tensor? cu_seqlens, int chunk_size",
+        returns=3,
+        saved=(2,),
+    ),
+    forward=_forward,
+    fake=_empty,
+    backward=_backward,
+)

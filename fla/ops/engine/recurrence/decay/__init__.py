@@ -9,9 +9,12 @@ A chunk reads with *left* rows x_i (queries, and erase keys) and writes with *ri
 
 A left row reads the state in one of three ways:
 
-    AFTER     after its own token's write:              D_ij covers j < t <= i, for j <= i
-    DECAYED   after its own token's decay, not its write:           the same, for j < i
-    BEFORE    before its own token's decay:             D_ij covers j < t < i,  for j < i
+    AFTER_WRITE     after its own token's write:             D_ij covers j < t <= i, for j <= i
+    AFTER_DECAY     after its own token's decay, not its write:       the same, for j < i
+    BEFORE_DECAY    before its own token's decay:            D_ij covers j < t < i,  for j < i
+
+The queries read AFTER_WRITE, or BEFORE_DECAY with `read_before`; the erase keys AFTER_DECAY, or
+BEFORE_DECAY with `erase_before`.
 
 `ScalarDecay` (`scalar.py`) holds D as one matrix. `VectorDecay` (`vector.py`) never forms a
 difference of cumulative decays: see there.

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from fla.ops.engine.recurrence.terms import AFTER, BEFORE, DECAYED
+from fla.ops.engine.recurrence.terms import AFTER_DECAY, AFTER_WRITE, BEFORE_DECAY
 from fla.ops.engine.recurrence.workspace import Workspace
 
 
@@ -21,7 +21,7 @@ class ScalarDecay:
         self.enter_factor = self.leave_factor = self.last = None
         if G is None:
             lower = torch.ones(n, n, dtype=like.dtype, device=like.device).tril_()
-            self.pair = torch.cat([lower if r == AFTER else lower.tril(-1) for r in reads])
+            self.pair = torch.cat([lower if r == AFTER_WRITE else lower.tril(-1) for r in reads])
             return
         high = G.to(like.dtype)
         low = (G - high).to(like.dtype)
@@ -40,7 +40,7 @@ class ScalarDecay:
 
     @staticmethod
     def _as_read(read: str, pair: Tensor, lower: Tensor, enter: Tensor) -> None:
-        if read == BEFORE:  # row i decays as row i - 1 does
+        if read == BEFORE_DECAY:  # row i decays as row i - 1 does
             pair[:, 1:] = lower[:, :-1].clone()
             pair[:, 0] = 0
             enter[:, 1:] = enter[:, :-1].clone()
@@ -48,7 +48,7 @@ class ScalarDecay:
             return
         if pair.data_ptr() != lower.data_ptr():
             pair.copy_(lower)
-        if read == DECAYED:
+        if read == AFTER_DECAY:
             pair.diagonal(dim1=1, dim2=2).zero_()
 
     def scores(self, left: Tensor, right: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class ScalarDecay:
         pairs = pairs.view(R, len(self.reads), n, -1, n).sum(3)
         entered = entered.view(R, -1, n)
         for i, read in enumerate(self.reads):
-            if read == BEFORE:  # row i's ways end one token earlier
+            if read == BEFORE_DECAY:  # row i's ways end one token earlier
                 pairs[:, i, :-1] = pairs[:, i, 1:].clone()
                 pairs[:, i, -1] = 0
                 entered[:, i, :-1] = entered[:, i, 1:].clone()

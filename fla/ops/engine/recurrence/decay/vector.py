@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fla.ops.engine.recurrence.terms import AFTER, BEFORE
+from fla.ops.engine.recurrence.terms import AFTER_WRITE, BEFORE_DECAY
 from fla.ops.engine.recurrence.workspace import Workspace
 
 
@@ -55,7 +55,7 @@ class VectorDecay:
         halves = left.view(R, len(self.reads), blocks, 2, s, K)[:, :, :, 1]
         out = self.ws("rows", R, blocks, len(self.reads), s, K)
         for i, read in enumerate(self.reads):
-            if read == BEFORE:
+            if read == BEFORE_DECAY:
                 out[:, :, i, 0] = halves[:, i, :, 0]
                 torch.mul(halves[:, i, :, 1:], prefix[:, :, :-1], out=out[:, :, i, 1:])
             else:
@@ -91,7 +91,7 @@ class VectorDecay:
             blocks = torch.bmm(_stacked(rows), _stacked(columns).mT)
             self._meeting(scores, s).copy_(_by_pair(blocks, rows, columns))
         for i, read in enumerate(self.reads):
-            if read == AFTER:
+            if read == AFTER_WRITE:
                 own = left.view(R, -1, 1, self.n, left.shape[2])[:, i]
                 product = own * right.view(R, -1, self.n, right.shape[2])
                 self._diagonal(scores, i).copy_(product.sum(-1))
@@ -138,36 +138,36 @@ class VectorDecay:
         return blocks.reshape(blocks.shape[0] * blocks.shape[1], blocks.shape[2] * s, -1)
 
     def _own_rows(self, rows: Tensor, weights: Tensor, right: Tensor) -> None:
-        """Adds what reads AFTER have of their own token's writes."""
+        """Adds what reads AFTER_WRITE have of their own token's writes."""
         stack = right.view(right.shape[0], -1, self.n, right.shape[2])
         for i, read in enumerate(self.reads):
-            if read == AFTER:
+            if read == AFTER_WRITE:
                 own = self._diagonal(weights, i).unsqueeze(-1) * stack
                 rows.view(stack.shape[0], -1, self.n, stack.shape[3])[:, i] += own.sum(1)
 
     def _own_columns(self, columns: Tensor, weights: Tensor, left: Tensor) -> None:
-        """Adds what writes have of their own token's reads AFTER."""
+        """Adds what writes have of their own token's reads AFTER_WRITE."""
         stack = left.view(left.shape[0], -1, 1, self.n, left.shape[2])
         columns = columns.view(left.shape[0], -1, self.n, left.shape[2])
         for i, read in enumerate(self.reads):
-            if read == AFTER:
+            if read == AFTER_WRITE:
                 columns.addcmul_(self._diagonal(weights, i).unsqueeze(-1), stack[:, i])
 
     def _add_rows(self, drows: Tensor, gained: Tensor, s: int, prefix: Tensor) -> None:
         R, blocks, _, K = prefix.shape
         halves = drows.view(R, len(self.reads), blocks, 2, s, K)[:, :, :, 1]
         for i, read in enumerate(self.reads):
-            if read == BEFORE:
+            if read == BEFORE_DECAY:
                 halves[:, i, :, 0] += gained[:, :, i, 0]
                 halves[:, i, :, 1:].addcmul_(gained[:, :, i, 1:], prefix[:, :, :-1])
             else:
                 halves[:, i].addcmul_(gained[:, :, i], prefix)
 
     def _log_halves(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """What a level's logs gain: a read BEFORE belongs to the prefix of the token before it."""
+        """What a level's logs gain: a read BEFORE_DECAY belongs to the prefix of the token before it."""
         out = torch.stack([columns.sum(2), torch.zeros_like(columns[:, :, 0])], 2)
         for i, read in enumerate(self.reads):
-            if read == BEFORE:
+            if read == BEFORE_DECAY:
                 out[:, :, 1, :-1] += rows[:, :, i, 1:]
             else:
                 out[:, :, 1] += rows[:, :, i]
@@ -190,7 +190,7 @@ class VectorDecay:
         R, _, K = left.shape
         out = self.ws("entering", R, len(self.reads), self.n, K)
         for i, (x, read) in enumerate(zip(left.split(self.n, 1), self.reads, strict=True)):
-            if read == BEFORE:
+            if read == BEFORE_DECAY:
                 out[:, i, 0] = x[:, 0]
                 torch.mul(x[:, 1:], self.prefix[:, :-1], out=out[:, i, 1:])
             else:
@@ -250,7 +250,7 @@ class VectorDecay:
         for i, how in enumerate(self.reads):
             rows = slice(i * n, (i + 1) * n)
             log = entering[:, rows] * read[:, rows]
-            if how == BEFORE:
+            if how == BEFORE_DECAY:
                 prefix[:, :-1] += log[:, 1:]
                 dleft[:, rows.start] += read[:, rows.start]
                 dleft[:, rows][:, 1:].addcmul_(read[:, rows][:, 1:], self.prefix[:, :-1])

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: MIT
+"""Functions with a gradient by hand as torch operators: `define` writes the schemas, the fake
+kernels and the autograd of `torch.ops.fla.<name>` and of its gradient, `<name>_backward`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Schema(NamedTuple):
+    """The signature of an operator and what its backward takes.
+
+    Fields:
+        inputs: the tensors that may have a gradient, as in "Tensor q, Tensor? g".
+        rest: the other arguments, as in "Tensor? cu_seqlens, float scale".
+        returns: number of tensors it returns; the first `differentiable` of them have gradients.
+        saved: which of the returned tensors the backward takes.
+        state: whether the last input is a first state. Its gradient has the shape and the dtype of
+            the second result, whether it was given or not.
+        saves_state: whether the backward takes that first state.
+    """
+
+    inputs: str
+    rest: str = ""
+    returns: int = 2
+    differentiable: int = 2
+    saved: tuple[int, ...] = ()
+    state: bool = True
+    saves_state: bool = False
+
+    @property
+    def count(self) -> int:
+        """The number of inputs."""
+        return self.inputs.count(",") + 1
+
+    @property
+    def taken(self) -> int:
+        """The number of inputs that the backward takes."""
+        return self.count - (self.state and not self.saves_state)
+
+    def forward(self) -> str:
+        return f"({_joined(self.inputs, self.rest)}) -> {_tensors(self.returns)}"
+
+    def backward(self) -> str:
+        grads = "Tensor d0" + "".join(f", Tensor? d{i}" for i in range(1, self.differentiable))
+        saved = ", ".join(f"Tensor saved{i}" for i in self.saved)
+        inputs = ", ".join(self.inputs.split(", ")[: self.taken])
+        return f"({_joined(grads, saved, inputs, self.rest)}) -> {_tensors(self.count)}"
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def _tensors(count: int) -> str:
+    return f"({', '.join(['Tensor'] * count)})"
+
+
+def empty_gradients(inputs: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """An empty tensor like each input; one of size 0 for an input that is absent."""
+    like = next(x for x in inputs if x is not None)
+    return [like.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
+
+
+def define(
+    name: str,
+    schema: Schema,
+    *,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    device_types: str | None = None,
+) -> None:
+    """Make `torch.ops.fla.<name>(*inputs, *rest)`, differentiable once in its inputs.
+
+    Args:
+        forward: the operator; `fake` returns the same with empty tensors.
+        backward: `(*gradients of results, *saved results, *inputs, *rest)` to the gradients of all
+            inputs, of any dtype, of size 0 where an input is absent.
+        device_types: where it runs, as in "cpu"; everywhere if None.
+    """
+    kind: Any = dict(mutates_args=(), device_types=device_types)
+    n, d, s = schema.count, schema.differentiable, len(schema.saved)
+
+    def gradient(*args: Any) -> tuple[Tensor, ...]:
+        inputs = args[d + s : d + s + schema.taken]
+        grads = list(backward(*args))
+        for i, x in enumerate(inputs):
+            grads[i] = grads[i].to(grads[i].dtype if x is None else x.dtype)
+        return tuple(grads)
+
+    def fake_gradient(*args: Any) -> tuple[Tensor, ...]:
+        inputs, rest = args[d + s : d + s + schema.taken], args[d + s + schema.taken :]
+        if not schema.state:
+            return tuple(empty_gradients(inputs))
+        rows = inputs[: n - 1]
+        return *empty_gradients(rows), torch.empty_like(fake(*rows, None, *rest)[1])
+
+    op = torch.library.custom_op(
+        f"fla::{name}", lambda *args: tuple(forward(*args)), schema=schema.forward(), **kind
+    )
+    back = torch.library.custom_op(
+        f"fla::{name}_backward", gradient, schema=schema.backward(), **kind
+    )
+    op.register_fake(lambda *args: tuple(fake(*args)))
+    back.register_fake(fake_gradient)
+
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        tensors, ctx.rest = inputs[:n], inputs[n:]
+        ctx.dtypes = [x.dtype if _moves(x) else None for x in tensors]
+        ctx.first = output[0].shape, output[0].dtype
+        ctx.mark_non_differentiable(*output[d:])
+        ctx.set_materialize_grads(False)
+        others = [i for i, x in enumerate(ctx.rest) if isinstance(x, Tensor)]
+        ctx.others, ctx.rest = others, [None if i in others else x for i, x in enumerate(ctx.rest)]
+        ctx.save_for_backward(
+            *(output[i] for i in schema.saved), *tensors[: schema.taken],
+            *(inputs[n + i] for i in others),
+        )  # fmt: skip
+
+    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        saved, tensors = tensors[: s + schema.taken], tensors[s + schema.taken :]
+        rest = list(ctx.rest)
+        for i, x in zip(ctx.others, tensors, strict=True):
+            rest[i] = x
+        shape, dtype = ctx.first
+        first = grads[0]
+        if first is None:
+            first = saved[s].new_zeros(shape, dtype=dtype)
+        found = back(first, *grads[1:d], *saved, *rest)
+        own = (None if t is None else g.to(t) for g, t in zip(found, ctx.dtypes, strict=True))
+        return *own, *[None] * len(rest)
+
+    op.register_autograd(differentiate, setup_context=setup_context)
+
+
+def _moves(x: Tensor | None) -> bool:
+    """Whether x can have a gradient."""
+    return x is not None and x.is_floating_point()
