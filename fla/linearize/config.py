@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
+from fla.core.errors import UsageError
 from fla.layers.linearized import LinearOptions
 from fla.modules.fused_linear_divergence import Divergence
-from fla.training.errors import UsageError
 
 LOSSES = ("l2", "mse", "rel_mse", "cosine")
 EXPORTS = ("library", "qwen3_5")

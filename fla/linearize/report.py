@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from fla.evals.recall import PROBES
+from fla.data.probes import PROBES
 from fla.linearize.align import Record, records
 from fla.linearize.files import write_text
 from fla.linearize.measure import Measures

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from fla.core.errors import UsageError
 from fla.layers.linearized import LinearizedAttention
 from fla.linearize import report
 from fla.linearize.align import Alignment, records
@@ -37,7 +38,6 @@ from fla.linearize.surgery import assemble, load_teacher, make_linear, student_c
 from fla.linearize.teacher import teacher_fingerprint
 from fla.models import HybridForCausalLM
 from fla.training.callbacks import Interruption, clock, say
-from fla.training.errors import UsageError
 from fla.utils import get_available_device
 
 STAGES = ("calibrate", "align", "select", "distill", "long", "report")

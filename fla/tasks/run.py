@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from fla.core.errors import UsageError
 from fla.tasks.models import small_config
 from fla.tasks.rows import IGNORE, Task, task_of
 from fla.training.callbacks import say
 from fla.training.checkpoints import newest_whole
-from fla.training.errors import UsageError
 from fla.training.run import make_trainer, run_trainer, short_run
 
 TRIALS = 1 << 40  # seeds of rows that no training sees begin here

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fla.core.errors import UsageError
 from fla.layers.linearized_rules import RULES
 from fla.linearize import align, calibrate, select
 from fla.linearize.align import Alignment, errors, layer_loss, visit
@@ -18,7 +19,6 @@ from fla.linearize.surgery import attention_of, make_linear
 from fla.linearize.teacher import TopTokens
 from fla.models import TransformerConfig
 from fla.modules.fused_linear_divergence import Head, fused_linear_divergence
-from fla.training.errors import UsageError
 from tests.linearize.common import make_all
 
 
