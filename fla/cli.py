@@ -310,7 +310,7 @@ def _score_tasks(folder: str, names: list[str], recipe: Any, console: Any) -> in
     import fla.models  # noqa: F401  registers the architectures
     from fla.tasks.report import show
     from fla.tasks.rows import task_of
-    from fla.tasks.run import score_task
+    from fla.tasks.scores import score_task
     from fla.training.checkpoints import require_model
     from fla.utils import get_available_device
 

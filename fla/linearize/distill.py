@@ -30,7 +30,8 @@ from fla.linearize.config import Config
 from fla.linearize.data import Ordered, Text
 from fla.linearize.teacher import TopTokens
 from fla.models.decoder import next_tokens
-from fla.modules.fused_linear_divergence import Divergence, Head, fused_linear_divergence
+from fla.modules.fused_linear_divergence import fused_linear_divergence
+from fla.modules.losses import Divergence, Head
 from fla.ops.engine.layout import SequenceLayout
 from fla.training.callbacks import FlaTrainer, say
 from fla.training.checkpoints import newest_whole

@@ -22,7 +22,8 @@ from fla.evals.recall import recall
 from fla.layers.linearized import LinearizedAttention
 from fla.linearize.config import Report
 from fla.linearize.data import Text, on
-from fla.modules.fused_linear_divergence import Head, fused_linear_divergence
+from fla.modules.fused_linear_divergence import fused_linear_divergence
+from fla.modules.losses import Head
 
 KL_TOKENS = 32768
 CHARACTERS = 200  # of a recall prompt

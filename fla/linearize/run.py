@@ -357,7 +357,8 @@ class Conversion:
                 write_json(file, saved)
             found[name] = from_dict(read_json(file))
         branches = ablate(loaded(self.out / final).eval(), self.text, options)
-        report.write(self, found, branches)
+        finished = report.Finished(self.source, self.out, self.config, self.state["done"])
+        report.write(finished, found, branches, self.console)
 
     def fresh(self, config: Any) -> Any:
         torch.manual_seed(self.config.data.seed)

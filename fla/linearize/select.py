@@ -34,7 +34,8 @@ from fla.layers.linearized import LinearizedAttention
 from fla.linearize.config import Select
 from fla.linearize.data import Text
 from fla.linearize.files import read_json, write_json
-from fla.modules.fused_linear_divergence import Head, fused_linear_divergence
+from fla.modules.fused_linear_divergence import fused_linear_divergence
+from fla.modules.losses import Head
 from fla.ops.engine.layout import SequenceLayout
 
 CHARACTERS = 200  # of a recall prompt

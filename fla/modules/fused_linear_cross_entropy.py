@@ -17,7 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.modules.fused_cross_entropy import LogitShape, runs_in_triton, shape_logits
+from fla.modules.fused_cross_entropy import runs_in_triton, shape_logits
+from fla.modules.losses import LogitShape
 from fla.ops.engine.kernels.ops import on_device
 
 
