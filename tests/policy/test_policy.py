@@ -145,7 +145,7 @@ def long_functions(sources: dict[str, Path]) -> list[str]:
         f"{module}.{name}: {length} lines"
         for module, path in sources.items()
         for name, length in functions(path)
-        if length > (200 if "kernels" in module.split(".") else 60)
+        if length > (200 if "kernels" in path.parts else 60)
     ]
 
 
@@ -153,7 +153,7 @@ def triton_outside_kernels(sources: dict[str, Path]) -> list[str]:
     return [
         module
         for module, path in sources.items()
-        if "kernels" not in module.split(".")
+        if "kernels" not in path.parts
         and any(name.split(".")[0] == "triton" for name in imports(module, path))
     ]
 
