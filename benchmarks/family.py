@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common import alternate, machine
+from benchmarks.common import alternate, machine, resident_memory
 from fla.ops.registry import OPS, OpCase
 
 TOKENS, HEADS, WIDTH = 2048, 4, 64
@@ -91,8 +91,6 @@ def peak_memory(title: str) -> int:
 
 def memory_probe(title: str) -> int:
     """Runs in the fresh process: warm up small, then measure."""
-    from benchmarks.ops import resident_memory
-
     both(title, 64)()
     work = both(title, TOKENS)
     if sys.platform == "linux":  # what making the inputs freed must not serve the measured run

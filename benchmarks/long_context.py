@@ -28,8 +28,7 @@ from rich.console import Console
 from torch import Tensor
 
 import fla.models
-from benchmarks.common import alternate, machine
-from benchmarks.ops import resident_memory
+from benchmarks.common import alternate, machine, resident_memory
 from fla.distributed import sequence_parallel
 from fla.ops.block_sparse_attention import block_sparse_attention, local_window
 from fla.ops.dilated_attention import dilated_attention, geometric_schedule

@@ -11,7 +11,6 @@ take turns in one process and the median counts; peak memory is measured in a pr
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from benchmarks.common import alternate, machine
+from benchmarks.common import alternate, machine, resident_memory
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
 HEADS, WIDTH = 8, 128
@@ -106,15 +105,6 @@ def memory_probe(name: str, T: int) -> int:
     before = resident_memory("VmRSS")
     with_backward(implementations(x)[name], x)()
     return resident_memory("VmHWM") - before
-
-
-def resident_memory(which: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process in bytes; where there is no /proc, the peak."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith(which))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(lengths: list[int], repeats: int, console: Console) -> dict:

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.common import alternate, machine
+from benchmarks.common import alternate, machine, resident_memory
 from benchmarks.family import write_table
 from benchmarks.language import build, sizes, tokens
-from benchmarks.ops import resident_memory
 
 PROBED = ("hidden_size", "layers", "head_dim", "vocabulary", "device", "tokens")
 HEADER = ("model", "parameters", "tokens", "a step", "tokens/s", "memory", "MFU")

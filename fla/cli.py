@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"fla: {verb!r} is not a command\n\n{HELP}", file=sys.stderr)
         return USAGE
-    from fla.training.errors import TrainingDiverged, UsageError
+    from fla.core.errors import TrainingDiverged, UsageError
 
     try:
         return VERBS[verb](argv[1:])
@@ -54,7 +54,7 @@ def from_file(argv: list[str]) -> list[str]:
     """
     import yaml
 
-    from fla.training.errors import UsageError
+    from fla.core.errors import UsageError
 
     if "--config" not in argv:
         return argv
@@ -85,8 +85,8 @@ def train(argv: list[str]) -> int:
     """
     from transformers import HfArgumentParser, TrainingArguments
 
+    from fla.core.errors import UsageError
     from fla.training import run
-    from fla.training.errors import UsageError
 
     kinds: Any = (run.RunArguments, TrainingArguments)
     parser = HfArgumentParser(kinds, prog="fla train")
@@ -137,7 +137,7 @@ def generate(argv: list[str]) -> int:
     import torch
     from transformers import TextStreamer
 
-    from fla.training.tokens import encode
+    from fla.data.tokens import encode
 
     model, tokenizer = _load(args.checkpoint, args.device, args.tokenizer)
     torch.manual_seed(args.seed)
@@ -190,9 +190,9 @@ def evaluate(argv: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from fla.data.corpus import load_corpus
     from fla.evals.harness import run_harness
     from fla.training import run
-    from fla.training.corpus import load_corpus
 
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several:
@@ -223,8 +223,9 @@ def _scores(args: argparse.Namespace, model: Any, tokenizer: Any, corpus: Any, s
     """The table of `fla eval`."""
     from rich.table import Table
 
-    from fla.evals.recall import PROBES, recall
-    from fla.training.corpus import compressed_bits_per_byte
+    from fla.data.corpus import compressed_bits_per_byte
+    from fla.data.probes import PROBES
+    from fla.evals.recall import recall
 
     table = Table(
         title=f"held-out text of {corpus.name}: {scored.bytes / 1e6:.2f} MB, {scored.tokens} tokens"
@@ -266,7 +267,7 @@ def task(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from fla.training.errors import UsageError
+    from fla.core.errors import UsageError
 
     console = Console(highlight=False, soft_wrap=True)
     names, models, folder, checkpoint = (
@@ -309,7 +310,7 @@ def _score_tasks(folder: str, names: list[str], recipe: Any, console: Any) -> in
     import fla.models  # noqa: F401  registers the architectures
     from fla.tasks.report import show
     from fla.tasks.rows import task_of
-    from fla.tasks.run import score_task
+    from fla.tasks.scores import score_task
     from fla.training.checkpoints import require_model
     from fla.utils import get_available_device
 

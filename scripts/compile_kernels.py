@@ -28,9 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fla.modules.fused_cross_entropy import LogitShape
-from fla.modules.fused_linear_divergence import Divergence
 from fla.modules.kernels import cross_entropy, divergence, gated_norm
+from fla.modules.losses import Divergence, LogitShape
 from fla.ops.engine.kernels import launch, scan, selective
 from fla.ops.engine.kernels.convolution import Convolution
 

@@ -13,9 +13,9 @@ import sys
 from rich.console import Console
 from rich.progress import Progress
 
-from fla.training.corpus import load_corpus
-from fla.training.errors import UsageError
-from fla.training.shards import write_shards
+from fla.core.errors import UsageError
+from fla.data.corpus import load_corpus
+from fla.data.shards import write_shards
 
 
 def main(argv: list[str] | None = None) -> int:

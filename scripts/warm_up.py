@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fla.models  # noqa: F401  registers the architectures
+from fla.core.errors import UsageError
 from fla.tasks.models import small_config
-from fla.training.errors import UsageError
 from fla.utils import get_available_device
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.recurrence import recurrence as engine
+from fla.ops.engine.recurrence.equation import recurrence as engine
 from fla.ops.engine.recurrence.gates import l2norm
 from fla.ops.registry import OpCase
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fla.training.errors import UsageError
+from fla.core.errors import UsageError
 
 
 def run_harness(

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fla.core.errors import UsageError
 from fla.layers.linearized_rules import RULES
 from fla.linearize.config import Config
 from fla.linearize.files import read_json, write_json, write_text
@@ -26,7 +27,6 @@ from fla.linearize.measure import decode_cost, divergence
 from fla.linearize.report import markdown
 from fla.linearize.run import Conversion
 from fla.models import HybridForCausalLM
-from fla.training.errors import UsageError
 
 LENGTHS = (4096, 32768, 131072)
 PROMPT = 1024

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
+from fla.core.errors import UsageError
 from fla.layers.linearized import LinearOptions
-from fla.modules.fused_linear_divergence import Divergence
-from fla.training.errors import UsageError
+from fla.modules.losses import Divergence
 
 LOSSES = ("l2", "mse", "rel_mse", "cosine")
 EXPORTS = ("library", "qwen3_5")
@@ -96,7 +96,8 @@ class Select:
 
 @dataclass
 class Distill:
-    """The whole student on the teacher's logits; `Divergence` has the formulas.
+    """The whole student on the teacher's logits; `fla.modules.fused_linear_divergence` has the
+    formulas.
 
     Fields:
         lr_mixer, lr_rest: of linear layers, and of everything else.

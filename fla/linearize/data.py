@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fla.core.errors import UsageError
+from fla.data.corpus import load_corpus
+from fla.data.documents import Corpus
+from fla.data.tokens import TokenBlocks, collate
 from fla.linearize.config import Data
-from fla.training.corpus import Corpus, load_corpus
-from fla.training.errors import UsageError
-from fla.training.tokens import TokenBlocks, collate
 
 
 class Text:

@@ -23,18 +23,19 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
-from fla.core.layout import SequenceLayout
+from fla.core.errors import UsageError
+from fla.data.tokens import collate
 from fla.layers.linearized import LinearizedAttention
 from fla.linearize.config import Config
 from fla.linearize.data import Ordered, Text
 from fla.linearize.teacher import TopTokens
 from fla.models.decoder import next_tokens
-from fla.modules.fused_linear_divergence import Divergence, Head, fused_linear_divergence
+from fla.modules.fused_linear_divergence import fused_linear_divergence
+from fla.modules.losses import Divergence, Head
+from fla.core.layout import SequenceLayout
 from fla.training.callbacks import FlaTrainer, say
 from fla.training.checkpoints import newest_whole
-from fla.training.errors import UsageError
 from fla.training.run import make_trainer, run_trainer
-from fla.training.tokens import collate
 
 LAST, LOW = 0.15, 0.1  # of the steps a cosine takes at the end, and of the rate it ends at
 

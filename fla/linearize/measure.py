@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla.data.probes import PROBES
+from fla.data.tokens import encode
 from fla.evals.perplexity import score
-from fla.evals.recall import PROBES, recall
+from fla.evals.recall import recall
 from fla.layers.linearized import LinearizedAttention
 from fla.linearize.config import Report
 from fla.linearize.data import Text, on
-from fla.modules.fused_linear_divergence import Head, fused_linear_divergence
-from fla.training.tokens import encode
+from fla.modules.fused_linear_divergence import fused_linear_divergence
+from fla.modules.losses import Head
 
 KL_TOKENS = 32768
 CHARACTERS = 200  # of a recall prompt

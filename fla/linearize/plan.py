@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
+from fla.core.errors import UsageError
 from fla.linearize.config import Config
 from fla.linearize.select import layers_kept
 from fla.linearize.surgery import TEACHERS, student_config
 from fla.models import HybridForCausalLM, TransformerConfig
 from fla.models.convert import convert_config
 from fla.training.callbacks import clock
-from fla.training.errors import UsageError
 
 EFFICIENCY = 0.4  # of a device's peak, in a matrix product's share of a step
 

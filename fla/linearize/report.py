@@ -5,21 +5,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
-from fla.evals.recall import PROBES
+from fla.data.probes import PROBES
 from fla.linearize.align import Record, records
+from fla.linearize.config import Config
 from fla.linearize.files import write_text
 from fla.linearize.measure import Measures
 from fla.linearize.select import Scores, read_scores
 from fla.training.callbacks import clock
-
-if TYPE_CHECKING:
-    from fla.linearize.run import Conversion
 
 
 def _axes(width: float = 7, height: float = 3.8) -> tuple[Any, Any]:
@@ -159,7 +158,29 @@ def _layers(records: dict[int, Record], scores: Scores) -> list[str]:
     return markdown(header, rows)
 
 
-def write(conversion: Conversion, found: dict[str, Measures], branches: dict[str, float]) -> None:
+@dataclass
+class Finished:
+    """A conversion whose stages are done.
+
+    Fields:
+        source: the teacher's name or folder.
+        out: the conversion's folder.
+        config: its options.
+        seconds: what every stage took, by name.
+    """
+
+    source: str
+    out: Path
+    config: Config
+    seconds: dict[str, float]
+
+
+def write(
+    conversion: Finished,
+    found: dict[str, Measures],
+    branches: dict[str, float],
+    console: Console,
+) -> None:
     """The report, its pictures, and its table on the console."""
     out, config = conversion.out, conversion.config
     aligned = records(out / "align")
@@ -167,7 +188,6 @@ def write(conversion: Conversion, found: dict[str, Measures], branches: dict[str
     assert scores is not None
     plot_alignment(aligned, out / "alignment.png")
     plot_costs(found, out / "costs.png")
-    seconds = conversion.state["done"]
     linear = ", ".join(f"{k}={v}" for k, v in asdict(config)["linear"].items()) or "defaults"
     details = [f"method {scores.method}"]
     if scores.agreement is not None:
@@ -209,11 +229,11 @@ def write(conversion: Conversion, found: dict[str, Measures], branches: dict[str
         "",
         "## Time taken",
         "",
-        *markdown(("stage", "time"), [(n, clock(s)) for n, s in seconds.items()]),
+        *markdown(("stage", "time"), [(n, clock(s)) for n, s in conversion.seconds.items()]),
     ]
     write_text(out / "conversion_report.md", "\n".join(lines) + "\n")
     table = Table(*HEADER)
     for row in comparison(found):
         table.add_row(*row)
-    conversion.console.print(table)
-    conversion.console.print(f"report {out / 'conversion_report.md'}\nmodel {out}")
+    console.print(table)
+    console.print(f"report {out / 'conversion_report.md'}\nmodel {out}")

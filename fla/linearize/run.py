@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from fla.core.errors import UsageError
 from fla.layers.linearized import LinearizedAttention
 from fla.linearize import report
 from fla.linearize.align import Alignment, records
@@ -37,7 +38,6 @@ from fla.linearize.surgery import assemble, load_teacher, make_linear, student_c
 from fla.linearize.teacher import teacher_fingerprint
 from fla.models import HybridForCausalLM
 from fla.training.callbacks import Interruption, clock, say
-from fla.training.errors import UsageError
 from fla.utils import get_available_device
 
 STAGES = ("calibrate", "align", "select", "distill", "long", "report")
@@ -357,7 +357,8 @@ class Conversion:
                 write_json(file, saved)
             found[name] = from_dict(read_json(file))
         branches = ablate(loaded(self.out / final).eval(), self.text, options)
-        report.write(self, found, branches)
+        finished = report.Finished(self.source, self.out, self.config, self.state["done"])
+        report.write(finished, found, branches, self.console)
 
     def fresh(self, config: Any) -> Any:
         torch.manual_seed(self.config.data.seed)

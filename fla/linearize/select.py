@@ -27,14 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.core.layout import SequenceLayout
-from fla.evals.recall import Batch, pack, prompts
+from fla.core.errors import UsageError
+from fla.data.probes import prompts
+from fla.evals.recall import Batch, pack
 from fla.layers.linearized import LinearizedAttention
 from fla.linearize.config import Select
 from fla.linearize.data import Text
 from fla.linearize.files import read_json, write_json
-from fla.modules.fused_linear_divergence import Head, fused_linear_divergence
-from fla.training.errors import UsageError
+from fla.modules.fused_linear_divergence import fused_linear_divergence
+from fla.modules.losses import Head
+from fla.core.layout import SequenceLayout
 
 CHARACTERS = 200  # of a recall prompt
 UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}

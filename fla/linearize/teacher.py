@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fla.core.errors import UsageError
 from fla.linearize.data import Text
 from fla.linearize.files import read_json, write_json
-from fla.modules.fused_linear_divergence import TopK
-from fla.training.errors import UsageError
+from fla.modules.losses import TopK
 
 
 def fingerprint(*parts: Any) -> str:

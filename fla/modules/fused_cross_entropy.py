@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.modules.losses import LogitShape
 from fla.ops.engine.dispatch import resolve_module
 from fla.ops.engine.kernels.recurrence import interpreted, on_device
 from fla.ops.engine.kernels.selfcheck import differs_from, trusted
@@ -25,16 +26,6 @@ def shape_logits(logits: Tensor, logit_scale: float, logit_softcapping: float | 
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     z = z if logit_scale == 1 else z * logit_scale
     return z if not logit_softcapping else logit_softcapping * torch.tanh(z / logit_softcapping)
-
-
-class LogitShape(NamedTuple):
-    """What makes a loss of logits; see the module's equation."""
-
-    logit_scale: float = 1.0
-    logit_softcapping: float | None = None
-    label_smoothing: float = 0.0
-    lse_square_scale: float = 0.0
-    ignore_index: int = -100
 
 
 class _Triton(torch.autograd.Function):

@@ -6,7 +6,8 @@ their logits: `fused_linear_divergence.py` under the names and arguments that us
 import torch.nn as nn
 from torch import Tensor
 
-from fla.modules.fused_linear_divergence import Head, fused_linear_divergence
+from fla.modules.fused_linear_divergence import fused_linear_divergence
+from fla.modules.losses import Head
 
 
 def fused_kl_div_loss(

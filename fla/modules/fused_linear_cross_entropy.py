@@ -17,8 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.modules.fused_cross_entropy import LogitShape, runs_in_triton, shape_logits
-from fla.ops.engine.kernels.recurrence import on_device
+from fla.modules.fused_cross_entropy import runs_in_triton, shape_logits
+from fla.modules.losses import LogitShape
+from fla.ops.engine.kernels.tensors import on_device
 
 
 @dataclass(frozen=True)

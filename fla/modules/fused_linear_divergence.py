@@ -19,7 +19,6 @@ has count for neither.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,68 +27,12 @@ from torch import Tensor
 
 from fla.modules.fused_cross_entropy import shape_logits
 from fla.modules.fused_linear_cross_entropy import add_product
+from fla.modules.losses import METRICS, Divergence, Head, TopK
 from fla.ops.engine.dispatch import resolve_module
 from fla.ops.engine.kernels.recurrence import interpreted, on_device
 from fla.ops.engine.kernels.selfcheck import compare, trusted
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mse")
 IGNORE = -100
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """What is measured; see the module's equations.
-
-    Fields:
-        kind: one of `DIVERGENCES`.
-        temperature, beta: T and beta above.
-        weight, ce_weight: of the divergence and of the cross entropy.
-        logit_scale, logit_softcapping: of the student; teacher_*: of the teacher.
-        chunk_bytes: memory of one chunk's logits and what is made of them.
-    """
-
-    kind: str = "forward_kl"
-    temperature: float = 1.0
-    beta: float = 0.5
-    weight: float = 1.0
-    ce_weight: float = 0.0
-    logit_scale: float = 1.0
-    logit_softcapping: float | None = None
-    teacher_scale: float = 1.0
-    teacher_softcapping: float | None = None
-    chunk_bytes: int = 1 << 28
-
-    def __post_init__(self) -> None:
-        if self.kind not in DIVERGENCES:
-            raise ValueError(
-                f"Divergence: kind is {self.kind!r}; expected one of {', '.join(DIVERGENCES)}"
-            )
-        if not self.temperature > 0:
-            raise ValueError(f"Divergence: temperature is {self.temperature}; expected above 0")
-        if self.kind == "jsd" and not 0 < self.beta < 1:
-            raise ValueError(
-                f"Divergence: beta is {self.beta}; expected between 0 and 1 (at the ends jsd is "
-                "0: use forward_kl or reverse_kl)"
-            )
-
-
-class TopK(NamedTuple):
-    """A teacher's distribution by its most likely tokens: numbers and natural-log probabilities
-    `[tokens, k]` at temperature 1. What is left is the mass of all other tokens together.
-    """
-
-    ids: Tensor
-    log_probs: Tensor
-
-
-class Head(NamedTuple):
-    """A last linear layer: weight `[V, D]`, bias `[V]`."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-
-METRICS = ("divergence", "cross_entropy", "teacher_entropy", "student_entropy", "agreement")
 
 
 class _Rows:

@@ -6,7 +6,7 @@ from fla._lazy import lazy_names
 __getattr__, __all__ = lazy_names(
     __name__,
     {
-        "fla.studies.ablation": ["AblatedGatedDeltaNetConfig", "AblatedGatedDeltaNetForCausalLM"],
+        "fla.models.ablation": ["AblatedGatedDeltaNetConfig", "AblatedGatedDeltaNetForCausalLM"],
         "fla.studies.config": ["Cell", "Study", "load"],
         "fla.studies.report": ["power_law"],
         "fla.studies.run": ["run_study"],

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from fla.training.errors import UsageError
+from fla.core.errors import UsageError
 
 KINDS = ("ablation", "scaling", "hybrid", "long_context")
 

@@ -16,14 +16,16 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from fla.data.corpus import load_corpus
+from fla.data.documents import Corpus
+from fla.data.shards import make_blocks
+from fla.data.tokens import encode, load_tokenizer
 from fla.evals.perplexity import Score, score
 from fla.studies.config import Cell, Study, told
 from fla.studies.report import report
 from fla.tasks.models import small_config
 from fla.training.checkpoints import newest_whole, step_of
-from fla.training.corpus import Corpus, load_corpus
 from fla.training.run import make_trainer, run_trainer, short_run
-from fla.training.tokens import encode, load_tokenizer, make_blocks
 
 Row = dict[str, Any]
 

@@ -8,6 +8,7 @@ __getattr__, __all__ = lazy_names(
     {
         "fla.tasks.models": ["small_config"],
         "fla.tasks.rows": ["TASKS", "Rows", "Task", "task_of"],
-        "fla.tasks.run": ["Recipe", "Scores", "compare", "score_task", "train_task"],
+        "fla.tasks.run": ["Recipe", "compare", "train_task"],
+        "fla.tasks.scores": ["Scores", "score_task"],
     },
 )

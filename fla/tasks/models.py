@@ -7,9 +7,9 @@ import dataclasses
 import difflib
 from typing import Any
 
+from fla.core.errors import UsageError
+from fla.models.ablation import AblatedGatedDeltaNetConfig
 from fla.models.config import DecoderConfig
-from fla.studies.ablation import AblatedGatedDeltaNetConfig
-from fla.training.errors import UsageError
 from fla.training.run import architectures, parse_overrides
 
 HEADS: dict[str, Any] = dict(num_heads="heads")

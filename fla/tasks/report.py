@@ -4,18 +4,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from fla.tasks.rows import TASKS
+from fla.tasks.scores import Scores
 from fla.utils import machine
 
-if TYPE_CHECKING:
-    from fla.tasks.run import Scores
-
-Found = dict[str, dict[str, "Scores"]]
+Found = dict[str, dict[str, Scores]]
 
 
 def show(task: str, by_model: dict[str, Scores], console: Console) -> list[str]:

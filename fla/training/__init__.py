@@ -1,4 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Training: text in, packed tokens with boundaries, transformers' Trainer, checkpoints that survive
-a kill.
-"""
+"""Training: transformers' Trainer on packed tokens, checkpoints that survive a kill."""

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import Trainer, TrainerCallback
 
+from fla.core.errors import TrainingDiverged
 from fla.layers.mixer import Mixer
-from fla.training.errors import TrainingDiverged
 
 
 class FlaTrainer(Trainer):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from fla.training.errors import UsageError
+from fla.core.errors import UsageError
 
 WEIGHTS = "model.safetensors"
 REQUIRED = (WEIGHTS, "trainer_state.json", "optimizer.pt", "scheduler.pt")

@@ -26,15 +26,17 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 import fla.models
+from fla.core.errors import TrainingDiverged, UsageError
+from fla.data.corpus import compressed_bits_per_byte, load_corpus
+from fla.data.documents import Corpus
+from fla.data.shards import make_blocks
+from fla.data.tokens import TokenBlocks, collate, encode, load_tokenizer
 from fla.evals.perplexity import Score, score, windows
 from fla.models.config import DecoderConfig
 from fla.training.callbacks import FlaTrainer, Interruption, LiveProgress, LossGuard, say
 from fla.training.checkpoints import checkpoints, newest_whole
-from fla.training.corpus import Corpus, compressed_bits_per_byte, load_corpus
-from fla.training.errors import TrainingDiverged, UsageError
 from fla.training.saved import load_saved
 from fla.training.sharded import ShardedTrainer
-from fla.training.tokens import TokenBlocks, collate, encode, load_tokenizer, make_blocks
 
 
 @dataclass

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import fla.models
+from fla.core.errors import UsageError
+from fla.data.tokens import load_tokenizer
 from fla.training.checkpoints import require_model
-from fla.training.errors import UsageError
-from fla.training.tokens import load_tokenizer
 
 
 def load_saved(folder: str, tokenizer: str | None = None) -> tuple[Any, Any]:

@@ -6,11 +6,11 @@ import string
 
 import torch
 
+from fla.data.tokens import load_tokenizer
 from fla.linearize.config import Config, build
 from fla.linearize.data import Text
 from fla.linearize.surgery import load_teacher, make_linear
 from fla.models import TransformerConfig, TransformerForCausalLM
-from fla.training.tokens import load_tokenizer
 
 SIZES = dict(
     vocab_size=259, hidden_size=16, num_hidden_layers=3, num_heads=2, num_kv_heads=1, qk_norm=True,

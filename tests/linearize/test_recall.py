@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fla.evals.recall import PROBES, pack, prompts, recall
-from fla.training.corpus import load_corpus
-from fla.training.tokens import load_tokenizer
+from fla.data.corpus import load_corpus
+from fla.data.probes import PROBES, prompts
+from fla.data.tokens import load_tokenizer
+from fla.evals.recall import pack, recall
 
 TOKENIZER = load_tokenizer("byte")
 

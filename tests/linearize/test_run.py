@@ -17,8 +17,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from fla import cli
+from fla.data.tokens import load_tokenizer
 from fla.linearize.export import NATIVE
-from fla.training.tokens import load_tokenizer
 from tests.linearize.common import make_config, write_text
 
 EVERYTHING = dict(uniform=True, scratch=True, control=0.5)

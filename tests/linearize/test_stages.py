@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fla.core.errors import UsageError
 from fla.layers.linearized_rules import RULES
 from fla.linearize import align, calibrate, select
 from fla.linearize.align import Alignment, errors, layer_loss, visit
@@ -17,8 +18,8 @@ from fla.linearize.select import Selection, Swaps, layers_kept, read_scores, spe
 from fla.linearize.surgery import attention_of, make_linear
 from fla.linearize.teacher import TopTokens
 from fla.models import TransformerConfig
-from fla.modules.fused_linear_divergence import Head, fused_linear_divergence
-from fla.training.errors import UsageError
+from fla.modules.fused_linear_divergence import fused_linear_divergence
+from fla.modules.losses import Head
 from tests.linearize.common import make_all
 
 

@@ -19,7 +19,7 @@ from fla.ops.engine.dispatch import explain, unavailable, use_backend
 from fla.ops.engine.native import library
 from fla.ops.engine.native import recurrence as ops
 from fla.ops.engine.native.scan import selective_scan as native_scan
-from fla.ops.engine.scan import selective
+from fla.ops.engine.scan.vector import selective
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from fla.ops.gsa import chunk_gsa
 from fla.ops.mamba import chunk_mamba

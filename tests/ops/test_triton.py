@@ -17,7 +17,7 @@ from fla.ops.engine.kernels import convolution, launch, selfcheck
 from fla.ops.engine.kernels import recurrence as ops
 from fla.ops.engine.kernels.selective_scan import selective_scan
 from fla.ops.engine.kernels.vector_scan import SCANS
-from fla.ops.engine.recurrence import token
+from fla.ops.engine.recurrence.equation import token
 from fla.ops.engine.recurrence.chunk import chunk
 from fla.ops.engine.recurrence.recurrence import overwrite_states
 from fla.ops.engine.scan.selective import selective_scan as plain_selective

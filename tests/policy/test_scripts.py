@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from fla.data.tokens import load_tokenizer
 from fla.studies import load
 from fla.studies.run import config_of
-from fla.training.tokens import load_tokenizer
 from scripts import warm_up
 
 STUDIES = sorted((Path(__file__).parents[2] / "examples" / "studies").glob("*.yaml"))

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from fla import cli
+from fla.core.errors import UsageError
 from fla.layers import GatedDeltaNet
 from fla.models import Cache
+from fla.models.ablation import PARTS, AblatedGatedDeltaNet
 from fla.studies import AblatedGatedDeltaNetConfig, AblatedGatedDeltaNetForCausalLM, load, run_study
-from fla.studies.ablation import PARTS, AblatedGatedDeltaNet
 from fla.studies.report import power_law
-from fla.training.errors import UsageError
 from tests.helpers import assert_same
 from tests.models.common import TINY, ids
 

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fla.core.errors import UsageError
 from fla.tasks import TASKS, Recipe, score_task, small_config, task_of, train_task
 from fla.tasks.models import FIELDS
 from fla.tasks.rows import BLANK, FIRST, IGNORE, MARK, SEPARATOR
-from fla.training.errors import UsageError
 
 QUICK = Recipe(
     hidden_size=32, layers=1, head_dim=16, steps=6, batch_size=4, trials=8, trial_lengths=[12]

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
+from fla.core.errors import UsageError
+from fla.data.tokens import load_tokenizer
 from fla.evals.harness import run_harness
 from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
-from fla.training.errors import UsageError
-from fla.training.tokens import load_tokenizer
 
 TASK = """
 task: pins

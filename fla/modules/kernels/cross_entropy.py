@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.modules.fused_cross_entropy import LogitShape
+from fla.modules.losses import LogitShape
 
 BLOCK, WARPS = 4096, 8  # logits at once
 

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla.modules.fused_linear_divergence import METRICS, Divergence
 from fla.modules.kernels.cross_entropy import BLOCK, WARPS, grown
+from fla.modules.losses import METRICS, Divergence
 
 MODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 FORWARD, REVERSE, JSD = (tl.constexpr(x) for x in MODES.values())

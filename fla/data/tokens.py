@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
-from fla.training.corpus import Corpus
-from fla.training.errors import UsageError
+from fla.core.errors import UsageError
 
 BYTE_OFFSET = 3  # ByT5's ids 0, 1, 2 are padding, end of text and unknown
 
@@ -103,16 +102,6 @@ class StreamedBlocks(IterableDataset):
                 }
                 starts = [s - self.length for s in starts if s >= self.length]
                 tokens = tokens[self.length :]
-
-
-def make_blocks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
-    """The training part of a corpus as blocks."""
-    if corpus.shards is not None:
-        from fla.training.shards import ShardBlocks
-
-        return ShardBlocks(corpus.shards, tokenizer, length)
-    kind = StreamedBlocks if corpus.streaming else TokenBlocks
-    return kind(corpus.train, tokenizer, length)
 
 
 def collate(blocks: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from fla import cli
-from fla.training.corpus import Corpus, load_corpus
-from fla.training.errors import UsageError
-from fla.training.shards import ShardBlocks, load_held_out, write_shards
-from fla.training.tokens import TokenBlocks, load_tokenizer, make_blocks
+from fla.core.errors import UsageError
+from fla.data.corpus import load_corpus
+from fla.data.documents import Corpus
+from fla.data.shards import ShardBlocks, load_held_out, make_blocks, write_shards
+from fla.data.tokens import TokenBlocks, load_tokenizer
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 7) for i in range(60)]
 CORPUS = Corpus("made up", TEXTS, ["held out\n", "and this"])

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from fla.training.corpus import compressed_bits_per_byte, load_corpus, split
-from fla.training.errors import UsageError
-from fla.training.tokens import (
+from fla.core.errors import UsageError
+from fla.data.corpus import compressed_bits_per_byte, load_corpus
+from fla.data.documents import split
+from fla.data.shards import make_blocks
+from fla.data.tokens import (
     StreamedBlocks,
     TokenBlocks,
     collate,
     encode,
     load_tokenizer,
-    make_blocks,
 )
 
 BYTES = load_tokenizer("byte")
@@ -46,7 +47,7 @@ def test_folders_files_and_single_documents(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_tables(tmp_path, streaming, monkeypatch):
-    monkeypatch.setattr("fla.training.corpus.STREAM_HELD_OUT", 3)
+    monkeypatch.setattr("fla.data.corpus.STREAM_HELD_OUT", 3)
     file = tmp_path / "rows.jsonl"
     file.write_text(
         "".join(json.dumps({"body": f"row {i} " * 9, "n": i}) + "\n" for i in range(40))

@@ -5,6 +5,8 @@ A folder holds `plan.json` (what the shards are made of), for every shard `NNNNN
 and `NNNNN.starts.npy` (where its documents begin), `held_out.jsonl` (texts), and when it is whole
 `index.json`. A shard is written under another name and renamed, so what is there is whole, and a
 run that stopped makes only what is missing.
+
+`make_blocks` gives any corpus as blocks of tokens: from its shards, from memory or on the fly.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fla.training.corpus import Corpus
-from fla.training.errors import UsageError
-from fla.training.tokens import encode, load_tokenizer
+from fla.core.errors import UsageError
+from fla.data.documents import Corpus
+from fla.data.tokens import StreamedBlocks, TokenBlocks, encode, load_tokenizer
 
 
 def write_shards(
@@ -198,3 +200,11 @@ class ShardBlocks(Dataset):
             "input_ids": torch.from_numpy(tokens[begin:end].astype(np.int64)),
             "starts": (starts[low:high] - begin).tolist(),
         }
+
+
+def make_blocks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+    """The training part of a corpus as blocks."""
+    if corpus.shards is not None:
+        return ShardBlocks(corpus.shards, tokenizer, length)
+    kind = StreamedBlocks if corpus.streaming else TokenBlocks
+    return kind(corpus.train, tokenizer, length)

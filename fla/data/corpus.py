@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: MIT
 """Text: the Python standard library's own source (the default, always there), files, folders,
-Hugging Face datasets.
-
-Every source is a list of documents split into a training and a held-out part. The split is by
-document, from a hash of its name, so it is the same on every run and machine.
+Hugging Face datasets. Every source becomes a `Corpus` (`documents.py`).
 """
 
 import gzip
-import hashlib
 import lzma
 import sysconfig
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from fla.training.errors import UsageError
+from fla.core.errors import UsageError
+from fla.data.documents import Corpus, split
+from fla.data.probes import prompts
+from fla.data.shards import load_held_out, load_index
 
-HELD_OUT_ONE_IN = 20
 STREAM_HELD_OUT = 200
 # made-up texts of each of four lengths, by probe: 3.6 MB, half of it where every line asks
 RECALLED = {"single": 500, "multi": 500, "variable": 500, "mqar": 2000}
@@ -25,34 +22,13 @@ SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-@dataclass
-class Corpus:
-    """Training documents (a list, or an iterable read on the fly) and held-out documents; with
-    `shards` the training part lies there as tokens.
-    """
-
-    name: str
-    train: Iterable[str]
-    held_out: list[str]
-    shards: Path | None = None
-
-    @property
-    def streaming(self) -> bool:
-        return not isinstance(self.train, list)
-
-    def held_out_bytes(self) -> int:
-        return sum(len(text.encode()) for text in self.held_out)
-
-
 def load_corpus(source: str, column: str = "text", streaming: bool = False) -> Corpus:
     """`"stdlib"`, a text file, a table (.json, .jsonl, .csv, .parquet), a folder of text files, or
     `"hf:NAME"` or `"hf:NAME::CONFIG"` for a Hugging Face dataset; `"recall"` for made-up texts that
-    ask for what they say (`fla.evals.recall`), and `"stdlib+recall"` for both; `"tokens:FOLDER"`
+    ask for what they say (`fla.data.probes`), and `"stdlib+recall"` for both; `"tokens:FOLDER"`
     for what `scripts.preprocess` wrote. Raises `UsageError` where nothing is there.
     """
     if source.startswith("tokens:"):
-        from fla.training.shards import load_held_out, load_index
-
         folder = Path(source.removeprefix("tokens:")).expanduser()
         load_index(folder)
         return Corpus(source, [], load_held_out(folder), folder)
@@ -86,38 +62,12 @@ def _stdlib() -> dict[str, str]:
 
 
 def _recall() -> dict[str, str]:
-    from fla.evals.recall import prompts
-
     texts: dict[str, list[str]] = {}
     for seed, (kind, share) in enumerate(RECALLED.items()):
         for characters in (100, 200, 300, 400):
             found = prompts(kind, share, characters, seed=1000 + seed)
             texts[f"{kind} {characters}"] = [p.text + p.answer + "\n" for p in found]
     return {f"recall/{n} {i}": text for n, rows in texts.items() for i, text in enumerate(rows)}
-
-
-def split(name: str, documents: dict[str, str]) -> Corpus:
-    """Hold out about a twentieth of the text in whole documents, at least one; a single document is
-    cut instead.
-    """
-    documents = {key: text for key, text in documents.items() if text}
-    if not documents:
-        raise UsageError(f"--data: {name!r} holds no text; every file is empty or not UTF-8")
-    if len(documents) == 1:
-        text = next(iter(documents.values()))
-        cut = len(text) - max(1, len(text) // HELD_OUT_ONE_IN)
-        return Corpus(name, [text[:cut]], [text[cut:]])
-    budget = sum(map(len, documents.values())) / HELD_OUT_ONE_IN
-    held: set[str] = set()
-    for key in sorted(documents, key=lambda k: hashlib.sha256(k.encode()).hexdigest()):
-        if not held or len(documents[key]) <= budget:
-            held.add(key)
-            budget -= len(documents[key])
-    return Corpus(
-        name,
-        [text for key, text in documents.items() if key not in held],
-        [text for key, text in documents.items() if key in held],
-    )
 
 
 def _read_files(root: Path, files: list[Path]) -> dict[str, str]:
