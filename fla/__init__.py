@@ -23,7 +23,7 @@ _getter, __all__ = lazy_names(
             "fused_recurrent_gated_delta_rule",
             "recurrent_gated_delta_rule",
         ],
-        "fla.ops.engine.dispatch": ["explain", "use_backend"],
+        "fla.core.stage": ["explain", "use_backend"],
         "fla.ops.engine.recurrence.recurrence": ["overwrite_states"],
         "fla.models.swap": ["accelerate"],
         "fla.layers": ["Attention", "DeltaNet", "GatedDeltaNet"],

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fla.core.precision import promote_to_fp32
-from fla.ops.engine.recurrence.equation import recurrence as engine
+from fla.ops.engine.recurrence import recurrence as engine
 from fla.ops.engine.recurrence.gates import l2norm
+from fla.ops.engine.recurrence.terms import Terms
 from fla.ops.registry import OpCase
 
 
@@ -128,7 +129,7 @@ def _trace(layer: str, op: str, options: engine.Options, x: dict[str, Any]) -> T
     if x["gv"] is not None or (x["beta"] is not None and x["beta"].dim() == 4):
         x = _channels_as_heads(x)
     q, k = (promote_to_fp32(l2norm(y) if options.l2norm else y) for y in (x["q"], x["k"]))
-    g = engine.row_decay(x["g"], x["gk"])
+    g = Terms(*(x[n] for n in ("q", "k", "v", "g", "gk"))).merged().g
     g = g if g is None else promote_to_fp32(g if g.dim() == 4 else g.unsqueeze(-1))
     beta = x["beta"]
     v, a, b = (y if y is None else promote_to_fp32(y) for y in (x["v"], x["a"], x["b"]))
@@ -182,10 +183,10 @@ def trace(model: nn.Module, layers: str = "") -> Iterator[list[Trace]]:
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(enter(name)))
         hooks.append(module.register_forward_hook(leave, always_call=True))
-    engine.observers.append(look)
+    engine.trace_hooks.append(look)
     try:
         yield found
     finally:
-        engine.observers.remove(look)
+        engine.trace_hooks.remove(look)
         for hook in hooks:
             hook.remove()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -40,6 +40,12 @@ class Facts(NamedTuple):
 def first_tensor(x: Any, *_: Any) -> Facts:
     """The facts of a stage whose forms ask no more of a call than its first tensor."""
     return Facts(x.device, x.dtype)
+
+
+def not_compiled(facts: Any) -> str | None:
+    """The limit of kernels that `torch.compile` does better without."""
+    compiling = torch.compiler.is_compiling()
+    return "torch.compile fuses torch's form into what stands around it" if compiling else None
 
 
 class Warned(str):
@@ -212,8 +218,8 @@ class Stage:
         if key not in _checks:
             if _cannot_check():
                 return None
-            plain = self.forms["torch"].run
-            _checks[key] = selfcheck.difference(form.run, plain, self.problem(kind), self.differentiable)  # fmt: skip
+            plain, call = self.forms["torch"].run, self.problem(kind)
+            _checks[key] = selfcheck.difference(form.run, plain, call, self.differentiable)
         found = _checks[key]
         if found is None:
             return None
@@ -325,6 +331,7 @@ class Explanation:
     """
 
     op: str
+    dtype: torch.dtype
     decisions: tuple[Decision, ...]
 
     @property
@@ -345,8 +352,9 @@ class Explanation:
 
     def __str__(self) -> str:
         facts = self.decisions[0].facts
-        dtype, compute = (str(x).removeprefix("torch.") for x in (facts.dtype, compute_dtype(facts.dtype)))  # fmt: skip
-        first = f"{self.op} on {facts.device}, {dtype} in, computed in {compute}"
+        dtypes = (self.dtype, compute_dtype(self.dtype))
+        given, compute = (str(x).removeprefix("torch.") for x in dtypes)
+        first = f"{self.op} on {facts.device}, {given} in, computed in {compute}"
         return "\n".join([first, *map(str, self.decisions)])
 
 
@@ -368,4 +376,9 @@ def explain(op: Callable[..., Any], *args: object, **kwargs: object) -> Explanat
             f"explain: {name} ran no stage of fla; pass an operator such as "
             "fla.ops.chunk_gated_delta_rule, a layer or a model"
         )
-    return Explanation(name, tuple(seen))
+    floats = (x.dtype for x in (*args, *kwargs.values()) if _is_float(x))
+    return Explanation(name, next(floats, seen[0].facts.dtype), tuple(seen))
+
+
+def _is_float(x: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()

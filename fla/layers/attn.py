@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.core.layout import SequenceLayout
-from fla.core.parallel import Shard, halo, tie
+from fla.core.parallel import Shard, tie
 from fla.layers.mixer import Mixer
 from fla.modules import RMSNorm, RotaryEmbedding
+from fla.ops.engine.sharding import halo
 from fla.ops.ring_attention import ring_attention
 
 

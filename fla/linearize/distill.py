@@ -24,6 +24,7 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
 from fla.core.errors import UsageError
+from fla.core.layout import SequenceLayout
 from fla.data.tokens import collate
 from fla.layers.linearized import LinearizedAttention
 from fla.linearize.config import Config
@@ -32,7 +33,6 @@ from fla.linearize.teacher import TopTokens
 from fla.models.decoder import next_tokens
 from fla.modules.fused_linear_divergence import fused_linear_divergence
 from fla.modules.losses import Divergence, Head
-from fla.core.layout import SequenceLayout
 from fla.training.callbacks import FlaTrainer, say
 from fla.training.checkpoints import newest_whole
 from fla.training.run import make_trainer, run_trainer

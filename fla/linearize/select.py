@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fla.core.errors import UsageError
+from fla.core.layout import SequenceLayout
 from fla.data.probes import prompts
 from fla.evals.recall import Batch, pack
 from fla.layers.linearized import LinearizedAttention
@@ -36,7 +37,6 @@ from fla.linearize.data import Text
 from fla.linearize.files import read_json, write_json
 from fla.modules.fused_linear_divergence import fused_linear_divergence
 from fla.modules.losses import Head
-from fla.core.layout import SequenceLayout
 
 CHARACTERS = 200  # of a recall prompt
 UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}

@@ -2,13 +2,15 @@
 """Activations, and gated ones whose intermediate product is recomputed rather than stored."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.ops.engine.dispatch import resolve_module
-from fla.ops.engine.native import rows as gated
+from fla.core.stage import Form, Stage, not_compiled, tokenwise
+from fla.ops.engine.native import library
+from fla.ops.engine.native import rows as native
 
 
 class _SwiGLULinear(torch.autograd.Function):
@@ -24,24 +26,65 @@ class _SwiGLULinear(torch.autograd.Function):
         rows, swish = dy.flatten(0, -2), F.silu(gate)
         dweight = rows.mT @ (swish * up).flatten(0, -2)
         dproduct = dy @ weight
-        if _native(gate, up):
-            dup, dgate, *_ = gated.backward(dproduct, up, gate, None, None, "silu", None)
-        else:
-            sigmoid, dup = gate.sigmoid(), dproduct * swish
-            dgate = dproduct * up * (sigmoid + swish * (1 - sigmoid))
+        dgate, dup = SWIGLU_GRADIENT("swiglu_linear", None, gate, up, dproduct)
         return dgate, dup, dweight, rows.sum(0) if ctx.has_bias else None
 
 
-def _native(gate: Tensor, up: Tensor) -> bool:
-    same = gate.dtype == up.dtype and gated.fits(up, gate, None, None)
-    return same and resolve_module("swiglu", gate) == "native"
+class GateFacts(NamedTuple):
+    """`misfit` is why the native kernels cannot read the rows, or None."""
+
+    device: torch.device
+    dtype: torch.dtype
+    misfit: str | None
+
+
+def _facts(gate: Tensor, up: Tensor, *_: Any) -> GateFacts:
+    mixed = "they take one dtype" if gate.dtype != up.dtype else None
+    return GateFacts(gate.device, gate.dtype, mixed or native.misfit(up, gate, None, None))
+
+
+def _gradient(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    sigmoid, swish = gate.sigmoid(), F.silu(gate)
+    return dy * up * (sigmoid + swish * (1 - sigmoid)), dy * swish
+
+
+def _native_gradient(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    dup, dgate, *_ = native.backward(dy, up, gate, None, None, "silu", None)
+    return dgate, dup
+
+
+def _native_swiglu(x: Tensor, y: Tensor) -> Tensor:
+    return native.rows(y, x, None, None, "silu", None)
+
+
+_LIMITS = (not_compiled, library.runs, lambda facts: facts.misfit)
+SWIGLU_GRADIENT = Stage(
+    "swiglu gradient",
+    {
+        "native": Form(_native_gradient, library.in_cpp("a pass over the rows in {}"), _LIMITS),
+        "torch": Form(_gradient, "torch's own"),
+    },
+    _facts,
+    tokenwise,
+)
+SWIGLU = Stage(
+    "swiglu with gradients",
+    {
+        "native": Form(
+            _native_swiglu, library.in_cpp("a pass over the rows in {}; backward by hand"), _LIMITS
+        ),
+        "torch": Form(lambda x, y: F.silu(x) * y, "torch's own"),
+    },
+    _facts,
+    tokenwise,
+)
 
 
 def swiglu(x: Tensor, y: Tensor) -> Tensor:
     """`silu(x) * y`."""
-    if torch.is_grad_enabled() and _native(x, y):  # without, torch is faster
-        return gated.rows(y, x, None, None, "silu", None)
-    return F.silu(x) * y
+    if not torch.is_grad_enabled():
+        return F.silu(x) * y  # for which torch is the fastest everywhere
+    return SWIGLU("swiglu", None, x, y)
 
 
 def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

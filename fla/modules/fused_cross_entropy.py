@@ -6,17 +6,17 @@ loss = lse(z) - (1 - s) z_target - s mean(z) + zw * lse(z)^2         s: label sm
 lse_square_scale
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.stage import Facts, Form, Stage, first_tensor, not_compiled, tokenwise
 from fla.modules.losses import LogitShape
-from fla.ops.engine.dispatch import resolve_module
-from fla.ops.engine.kernels.recurrence import interpreted, on_device
-from fla.ops.engine.kernels.selfcheck import differs_from, trusted
+from fla.ops.engine.kernels import support
+from fla.ops.engine.kernels.tensors import on_device
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -55,37 +55,6 @@ class _Triton(torch.autograd.Function):
         return out, None, None
 
 
-class Kind(NamedTuple):
-    """What the kernels are compiled for."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        return f"a cross entropy, {self.dtype}, on {self.device}"
-
-
-def _differs(kind: Kind) -> str | None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, 5000, generator=generator)
-    shape = LogitShape(1.5, 4.0, 0.1, 0.01, ignore_index=3)
-    inputs = dict(logits=logits.to(kind.device, kind.dtype))
-    inputs["target"] = torch.arange(5, device=kind.device)
-    return differs_from(
-        lambda logits, target: _plain(logits, target, shape),
-        lambda logits, target: _Triton.apply(logits, target, shape),
-        inputs,
-        kind.dtype,
-    )
-
-
-def runs_in_triton(op: str, logits: Tensor) -> bool:
-    """Whether the kernels are to be used, and give what torch gives."""
-    if resolve_module(op, logits) != "triton":
-        return False
-    return trusted(Kind(logits.device, logits.dtype), _differs, interpreted())
-
-
 def _plain(logits: Tensor, target: Tensor, shape: LogitShape) -> tuple[Tensor, Tensor]:
     z = shape_logits(logits, shape.logit_scale, shape.logit_softcapping)
     how: Any = dict(ignore_index=shape.ignore_index, label_smoothing=shape.label_smoothing)
@@ -95,6 +64,34 @@ def _plain(logits: Tensor, target: Tensor, shape: LogitShape) -> tuple[Tensor, T
     kept = target != shape.ignore_index
     z_loss = shape.lse_square_scale * z.logsumexp(-1).square() * kept
     return loss + z_loss, z_loss
+
+
+def _in_triton(logits: Tensor, target: Tensor, shape: LogitShape) -> tuple[Tensor, Tensor]:
+    return _Triton.apply(logits, target, shape)
+
+
+def _problem(facts: Facts) -> tuple[Any, ...]:
+    logits = torch.randn(5, 5000, generator=torch.Generator().manual_seed(0))
+    shape = LogitShape(1.5, 4.0, 0.1, 0.01, ignore_index=3)
+    target = torch.arange(5, device=facts.device)
+    return logits.to(facts.device, facts.dtype), target, shape
+
+
+CROSS_ENTROPY = Stage(
+    "cross_entropy",
+    {
+        "triton": Form(
+            _in_triton,
+            "two passes over a row in Triton; backward by hand",
+            (not_compiled, support.runs),
+            support.checked,
+        ),
+        "torch": Form(_plain, "in fp32, under plain autograd"),
+    },
+    first_tensor,
+    tokenwise,
+    _problem,
+)
 
 
 def cross_entropy_loss(
@@ -112,8 +109,7 @@ def cross_entropy_loss(
     shape = LogitShape(
         logit_scale, logit_softcapping, label_smoothing, lse_square_scale, ignore_index
     )
-    form = _Triton.apply if runs_in_triton("cross_entropy_loss", logits) else _plain
-    return form(logits, target, shape)
+    return CROSS_ENTROPY("cross_entropy_loss", None, logits, target, shape)
 
 
 class FusedCrossEntropyLoss(nn.Module):

@@ -11,14 +11,18 @@ l2warp (RWKV) adds `factor * max(z) / M` to the gradient of each row's largest l
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.modules.fused_cross_entropy import runs_in_triton, shape_logits
+from fla.core.stage import Facts, Form, Stage, first_tensor, not_compiled, tokenwise
+from fla.modules.fused_cross_entropy import shape_logits
 from fla.modules.losses import LogitShape
+from fla.ops.engine.kernels import support
 from fla.ops.engine.kernels.tensors import on_device
 
 
@@ -89,6 +93,33 @@ class LinearLoss:
         return rows.loss.sum(), logits
 
 
+def _problem(facts: Facts) -> tuple[Any, ...]:
+    logits = torch.randn(5, 5000, generator=torch.Generator().manual_seed(0))
+    options = LinearLoss(3, 0.1, 1.5, 4.0, lse_square_scale=0.01)
+    target, weight = torch.arange(5, device=facts.device), torch.tensor(0.5, device=facts.device)
+    return options, logits.to(facts.device, facts.dtype), target, weight
+
+
+LINEAR_ROWS = Stage(
+    "linear_cross_entropy",
+    {
+        "triton": Form(
+            LinearLoss.rows_in_triton,
+            "logits of a chunk of tokens at a time, turned into gradients at once in Triton",
+            (not_compiled, support.runs),
+            support.checked,
+        ),
+        "torch": Form(
+            LinearLoss.rows, "logits of a chunk of tokens at a time, turned into gradients at once"
+        ),
+    },
+    lambda options, logits, *_: first_tensor(logits),
+    tokenwise,
+    _problem,
+    differentiable=False,
+)
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, in total's dtype."""
     if a.dtype == total.dtype:
@@ -99,9 +130,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, target, weight, bias, options: LinearLoss, triton: bool):
+    def forward(ctx, x, target, weight, bias, options: LinearLoss):
         need_x, _, need_weight, need_bias, *_ = ctx.needs_input_grad
-        rows = options.rows_in_triton if triton else options.rows
+        rows = partial(LINEAR_ROWS, "fused_linear_cross_entropy_loss", None, options)
         wide = torch.promote_types(x.dtype, torch.float32)
         sums = wide if options.accumulate_grad_in_fp32 else weight.dtype
         dx = torch.empty_like(x) if need_x else None
@@ -135,7 +166,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if d is None else (d * scale).to(t)
             for d, t in zip((dx, dweight, dbias), types, strict=True)
         ]
-        return grads[0], None, grads[1], grads[2], None, None
+        return grads[0], None, grads[1], grads[2], None
 
 
 def fused_linear_cross_entropy_loss(
@@ -184,8 +215,7 @@ def fused_linear_cross_entropy_loss(
         bias = None if bias is None else bias.to(dtype)
     x, target = x.flatten(0, -2), target.flatten()
     with torch.autocast(x.device.type, enabled=False):
-        triton = runs_in_triton("fused_linear_cross_entropy_loss", x)
-        return _LinearCrossEntropy.apply(x, target, weight, bias, options, triton)
+        return _LinearCrossEntropy.apply(x, target, weight, bias, options)
 
 
 class FusedLinearCrossEntropyLoss(nn.Module):

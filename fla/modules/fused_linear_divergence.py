@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.stage import Form, Stage, not_compiled, tokenwise
 from fla.modules.fused_cross_entropy import shape_logits
 from fla.modules.fused_linear_cross_entropy import add_product
 from fla.modules.losses import METRICS, Divergence, Head, TopK
-from fla.ops.engine.dispatch import resolve_module
-from fla.ops.engine.kernels.recurrence import interpreted, on_device
-from fla.ops.engine.kernels.selfcheck import compare, trusted
+from fla.ops.engine.kernels import support
+from fla.ops.engine.kernels.tensors import on_device
 
 IGNORE = -100
 
@@ -112,42 +112,6 @@ class _Rows:
         return torch.stack([loss.sum(), ce, *entropies, agree]), grad
 
 
-class Kind(NamedTuple):
-    """What the kernels are compiled for."""
-
-    device: torch.device
-    dtype: torch.dtype
-    divergence: str
-
-    def __str__(self) -> str:
-        return f"{self.divergence} on {self.device}"
-
-
-def _differs(kind: Kind) -> str | None:
-    from fla.modules.kernels import divergence
-
-    generator = torch.Generator().manual_seed(0)
-    z, teacher = torch.randn(2, 5, 5000, generator=generator).to(kind.device)
-    labels = torch.arange(5, device=kind.device)
-    options = Divergence(kind.divergence, 2.0, 0.3, 0.7, 0.5)
-
-    def named(metrics: Tensor, grad: Tensor) -> dict[str, Tensor]:
-        return dict(zip(METRICS, metrics, strict=True)) | {"the gradient of the logits": grad}
-
-    def kernels() -> dict[str, Tensor]:
-        with on_device(z.device):
-            return named(divergence.rows(grad := z.clone(), teacher, labels, options), grad)
-
-    return compare(kernels, lambda: named(*_Rows(options, z, teacher).run(labels)), kind.dtype)
-
-
-def _runs_in_triton(x: Tensor, divergence: str) -> bool:
-    """Whether the kernels are to be used, and give what torch gives."""
-    if divergence == "mse" or resolve_module("fused_linear_divergence", x) != "triton":
-        return False
-    return trusted(Kind(x.device, torch.float32, divergence), _differs, interpreted())
-
-
 def _expect(p: Tensor, x: Tensor) -> Tensor:
     """`sum p x` over the last axis."""
     return torch.linalg.vecdot(p, x)
@@ -162,6 +126,75 @@ def _project(x: Tensor, head: Head, wide: torch.dtype) -> Tensor:
     return F.linear(x.to(wide), head.weight.to(wide), bias)
 
 
+def _torch_rows(
+    options: Divergence, z: Tensor, teacher: Tensor | TopK, labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Summed metrics of logits, and the gradient of their summed loss."""
+    if isinstance(teacher, TopK):
+        return _Rows(options, z, teacher).run(labels)
+    width = z.shape[-1]
+    rows = _Rows(options, z[:, : teacher.shape[-1]], teacher[:, :width])
+    found, grad = rows.run(labels)
+    return found, F.pad(grad, (0, width - grad.shape[-1]))
+
+
+def _triton_rows(
+    options: Divergence, z: Tensor, teacher: Tensor | TopK, labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from fla.modules.kernels import divergence
+
+    with on_device(z.device):
+        capped = options.logit_softcapping is not None
+        grad = z.clone() if capped else z.contiguous()
+        return divergence.rows(grad, teacher, labels, options), grad  # type: ignore[arg-type]
+
+
+class DivergenceFacts(NamedTuple):
+    """`kind` is that of the divergence, or "top-k" where the teacher gives its likeliest tokens."""
+
+    device: torch.device
+    dtype: torch.dtype
+    kind: str
+
+
+def _facts(
+    options: Divergence, z: Tensor, teacher: Tensor | TopK, labels: Tensor | None
+) -> DivergenceFacts:
+    kind = "top-k" if isinstance(teacher, TopK) else options.kind
+    return DivergenceFacts(z.device, z.dtype, kind)
+
+
+def _whole(facts: DivergenceFacts) -> str | None:
+    return f"there is no kernel for {facts.kind}" if facts.kind in ("top-k", "mse") else None
+
+
+def _problem(facts: DivergenceFacts) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    z, teacher = torch.randn(2, 5, 5000, generator=generator).to(facts.device, facts.dtype)
+    labels = torch.arange(5, device=facts.device)
+    return Divergence(facts.kind, 2.0, 0.3, 0.7, 0.5), z, teacher, labels
+
+
+DIVERGENCE_ROWS = Stage(
+    "linear_divergence",
+    {
+        "triton": Form(
+            _triton_rows,
+            "logits of a chunk of tokens at a time, turned into gradients at once in Triton",
+            (not_compiled, support.runs, _whole),
+            support.checked,
+        ),
+        "torch": Form(
+            _torch_rows, "logits of a chunk of tokens at a time, turned into gradients at once"
+        ),
+    },
+    _facts,
+    tokenwise,
+    _problem,
+    differentiable=False,
+)
+
+
 class _Chunks:
     """Runs chunk by chunk and sums what comes of each."""
 
@@ -174,31 +207,12 @@ class _Chunks:
         self.dweight = new(head.weight.shape, dtype=self.wide) if need_weight else None
         self.dbias = new(len(head.weight), dtype=self.wide) if need_bias else None
         self.metrics = new(len(METRICS), dtype=self.wide)
-        self.triton = _runs_in_triton(x, options.kind)
-
-    def rows(
-        self, z: Tensor, teacher: Tensor | TopK, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Summed metrics of logits, and the gradient of their summed loss."""
-        if isinstance(teacher, TopK):
-            return _Rows(self.options, z, teacher).run(labels)
-        if self.triton:
-            from fla.modules.kernels import divergence
-
-            with on_device(z.device):
-                capped = self.options.logit_softcapping is not None
-                grad = z.clone() if capped else z.contiguous()
-                return divergence.rows(grad, teacher, labels, self.options), grad
-        width = z.shape[-1]
-        rows = _Rows(self.options, z[:, : teacher.shape[-1]], teacher[:, :width])
-        found, grad = rows.run(labels)
-        return found, F.pad(grad, (0, width - grad.shape[-1]))
 
     def add(self, rows: slice, teacher: Tensor | TopK, labels: Tensor | None, share: float) -> None:
         o, x = self.options, self.x[rows]
         z = _project(x, self.head, self.wide)
         z = shape_logits(z, o.logit_scale, o.logit_softcapping)
-        found, grad = self.rows(z, teacher, labels)
+        found, grad = DIVERGENCE_ROWS("fused_linear_divergence", None, o, z, teacher, labels)
         self.metrics += found * share
         if self.dx is None and self.dweight is None and self.dbias is None:
             return

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.core.precision import promote_to_fp32
+from fla.core.stage import Form, Stage, not_compiled, tokenwise
 from fla.modules.layernorm import RMSNorm, rms_norm
-from fla.ops.engine.dispatch import resolve_module
-from fla.ops.engine.kernels.recurrence import interpreted, on_device
-from fla.ops.engine.kernels.selfcheck import differs_from, trusted
-from fla.ops.engine.native.rows import fits, rows
+from fla.ops.engine.kernels import support
+from fla.ops.engine.kernels.tensors import on_device
+from fla.ops.engine.native import library
+from fla.ops.engine.native import rows as native
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
@@ -66,6 +67,12 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
+def _in_triton(
+    x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str, eps: float
+) -> Tensor:
+    return _Triton.apply(x, g, weight, bias, activation, eps)
+
+
 class _Triton(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, g, weight, bias, activation: str, eps: float) -> Tensor:
@@ -89,30 +96,6 @@ class _Triton(torch.autograd.Function):
         return dx.view(ctx.shape), dg.view(ctx.shape), *others, None, None
 
 
-class Kind(NamedTuple):
-    """What the kernels are compiled for."""
-
-    device: torch.device
-    dtype: torch.dtype
-    D: int
-    activation: str
-
-    def __str__(self) -> str:
-        return f"a gated norm of {self.D} channels, {self.dtype}, on {self.device}"
-
-
-def _differs(kind: Kind) -> str | None:
-    x, g = torch.randn(2, 70, kind.D, generator=torch.Generator().manual_seed(0))
-    inputs = {n: y.to(kind.device, kind.dtype) for n, y in dict(x=x, g=g, weight=x[0]).items()}
-    rest: Any = (None, kind.activation, 1e-6)
-    return differs_from(
-        lambda x, g, weight: _plain(x, g, weight, *rest),
-        lambda x, g, weight: _Triton.apply(x, g, weight, *rest),
-        inputs,
-        kind.dtype,
-    )
-
-
 def _plain(
     x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str, eps: float
 ) -> Tensor:
@@ -120,19 +103,62 @@ def _plain(
     return y * ACTIVATIONS[activation](promote_to_fp32(g))
 
 
-def _form(
-    x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str
-) -> Callable[..., Tensor]:
-    if torch.compiler.is_compiling():
-        return _plain  # of which it keeps no more
-    backend = resolve_module("rms_norm_gated", x)
-    if backend == "native" and fits(x, g, weight, bias):
-        return rows
-    if x.shape[-1] <= WIDEST and backend == "triton":
-        kind = Kind(x.device, x.dtype, x.shape[-1], activation)
-        if trusted(kind, _differs, interpreted()):
-            return _Triton.apply
-    return _Torch.apply
+def _torch(
+    x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str, eps: float
+) -> Tensor:
+    # a compiled graph keeps no more of the plain form than _Torch does
+    form = _plain if torch.compiler.is_compiling() else _Torch.apply
+    return form(x, g, weight, bias, activation, eps)
+
+
+class GatedFacts(NamedTuple):
+    """D is the number of channels; `misfit` is why the native kernels cannot read the rows."""
+
+    device: torch.device
+    dtype: torch.dtype
+    D: int
+    activation: str
+    misfit: str | None
+
+
+def _facts(
+    x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str, eps: float
+) -> GatedFacts:
+    misfit = native.misfit(x, g, weight, bias)
+    return GatedFacts(x.device, x.dtype, x.shape[-1], activation, misfit)
+
+
+def _narrow(facts: GatedFacts) -> str | None:
+    return f"a program holds at most {WIDEST} channels" if facts.D > WIDEST else None
+
+
+def _problem(facts: GatedFacts) -> tuple[Any, ...]:
+    rows = torch.randn(2, 70, facts.D, generator=torch.Generator().manual_seed(0))
+    x, g = rows.to(facts.device, facts.dtype)
+    return x, g, x[0], None, facts.activation, 1e-6
+
+
+RMS_NORM_GATED = Stage(
+    "rms_norm_gated",
+    {
+        "triton": Form(
+            _in_triton,
+            "one pass over the rows in Triton; backward by hand",
+            (not_compiled, support.runs, _narrow),
+            support.checked,
+        ),
+        "native": Form(
+            native.rows,
+            library.in_cpp("a pass over the rows in {}; backward by hand"),
+            (not_compiled, library.runs, lambda facts: facts.misfit),
+        ),
+        "torch": Form(_torch, "in fp32; backward by hand"),
+    },
+    _facts,
+    tokenwise,
+    _problem,
+    lambda facts: facts._replace(misfit=None),
+)
 
 
 def rms_norm_gated(
@@ -155,7 +181,7 @@ def rms_norm_gated(
     total = x
     if residual is not None or residual_in_fp32:
         total = promote_to_fp32(x) if residual is None else promote_to_fp32(x) + residual
-    y = _form(total, g, weight, bias, activation)(total, g, weight, bias, activation, eps)
+    y = RMS_NORM_GATED("rms_norm_gated", None, total, g, weight, bias, activation, eps)
     y = y.to(x.dtype)
     return (y, total if residual_in_fp32 else total.to(x.dtype)) if prenorm else y
 

@@ -8,15 +8,17 @@ arXiv:1910.07467), with a residual.
 Over the last axis, in fp32 for lower dtypes. With `prenorm` the result is the pair (y, s).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla.ops.engine.dispatch import resolve_module
-from fla.ops.engine.native.rows import fits, rows
+from fla.core.precision import promote_to_fp32
+from fla.core.stage import Form, Stage, not_compiled, tokenwise
+from fla.ops.engine.native import library
+from fla.ops.engine.native import rows as native
 
 
 def layer_norm(
@@ -37,23 +39,55 @@ def layer_norm(
         total = residual.float() + x if residual_in_fp32 else x + residual
     elif residual_in_fp32:
         total = x.float()
-    native = is_rms_norm and fits(total, None, weight, bias)
-    if native and resolve_module("rms_norm", total) == "native":
-        y = rows(total, None, weight, bias, None, eps).to(x.dtype)
-        return (y, total) if prenorm else y
-    if is_rms_norm and bias is None and (weight is None or weight.dtype == total.dtype):
-        y = F.rms_norm(total, total.shape[-1:], weight, eps).to(x.dtype)  # in fp32 itself
-        return (y, total) if prenorm else y
-    wide = total.float() if total.dtype in (torch.bfloat16, torch.float16) else total
-    width, weight = total.shape[-1:], None if weight is None else weight.to(wide.dtype)
-    bias = None if bias is None else bias.to(wide.dtype)
     if is_rms_norm:
-        y = F.rms_norm(wide, width, weight, eps)
-        y = y if bias is None else y + bias
+        y = RMS_NORM("rms_norm", None, total, weight, bias, eps)
     else:
-        y = F.layer_norm(wide, width, weight, bias, eps)
+        wide = promote_to_fp32(total)
+        weight = None if weight is None else weight.to(wide.dtype)
+        bias = None if bias is None else bias.to(wide.dtype)
+        y = F.layer_norm(wide, total.shape[-1:], weight, bias, eps)
     y = y.to(x.dtype)
     return (y, total) if prenorm else y
+
+
+class RowFacts(NamedTuple):
+    """`misfit` is why the native kernels cannot read the rows, or None."""
+
+    device: torch.device
+    dtype: torch.dtype
+    misfit: str | None
+
+
+def _facts(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> RowFacts:
+    return RowFacts(x.device, x.dtype, native.misfit(x, None, weight, bias))
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    width = x.shape[-1:]
+    if bias is None and (weight is None or weight.dtype == x.dtype):
+        return F.rms_norm(x, width, weight, eps)  # in fp32 itself
+    wide = promote_to_fp32(x)
+    y = F.rms_norm(wide, width, None if weight is None else weight.to(wide.dtype), eps)
+    return y if bias is None else y + bias.to(wide.dtype)
+
+
+def _native_rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return native.rows(x, None, weight, bias, None, eps)
+
+
+RMS_NORM = Stage(
+    "rms_norm",
+    {
+        "native": Form(
+            _native_rms_norm,
+            library.in_cpp("a pass over the rows in {}; backward by hand"),
+            (not_compiled, library.runs, lambda facts: facts.misfit),
+        ),
+        "torch": Form(_rms_norm, "torch's own"),
+    },
+    _facts,
+    tokenwise,
+)
 
 
 def rms_norm(

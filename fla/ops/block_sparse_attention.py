@@ -25,7 +25,7 @@ On the one equation: outside; its cost is T times the kept keys a token.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.core import operator
-from fla.core.operator import Schema
 from fla.core.checks import check_groups, check_same, check_shapes
+from fla.core.operator import Schema
 from fla.core.parallel import SequenceParallel, tie, using
 from fla.core.precision import compute_dtype
 from fla.core.stage import Form, Stage, first_tensor
@@ -567,8 +567,8 @@ def _flex(
     grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if q.device.type == "cpu" and grads:
         raise ValueError(
-            "block_sparse_attention: FlexAttention has no backward on CPUs; use backend='torch', or "
-            "torch.no_grad()"
+            "block_sparse_attention: FlexAttention has no backward on CPUs; use "
+            "backend='torch', or torch.no_grad()"
         )
     _check_pattern(pattern, q, k, q.shape[1])
     gate, step, size = pattern.gate, pattern.query_block, pattern.block_size

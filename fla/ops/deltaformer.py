@@ -34,7 +34,6 @@ from torch.utils.checkpoint import checkpoint
 from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_parts, check_sequences, check_tensors
 from fla.core.layout import SequenceLayout
-from fla.core.parallel import refuse_sharded
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, first_tensor
 from fla.ops.engine.recurrence.recurrence import check_chunk_size
@@ -105,12 +104,13 @@ def _sequence(
 def _packed(
     rows: list[Tensor], state: State | None, cu_seqlens: Tensor | None, C: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(o, keys, u) of q, k, v, beta `[B, H, T, .]`; of packed sequences o alone, and its keys."""
+    """(o, keys, u) of q, k, v, beta `[B, H, T, .]`; of packed sequences o alone counts."""
+    form: Any = _sequence
     if cu_seqlens is None:
-        return _sequence(*rows, state, C)  # type: ignore[call-arg]
+        return form(*rows, state, C)
     bounds = boundaries_to_list(cu_seqlens, rows[0].shape[2], "deltaformer_attn")
-    parts: Any = ([x[:, :, a:b] for x in rows] for a, b in pairwise(bounds))
-    o = torch.cat([_sequence(*part, None, C)[0] for part in parts], 2)
+    parts = ([x[:, :, a:b] for x in rows] for a, b in pairwise(bounds))
+    o = torch.cat([form(*part, None, C)[0] for part in parts], 2)
     return o, rows[1], o
 
 

@@ -39,9 +39,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.core import operator
-from fla.core.operator import Schema
 from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_groups, check_same, check_sequences, check_shapes
+from fla.core.operator import Schema
 from fla.core.parallel import SequenceParallel, current
 from fla.core.precision import compute_dtype
 from fla.core.stage import Form, Stage, first_tensor

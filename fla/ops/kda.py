@@ -158,10 +158,11 @@ def chunk_kda(
         backend=backend,
     )
     gate = (A_log, dt_bias, use_gate_in_kernel, safe_gate, lower_bound)
+    gates = _gates(op, v, g, beta, gate, (use_beta_sigmoid_in_kernel, allow_neg_eigval))
     return recurrence(
         op,
         options,
-        Terms(q, k, v, **_gates(op, v, g, beta, gate, (use_beta_sigmoid_in_kernel, allow_neg_eigval))),
+        Terms(q, k, v, **gates),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,
@@ -195,10 +196,11 @@ def fused_recurrent_kda(
         scale, output_final_state, use_qk_l2norm_in_kernel, state_v_first, backend=backend
     )
     gate = (A_log, dt_bias, use_gate_in_kernel, False, lower_bound)
+    gates = _gates(op, v, g, beta, gate, (use_beta_sigmoid_in_kernel, allow_neg_eigval))
     return recurrence(
         op,
         options,
-        Terms(q, k, v, **_gates(op, v, g, beta, gate, (use_beta_sigmoid_in_kernel, allow_neg_eigval))),
+        Terms(q, k, v, **gates),
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         names={"gk": "g"},

@@ -90,6 +90,22 @@ def _conjugate_gradients(product: Any, target: Tensor, diagonal: Tensor, iterati
     return x
 
 
+class LinearForm(NamedTuple):
+    """Linear attention with a decay on a backend: `(q, k, v, g)` to o and the final state."""
+
+    op: str
+    backend: str | None
+    chunk_size: int
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        switches = Switches(1.0, chunk_size=self.chunk_size)
+        terms = Terms(q, k, v, g=g)
+        return CHUNK(self.op, self.backend, terms, switches, initial_state, cu_seqlens)
+
+
 class _Solve(torch.autograd.Function):
     """Zero, with the gradient of `(A_t + diag(lambda))^{-1} r_t` in r."""
 
@@ -186,22 +202,6 @@ def _check(
         check_sequences(op, sizes["B"], cu_seqlens, state, name)
     check_log_decay(op, g=g)
     refuse_sharded(op)
-
-
-class LinearForm(NamedTuple):
-    """Linear attention with a decay on a backend: `(q, k, v, g)` to o and the final state."""
-
-    op: str
-    backend: str | None
-    chunk_size: int
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        switches = Switches(1.0, chunk_size=self.chunk_size)
-        terms = Terms(q, k, v, g=g)
-        return CHUNK(self.op, self.backend, terms, switches, initial_state, cu_seqlens)
 
 
 def chunk_mesa_net(

@@ -37,7 +37,7 @@ from fla.core.precision import promote_to_fp32
 from fla.ops.engine.recurrence.gates import l2norm
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
-from fla.ops.engine.scan.vector import scan
+from fla.ops.engine.scan.stages import VECTOR_SCAN
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -113,7 +113,8 @@ def _precond(
         q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
     keys, decay = promote_to_fp32(k), tensors["g_atk"].unsqueeze(-1)
     gain = promote_to_fp32(tensors["beta_atk"]).unsqueeze(-1) * keys.square()
-    A, A_final = scan(gain, decay.expand_as(gain), initial_A_state, cu_seqlens, options.chunk_size)
+    rows = (gain, decay.expand_as(gain), initial_A_state, cu_seqlens, options.chunk_size)
+    A, A_final = VECTOR_SCAN(op, "torch", *rows)  # which no language has with two axes of channels
     write = (precondition(A, *squash) * keys).to(k.dtype)
     read = (promote_to_fp32(g) if vector else promote_to_fp32(g).unsqueeze(-1)).exp() * keys
     o, S = recurrence(

@@ -87,7 +87,7 @@ class OpCase:
         chunk_fixed: those that calls of chunk and token pass and calls of naive do not.
         grain: tokens of a mini-batch that is part of the operator: it may be split there only, and
             its chunk size is no choice.
-        equation: inputs to the arguments q, k, v, g, a, b, bonus of `engine/recurrence/equation.py`, and
+        equation: inputs to the arguments q, k, v, g, a, b, bonus of `recurrence/equation.py`, and
             `steps` where a token is several; None where the operator is no point of it.
     """
 

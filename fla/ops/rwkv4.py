@@ -34,8 +34,8 @@ from fla.ops.engine.recurrence.recurrence import (
     trace_hooks,
 )
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE
-from fla.ops.engine.scan.stages import VECTOR_SCAN
 from fla.ops.engine.scan.running import lasts, repeat_rows, running, starts
+from fla.ops.engine.scan.stages import VECTOR_SCAN
 
 
 def naive_recurrent_rwkv4(

@@ -141,11 +141,12 @@ def _check(
 def _packed(
     rows: list[Tensor], starts: list[Tensor], cu_seqlens: Tensor | None, rest: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    form: Any = _sequences
     if cu_seqlens is None:
-        return _sequences(*starts, rows, *rest)
+        return form(*starts, rows, *rest)
     bounds = boundaries_to_list(cu_seqlens, rows[0].shape[2], "chunk_titans_linear")
     results: Any = [
-        _sequences(starts[0][i : i + 1], starts[1][i : i + 1], [x[:, :, a:e] for x in rows], *rest)
+        form(starts[0][i : i + 1], starts[1][i : i + 1], [x[:, :, a:e] for x in rows], *rest)
         for i, (a, e) in enumerate(pairwise(bounds))
     ]
     o, S, M = (torch.cat(x, 0 if j else 2) for j, x in enumerate(zip(*results, strict=True)))

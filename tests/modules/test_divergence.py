@@ -4,11 +4,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fla.ops.engine.dispatch import use_backend
 
 from fla.modules import FusedKLDivLoss
 from fla.modules.fused_linear_divergence import fused_linear_divergence
 from fla.modules.losses import DIVERGENCES, Divergence, Head, TopK
-from fla.ops.engine.dispatch import use_backend
 from tests.helpers import assert_same, gradients
 from tests.ops.family import compare
 

@@ -8,12 +8,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from fla.ops.engine.dispatch import explain, use_backend
+
 from fla.modules import FusedCrossEntropyLoss
 from fla.modules.fused_cross_entropy import cross_entropy_loss
 from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
 from fla.modules.fused_norm_gate import rms_norm_gated
 from fla.modules.kernels import cross_entropy, gated_norm
-from fla.ops.engine.dispatch import explain, use_backend
 from fla.ops.engine.kernels import selfcheck
 from tests.helpers import gradients
 from tests.modules.test_losses import OPTIONS

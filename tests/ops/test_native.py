@@ -11,15 +11,15 @@ import threading
 
 import pytest
 import torch
+from fla.ops.engine.dispatch import explain, unavailable, use_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fla.modules.convolution import causal_conv1d
-from fla.ops.engine.dispatch import explain, unavailable, use_backend
 from fla.ops.engine.native import library
 from fla.ops.engine.native import recurrence as ops
 from fla.ops.engine.native.scan import selective_scan as native_scan
-from fla.ops.engine.scan.vector import selective
+from fla.ops.engine.scan import selective
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from fla.ops.gsa import chunk_gsa
 from fla.ops.mamba import chunk_mamba

@@ -8,10 +8,10 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from fla.ops.engine.dispatch import unavailable, use_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fla.ops.engine.dispatch import unavailable, use_backend
 from fla.ops.engine.recurrence.recurrence import overwrite_states
 from fla.ops.registry import OPS
 from tests.ops import properties as P

@@ -9,15 +9,16 @@ import torch
 
 pytest.importorskip("triton")
 
+from fla.ops.engine.dispatch import explain, unavailable, use_backend
+from fla.ops.engine.kernels.selective_scan import selective_scan
+from fla.ops.engine.kernels.vector_scan import SCANS
+
 from fla.layers import GatedDeltaNet
 from fla.modules.convolution import causal_conv1d
 from fla.ops.engine import dispatch
-from fla.ops.engine.dispatch import explain, unavailable, use_backend
 from fla.ops.engine.kernels import convolution, launch, selfcheck
 from fla.ops.engine.kernels import recurrence as ops
-from fla.ops.engine.kernels.selective_scan import selective_scan
-from fla.ops.engine.kernels.vector_scan import SCANS
-from fla.ops.engine.recurrence.equation import token
+from fla.ops.engine.recurrence import token
 from fla.ops.engine.recurrence.chunk import chunk
 from fla.ops.engine.recurrence.recurrence import overwrite_states
 from fla.ops.engine.scan.selective import selective_scan as plain_selective

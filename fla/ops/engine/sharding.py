@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What operators share on a sequence that lies on several ranks: the sequences of one rank, sums and
-gathers over ranks.
+"""What operators share on a sequence that lies on several ranks: the parts of sequences of one
+rank, and sums and gathers over ranks.
 """
 
 from itertools import pairwise
@@ -11,6 +11,89 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fla.core.parallel import Own, SequenceParallel, Shard, exchange, tie
+
+
+class _Shift(torch.autograd.Function):
+    """x of the rank before, zeros on the first; its gradient goes back there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parallel: SequenceParallel) -> Tensor:
+        ctx.parallel = parallel
+        return _shifted(parallel, x, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _shifted(ctx.parallel, grads[0], -1), None
+
+
+def _shifted(parallel: SequenceParallel, x: Tensor, by: int) -> Tensor:
+    """x of the rank `by` before, zeros where there is none."""
+    out, to, source = x.new_zeros(x.shape), parallel.rank + by, parallel.rank - by
+    x = x.contiguous()
+    inside = range(parallel.size)
+    exchange(
+        parallel, [(x, to)] if to in inside else [], [(out, source)] if source in inside else []
+    )
+    return out
+
+
+def halo(shard: Shard, x: Tensor, n: int) -> Tensor:
+    """The n tokens before this rank's x `[B, T, ...]`, zeros before the first of all."""
+    lengths = shard.parallel.lengths or ()
+    # as many hops as the rank needs that has the shortest ones before it
+    hops = 0
+    for p in range(1, len(lengths)):
+        reach = next((h for h in range(1, p + 1) if sum(lengths[p - h : p]) >= n), p)
+        hops = max(hops, reach)
+    tail = x[:, max(0, x.shape[1] - n) :]
+    moving = torch.cat([x.new_zeros(x.shape[0], n - tail.shape[1], *x.shape[2:]), tail], 1)
+    found = x[:, :0]
+    for hop in range(1, hops + 1):
+        moving = _Shift.apply(moving, shard.parallel)
+        source = shard.rank - hop
+        real = min(n, lengths[source]) if source >= 0 else 0
+        found = torch.cat([moving[:, n - real :], found], 1)
+    found = found[:, max(0, found.shape[1] - n) :]
+    return torch.cat([x.new_zeros(x.shape[0], n - found.shape[1], *x.shape[2:]), found], 1)
+
+
+class _Carry(torch.autograd.Function):
+    """A state through the ranks in turn: `S_out = A S_in + S`, where S_in is what the rank before
+    sent (zeros on the first). Returns S_in. Its gradient goes the other way round.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, A: Tensor, S: Tensor, parallel: SequenceParallel, elementwise: bool
+    ) -> Tensor:
+        ctx.parallel, ctx.elementwise = parallel, elementwise
+        arrived = S.new_zeros(S.shape)
+        if parallel.rank > 0:
+            exchange(parallel, [], [(arrived, parallel.rank - 1)])
+        if parallel.rank + 1 < parallel.size:
+            out = torch.addcmul(S, A, arrived) if elementwise else S + A @ arrived
+            exchange(parallel, [(out.contiguous(), parallel.rank + 1)], [])
+        ctx.save_for_backward(A, arrived)
+        return arrived
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        A, arrived = ctx.saved_tensors
+        dout = arrived.new_zeros(arrived.shape)
+        if ctx.parallel.rank + 1 < ctx.parallel.size:
+            exchange(ctx.parallel, [], [(dout, ctx.parallel.rank + 1)])
+        darrived = grads[0] + (A * dout if ctx.elementwise else A.mT @ dout)
+        if ctx.parallel.rank > 0:
+            exchange(ctx.parallel, [(darrived.contiguous(), ctx.parallel.rank - 1)], [])
+        dA = (dout * arrived).sum_to_size(A.shape) if ctx.elementwise else dout @ arrived.mT
+        return dA, dout, None, None
+
+
+def carry(parallel: SequenceParallel, A: Tensor, S: Tensor, elementwise: bool = False) -> Tensor:
+    """The state that reaches this rank, of every rank's transition and contribution: A is a matrix
+    `[..., K, K]`, or with `elementwise` factors that spread over S `[..., K, V]`.
+    """
+    return _Carry.apply(A, S, parallel, elementwise)
 
 
 class _Gather(torch.autograd.Function):

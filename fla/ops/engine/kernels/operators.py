@@ -36,8 +36,8 @@ def chunk(
     is fp32.
     """
     return torch.ops.fla.triton_chunk(
-        *terms.named(CHUNK_TERMS), initial_state, cu_seqlens, float(switches.scale), switches.l2norm,
-        switches.read_before,
+        *terms.named(CHUNK_TERMS), initial_state, cu_seqlens, float(switches.scale),
+        switches.l2norm, switches.read_before,
     )  # fmt: skip
 
 
@@ -71,8 +71,8 @@ def trained(point: Point) -> str | None:
     """Why the chunk form has no gradients of a call, or None."""
     if point.columns or point.rates:
         return (
-            "there are no Triton kernels for gradients through a beta per value channel, or through "
-            "a decay of value channels"
+            "there are no Triton kernels for gradients through a beta per value channel, or "
+            "through a decay of value channels"
         )
     return None
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The vector scan, `fla/ops/engine/scan/vector.py`, and its gradient: `h_t = exp(g_t) h_{t-1} + x_t`.
+"""The vector scan, `engine/scan/vector.py`, and its gradient: `h_t = exp(g_t) h_{t-1} + x_t`.
 
 One program per sequence and tile of channels. A chunk is one associative scan over its tokens from
 a state of zero, to which the state before it is added times the decay since.

@@ -51,13 +51,14 @@ def recurrent(
     """As `recurrence.token.recurrent`, without gradients. With `overwrite` the final state is
     `initial_state` itself, contiguous fp32, overwritten.
     """
+    q, k, v, g, _, gv, beta, a, b = terms.merged()
+    scale, l2norm, read_before, *_ = switches
     arguments = (
-        *terms.named(TERMS), initial_state, cu_seqlens, float(switches.scale), switches.l2norm,
-        switches.read_before,
+        q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, float(scale), l2norm, read_before
     )  # fmt: skip
-    if type(terms.q) is Tensor and not torch.compiler.is_compiling():
+    if type(q) is Tensor and not torch.compiler.is_compiling():
         # dispatching an operator costs as much as the step
-        return _tokens(*arguments, overwrite)
+        return _tokens(*arguments, overwrite=overwrite)
     if overwrite and initial_state is not None:
         return torch.ops.fla.native_tokens_(*arguments), initial_state
     return torch.ops.fla.native_tokens(*arguments)
@@ -69,8 +70,8 @@ def trained_columns(point: Point) -> str | None:
         point.columns and (point.decay, point.erase, point.read_before) != ("none", "none", False)
     ):
         return (
-            "there are no native kernels for gradients through a beta per value channel, or through "
-            "a decay of value channels beside other gates"
+            "there are no native kernels for gradients through a beta per value channel, or "
+            "through a decay of value channels beside other gates"
         )
     return None
 

@@ -20,19 +20,19 @@ GATES = {None: 0, "silu": 1, "swish": 1, "sigmoid": 2}
 PLAIN = (Tensor, Parameter)
 
 
-def fits(x: Tensor, g: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the kernels can read a call: g like x, weight and bias a row of it, all plain tensors
-    of the CPU below fp64. torch's forms broadcast, and raise where that fails.
+def misfit(x: Tensor, g: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """Why the kernels cannot read a call, or None: they want g like x, weight and bias a row of it,
+    all plain tensors of the CPU below fp64. torch's forms broadcast, and raise where that fails.
     """
     if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return False  # which see torch's operators alone
+        return "a trace or a transform sees torch's operators alone"
     shape, row = x.shape, x.shape[-1:]
     for y, wanted in ((x, shape), (g, shape), (weight, row), (bias, row)):
         if y is not None and not (
             type(y) in PLAIN and y.dtype in TYPES and y.is_cpu and y.shape == wanted
         ):
-            return False
-    return x.numel() > 0
+            return "they take plain CPU tensors below fp64 that do not broadcast"
+    return None if x.numel() else "there is nothing to compute"
 
 
 def _rows(x: Tensor) -> Tensor:

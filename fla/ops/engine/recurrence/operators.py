@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The schemas that the backends' operators of the recurrence share, made from the names of terms."""
+"""The schemas that the operators of the recurrence share, made from the names of its terms."""
 
 from collections.abc import Callable
 from typing import Any

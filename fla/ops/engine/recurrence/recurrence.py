@@ -110,8 +110,8 @@ def recurrence(
     """
     where = _checked_point(op, options, terms, initial_state, cu_seqlens, names or {})
     if trace_hooks:
-        given = terms._asdict() | dict(state=initial_state, cu_seqlens=cu_seqlens)
-        call_trace_hooks(op, options, **given)
+        tensors = terms._asdict() | dict(state=initial_state, cu_seqlens=cu_seqlens)
+        call_trace_hooks(op, options, **tensors)
     cu_seqlens = host_boundaries(op, cu_seqlens, cu_seqlens_cpu)
     if options.reverse or _overwriting:
         what = "reverse=True" if options.reverse else "overwrite_states()"

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fla.core.parallel import SequenceParallel, carry, tie, using
+from fla.core.parallel import SequenceParallel, tie, using
 from fla.core.precision import compute_dtype
 from fla.ops.engine.recurrence.terms import Switches, Terms
-from fla.ops.engine.sharding import LocalSequences
+from fla.ops.engine.sharding import LocalSequences, carry
 
 Form = Callable[..., tuple[Tensor, Tensor]]  # of terms, switches, first state and boundaries
 

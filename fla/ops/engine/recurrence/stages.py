@@ -11,7 +11,7 @@ from fla.ops.engine.kernels import operators as triton
 from fla.ops.engine.kernels import support
 from fla.ops.engine.native import library
 from fla.ops.engine.native import recurrence as native
-from fla.ops.engine.recurrence.equation import sharded
+from fla.ops.engine.recurrence import sharded
 from fla.ops.engine.recurrence.chunk import chunk
 from fla.ops.engine.recurrence.columns import chunk_columns
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Point, Switches, Terms, point

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fla.core.boundaries import boundaries_to_list, count_sequences
 from fla.core.parallel import sharded_by
-from fla.ops.engine.scan.vector import sharded
+from fla.ops.engine.scan import sharded
 
 RUNNING = {
     "sum": lambda x: x.cumsum(1),

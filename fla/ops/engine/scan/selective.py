@@ -9,8 +9,6 @@ forms a chunk again and runs the adjoint `l_t = dy_t C_t + exp(dt_{t+1} A) l_{t+
 Nothing of size T D N is ever stored.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.core.parallel import SequenceParallel, carry, halo, tie, using
+from fla.core.parallel import SequenceParallel, tie, using
 from fla.core.precision import compute_dtype
-from fla.ops.engine.sharding import LocalSequences, gather, total
+from fla.ops.engine.sharding import LocalSequences, carry, gather, halo, total
 
 Form = Callable[..., tuple[Tensor, Tensor]]
 
@@ -40,9 +40,9 @@ def tokens_before(
     op: str, parallel: SequenceParallel, x: Tensor, cu_seqlens: Tensor | None, n: int,
     first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The n tokens before every local part of a sequence of x `[B, T, ...]`, `[parts or B, n, ...]`,
-    with `first` `[N, ...]` (zeros where absent) before the start of a sequence; and the boundaries
-    of the parts.
+    """The n tokens before every part of a sequence on this rank, `[parts or B, n, ...]` of x
+    `[B, T, ...]`, and the boundaries of the parts. Before the start of a sequence lies `first`
+    `[N, ...]`, or zeros where it is absent.
     """
     local = LocalSequences.of(op, parallel, x, cu_seqlens)
     found = halo(local.shard, x, n)

@@ -11,7 +11,7 @@ from fla.ops.engine.kernels import operators as triton
 from fla.ops.engine.kernels import support
 from fla.ops.engine.native import library
 from fla.ops.engine.native.scan import selective_scan as native_selective
-from fla.ops.engine.scan.vector import sharded
+from fla.ops.engine.scan import sharded
 from fla.ops.engine.scan.selective import selective_scan
 from fla.ops.engine.scan.vector import scan
 

@@ -164,7 +164,7 @@ class VectorDecay:
                 halves[:, i].addcmul_(gained[:, :, i], prefix)
 
     def _log_halves(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """What a level's logs gain: a read BEFORE_DECAY belongs to the prefix of the token before it."""
+        """What a level's logs gain: a read BEFORE_DECAY belongs to the prefix one token earlier."""
         out = torch.stack([columns.sum(2), torch.zeros_like(columns[:, :, 0])], 2)
         for i, read in enumerate(self.reads):
             if read == BEFORE_DECAY:
