@@ -179,7 +179,8 @@ class Stage:
             reason = self.unavailable(name, facts)
             if reason is None:
                 return name, quiet or not self._untried(self.forms[name])
-            if names is None and isinstance(reason, Warned) and not quiet:
+            # one explicit name raises below; where another form follows, the user hears of it
+            if isinstance(reason, Warned) and not quiet and (names is None or len(names) > 1):
                 _warn_once(f"fla: {self.name} runs another form than Triton's: {reason}")
         wanted = " or ".join(repr(name) for name in names or ())
         raise ValueError(

@@ -4,8 +4,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fla.ops.engine.dispatch import use_backend
 
+from fla.core.stage import use_backend
 from fla.modules import FusedKLDivLoss
 from fla.modules.fused_linear_divergence import fused_linear_divergence
 from fla.modules.losses import DIVERGENCES, Divergence, Head, TopK
@@ -102,12 +102,12 @@ def test_its_kernels(kind, options, V_teacher):
 
 def test_kernels_that_go_wrong_are_noticed_and_replaced(monkeypatch):
     pytest.importorskip("triton")
+    from fla.core import stage
     from fla.modules.kernels import divergence
-    from fla.ops.engine.kernels import selfcheck
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setenv("FLA_TRITON_CHECK", "1")
-    monkeypatch.setattr(selfcheck, "_found", {})
+    stage.forget_choices()
     x = {n: y.float().to(device) for n, y in make()[0].items()}
 
     def run():
@@ -118,12 +118,19 @@ def test_kernels_that_go_wrong_are_noticed_and_replaced(monkeypatch):
         want = run()
     with use_backend("triton"):
         compare({"loss": run()}, {"loss": want.double()}, "sound", 1e-5)
-        assert list(selfcheck._found.values()) == [True]
-        selfcheck._found.clear()
-        rows = divergence.rows
-        monkeypatch.setattr(divergence, "rows", lambda *a: 2 * rows(*a))
-        with pytest.warns(RuntimeWarning, match="forward_kl on .* off by .* in divergence"):
-            assert torch.equal(run(), want)
+    assert list(stage._checks.values()) == [None]
+    stage.forget_choices()
+    rows = divergence.rows
+    monkeypatch.setattr(divergence, "rows", lambda *a: 2 * rows(*a))
+    with (
+        use_backend("triton", "torch"),
+        pytest.warns(RuntimeWarning, match="kind forward_kl are off by .* in result 0"),
+    ):
+        assert torch.equal(run(), want)
+    with use_backend("triton"), pytest.raises(ValueError, match=r"'triton' was asked for.*off by"):
+        run()
+    monkeypatch.undo()
+    stage.forget_choices()
 
 
 @pytest.mark.parametrize("k", [1, 4, V])

@@ -8,14 +8,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from fla.ops.engine.dispatch import explain, use_backend
-
+from fla.core import stage
+from fla.core.stage import explain, use_backend
 from fla.modules import FusedCrossEntropyLoss
 from fla.modules.fused_cross_entropy import cross_entropy_loss
 from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
 from fla.modules.fused_norm_gate import rms_norm_gated
 from fla.modules.kernels import cross_entropy, gated_norm
-from fla.ops.engine.kernels import selfcheck
 from tests.helpers import gradients
 from tests.modules.test_losses import OPTIONS
 from tests.ops.family import compare
@@ -92,11 +91,11 @@ def test_a_target_outside_the_vocabulary_is_seen():
 
 @pytest.mark.parametrize(
     ("kernels", "said"),
-    [(gated_norm, "gated norm of 12 channels"), (cross_entropy, "a cross entropy")],
+    [(gated_norm, "rms_norm_gated runs .* D 12"), (cross_entropy, "cross_entropy runs")],
 )
 def test_kernels_that_go_wrong_are_noticed_and_replaced(monkeypatch, kernels, said):
     monkeypatch.setenv("FLA_TRITON_CHECK", "1")
-    monkeypatch.setattr(selfcheck, "_found", {})
+    stage.forget_choices()
     x, target = torch.randn(4, 12, device=DEVICE), torch.arange(4, device=DEVICE)
     run = (
         (lambda: rms_norm_gated(x, x, None, None))
@@ -108,15 +107,20 @@ def test_kernels_that_go_wrong_are_noticed_and_replaced(monkeypatch, kernels, sa
     with use_backend("triton"), warnings.catch_warnings():
         warnings.simplefilter("error")
         compare({"y": run()}, {"y": want.double()}, "sound", 1e-5)
-    selfcheck._found.clear()
+    stage.forget_choices()
     forward = kernels.forward
     monkeypatch.setattr(
         kernels,
         "forward",
         lambda *a: type(y)(*(2 * z for z in y)) if isinstance(y := forward(*a), tuple) else 2 * y,
     )
-    with use_backend("triton"), pytest.warns(RuntimeWarning, match=said + ".*off by"):
+    preferred = use_backend("triton", "torch")
+    with preferred, pytest.warns(RuntimeWarning, match=said + ".*off by"):
         assert torch.equal(run(), want)
+    with use_backend("triton"), pytest.raises(ValueError, match=r"'triton' was asked for.*off by"):
+        run()
+    monkeypatch.undo()
+    stage.forget_choices()
 
 
 def test_what_runs_is_told():
@@ -124,6 +128,12 @@ def test_what_runs_is_told():
     logits, target = torch.randn(2, 5, device=DEVICE), torch.zeros(2, dtype=torch.long)
     told = explain(cross_entropy_loss, logits, target.to(DEVICE))
     assert told.backend == ("triton" if DEVICE.type == "cuda" else "torch")
-    with use_backend("native" if DEVICE.type == "cpu" else "torch"):
-        cross_entropy_loss(logits, target.to(DEVICE))  # which has no native kernel: torch's runs
-    assert "fp64" in explain(rms_norm_gated, x=x.double()).rejected["triton"]
+    with (
+        use_backend("native"),
+        pytest.raises(ValueError, match="cross_entropy has no native kernel"),
+    ):
+        cross_entropy_loss(logits, target.to(DEVICE))
+    with use_backend("native", "torch"):
+        cross_entropy_loss(logits, target.to(DEVICE))
+    x = x.double()
+    assert "fp64" in explain(rms_norm_gated, x, x, None, None).rejected["triton"]

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Problems for every member of the engine's family, how to run one with all its gradients, and how to compare."""
 
+from functools import cache
+
 import torch
 
+from fla.core.stage import STAGES, watch
 from fla.ops.engine.recurrence.chunk import chunk
 from fla.ops.engine.recurrence.columns import chunk_columns
+from fla.ops.engine.recurrence.terms import Switches, Terms
 from tests.helpers import error, gradients
 
 DECAYS, ERASES = ("none", "scalar", "vector"), ("none", "delta", "delta with b", "low rank")
@@ -37,23 +41,47 @@ def problem(decay, erase, B=2, T=70, H=2, HV=4, K=24, V=40, seed=0, extreme=Fals
     return x
 
 
-def run(function, x, dtype=torch.float32, **options):
+def call(
+    form, x, scale=0.3, initial_state=None, cu_seqlens=None, l2norm=False, read_before=False, **more
+):
+    """A form of the engine on terms by name."""
+    switches = Switches(scale, l2norm, read_before)
+    return form(Terms(**x), switches, initial_state, cu_seqlens, **more)
+
+
+def run(form, x, dtype=torch.float32, **options):
     """o, the final state and all gradients, by name."""
     x = {n: y.to(dtype).requires_grad_() for n, y in x.items()}
     state = options.pop("state", None)
     leaf = dict(x) if state is None else x | {"state": state.to(dtype).requires_grad_()}
-    o, final = function(**x, scale=0.3, initial_state=leaf.get("state"), **options)
+    o, final = call(form, x, initial_state=leaf.get("state"), **options)
     return {"o": o, "final": final} | gradients([o, final], leaf)
 
 
-def plain(gv=None, **x):
+def plain(terms, switches, initial_state=None, cu_seqlens=None):
     """The chunk form in torch; with gv, whose heads it wants alike, that of columns."""
-    if gv is None:
-        return chunk(**x)
-    x = {n: y for n, y in x.items() if n not in ("l2norm", "read_before")}
-    groups = gv.shape[2] // x["q"].shape[2]
-    x |= {n: x[n].repeat_interleave(groups, 2) for n in ("q", "k")}
-    return chunk_columns(**x, g=gv)
+    if terms.gv is None:
+        return chunk(terms, switches, initial_state, cu_seqlens)
+    groups = terms.gv.shape[2] // terms.q.shape[2]
+    terms = terms._replace(
+        **{n: getattr(terms, n).repeat_interleave(groups, 2) for n in ("q", "k")}
+    )
+    return chunk_columns(terms, switches, initial_state, cu_seqlens)
+
+
+@cache
+def stages(op):
+    """The stages that the chunk and the token form of an operator leave to the choice of a backend."""
+    inputs = op.inputs(1, 4, 1, 4, 4)
+    with watch() as seen, torch.no_grad():
+        op.call(op.chunk, inputs)
+        op.call(op.token, inputs)
+    return [STAGES[d.stage] for d in seen if "backend argument" not in d.why]
+
+
+def runs_on(op, backend):
+    """Whether all stages of an operator have a form in a backend."""
+    return all(backend in stage.forms for stage in stages(op))
 
 
 def compare(got, want, what, tolerance=3e-6):

@@ -4,10 +4,10 @@
 import pytest
 import torch
 
+from fla.core import stage
 from fla.core.checks import checked_inputs
 from fla.ops import gated_delta_rule as gdr
 from fla.ops import linear_attn
-from fla.ops.engine import dispatch
 from fla.ops.engine.native import library
 from fla.ops.registry import OPS
 
@@ -157,32 +157,32 @@ def test_arguments_that_cannot_be_honoured():
 def test_explicit_choices_are_kept_or_raise(monkeypatch, no_interpreter):
     x = OPS[-1].inputs(1, 10, 2, 8, 6)
     with (
-        dispatch.use_backend("triton"),
+        stage.use_backend("triton"),
         pytest.raises(ValueError, match=r"asked for by use_backend\(\)"),
     ):
         gdr.chunk_gated_delta_rule(**x)
     monkeypatch.setenv("FLA_BACKEND", "triton")
     with pytest.raises(ValueError, match="asked for by the environment variable FLA_BACKEND"):
         gdr.chunk_gated_delta_rule(**x)
-    with dispatch.use_backend("torch"):
+    with stage.use_backend("torch"):
         gdr.chunk_gated_delta_rule(**x)
-    with pytest.raises(ValueError, match="expected one of"), dispatch.use_backend("cpu"):
+    with pytest.raises(ValueError, match="expected one of"), stage.use_backend("cpu"):
         pass
 
 
 def test_explain_tells_what_runs_and_why():
     x = OPS[-1].inputs(1, 10, 2, 8, 6, dtype=torch.bfloat16)
-    text = str(dispatch.explain(gdr.chunk_gated_delta_rule, **x))
+    text = str(stage.explain(gdr.chunk_gated_delta_rule, **x))
     for part in ("chunk_gated_delta_rule on cpu", "bfloat16 in, computed in float32", "not triton"):  # fmt: skip
         assert part in text
     form = {"native": "chunks of 16 tokens in C++", "torch": "chunk form"}
     best = "torch" if library.MISSING else "native"
     assert f"runs: {best}, {form[best]}" in text
-    wide = dispatch.explain(gdr.chunk_gated_delta_rule, *(y.double() for y in x.values()))
+    wide = stage.explain(gdr.chunk_gated_delta_rule, *(y.double() for y in x.values()))
     assert wide.backend == "torch" and wide.rejected["native"] == "fp64 is computed by torch"
-    asked = dispatch.explain(gdr.fused_recurrent_gated_delta_rule, **x, backend="torch")
+    asked = stage.explain(gdr.fused_recurrent_gated_delta_rule, **x, backend="torch")
     assert "asked for by the call" in asked.why and asked.form.startswith("token form")
-    with pytest.raises(ValueError, match="not an operator"):
-        dispatch.explain(torch.add, x["q"], x["q"])
-    with pytest.raises(ValueError, match="no tensor"):
-        dispatch.explain(gdr.chunk_gated_delta_rule)
+    with pytest.raises(ValueError, match="ran no stage of fla"):
+        stage.explain(torch.add, x["q"], x["q"])
+    with pytest.raises(TypeError, match="missing 3 required positional arguments"):
+        stage.explain(gdr.chunk_gated_delta_rule)

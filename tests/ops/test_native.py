@@ -11,10 +11,10 @@ import threading
 
 import pytest
 import torch
-from fla.ops.engine.dispatch import explain, unavailable, use_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fla.core.stage import explain, use_backend
 from fla.modules.convolution import causal_conv1d
 from fla.ops.engine.native import library
 from fla.ops.engine.native import recurrence as ops
@@ -26,15 +26,10 @@ from fla.ops.mamba import chunk_mamba
 from fla.ops.registry import OPS
 from tests.helpers import gradients
 from tests.ops import properties as P
-from tests.ops.family import COLUMNS, ERASES, FAMILY, compare, plain, problem, run
+from tests.ops.family import COLUMNS, ERASES, FAMILY, call, compare, plain, problem, run, runs_on
 
 pytestmark = pytest.mark.skipif(library.MISSING is not None, reason=str(library.MISSING))
-CPU = torch.device("cpu")
-NATIVE = [
-    op
-    for op in OPS
-    if not any(unavailable("native", CPU, form.__name__) for form in (op.chunk, op.token))
-]
+NATIVE = [op for op in OPS if runs_on(op, "native")]
 every_op = pytest.mark.parametrize("op", NATIVE, ids=lambda op: op.title)
 
 
@@ -50,7 +45,7 @@ def test_the_family_is_the_torch_form(decay, erase, before):
     compare(run(ops.chunk, x, **options), want, f"{decay} {erase}")
     with torch.no_grad():
         options["initial_state"] = options.pop("state")
-        o, final = ops.recurrent(**x, scale=0.3, **options)
+        o, final = call(ops.recurrent, x, scale=0.3, **options)
     compare({"o": o, "final": final}, {n: want[n] for n in ("o", "final")}, f"{decay} {erase}")
 
 
@@ -101,7 +96,7 @@ def test_every_instruction_set(isa, monkeypatch):
         x = problem(decay, erase, K=33, V=37, extreme=True)
         want = run(plain, x, torch.float64)
         compare(run(ops.chunk, x), want, f"{isa} {decay} {erase}")
-        o, _ = ops.recurrent(**x, scale=0.3)
+        o, _ = call(ops.recurrent, x, scale=0.3)
         compare({"o": o}, {"o": want["o"]}, f"{isa} {decay} {erase} tokens")
 
 
@@ -142,12 +137,12 @@ def test_any_shape_and_layout_in_memory(B, T, H, groups, K, V, member, layout):
     if layout == "expanded" and "beta" in x:
         x["beta"] = x["beta"][:, :1].expand_as(x["beta"])
         want = run(plain, x, torch.float64)
-        o, _ = ops.chunk(**x, scale=0.3)
+        o, _ = call(ops.chunk, x, scale=0.3)
         compare({"o": o}, {"o": want["o"]}, layout, 1e-5)
         return
     laid = {n: lay(y).detach() for n, y in x.items()}
     leaves = {n: y.requires_grad_() for n, y in laid.items()}
-    o, final = ops.chunk(**leaves, scale=0.3)
+    o, final = call(ops.chunk, leaves, scale=0.3)
     compare({"o": o, "final": final} | gradients([o, final], leaves), want, layout, 1e-5)
 
 
@@ -232,15 +227,15 @@ def test_lower_dtypes_are_read_and_rounded_to_nearest(dtype):
     x = {n: y.to(dtype) for n, y in problem("scalar", "delta").items()}
     x["g"] = x["g"].double()  # gates may be wider than q
     wide = {n: y.float() for n, y in x.items()}
-    o, final = ops.chunk(**x, scale=0.3)
-    want, state = ops.chunk(**wide, scale=0.3)
+    o, final = call(ops.chunk, x, scale=0.3)
+    want, state = call(ops.chunk, wide, scale=0.3)
     assert o.dtype == dtype and torch.equal(o, want.to(dtype)) and torch.equal(final, state)
     special = torch.tensor(
         [0.0, -0.0, 1e-7, -3e-8, 65519.0, 65520.0, torch.inf, -torch.inf, torch.nan]
     )
     v = special.view(1, 1, 1, -1).to(dtype)  # o is v itself, in and out
     one = torch.ones(1, 1, 1, 1, dtype=dtype)
-    o, _ = ops.chunk(one, one, v, scale=1.0)
+    o, _ = call(ops.chunk, dict(q=one, k=one, v=v), scale=1.0)
     torch.testing.assert_close(o, v, rtol=0, atol=0, equal_nan=True)
 
 
@@ -321,18 +316,18 @@ def test_wrong_boundaries_are_refused_before_anything_is_read():
     x = problem("none", "none", B=1)
     for bad in ([0, 71], [0, 40, 30, 70], [-1, 70]):
         with pytest.raises(ValueError, match="cu_seqlens"):
-            ops.chunk(**x, scale=1.0, cu_seqlens=torch.tensor(bad))
+            call(ops.chunk, x, scale=1.0, cu_seqlens=torch.tensor(bad))
 
 
 def _in_a_child(queue):
     x = problem("scalar", "delta")
-    queue.put(ops.chunk(**x, scale=0.3)[0].sum().item())
+    queue.put(call(ops.chunk, x, scale=0.3)[0].sum().item())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_fork_after_use():
     x = problem("scalar", "delta")
-    want = ops.chunk(**x, scale=0.3)[0].sum().item()
+    want = call(ops.chunk, x, scale=0.3)[0].sum().item()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_a_child, args=(queue,))
@@ -361,18 +356,21 @@ def test_several_python_threads_at_once():
 def test_explain_says_what_runs():
     x = torch.randn(1, 9, 8)
     assert "channels side by side" in explain(causal_conv1d, x, torch.randn(8, 4)).form
-    assert "channels side by side" in explain(chunk_mamba, x).form
+    B = torch.randn(1, 9, 4)
+    assert "channels side by side" in explain(chunk_mamba, x, x.abs(), -torch.rand(8, 4), B, B).form
     q = x.view(1, 9, 2, 4)
-    assert "chunks of 16 tokens" in explain(chunk_gsa, q).form
-    asked = explain(chunk_gated_delta_rule, q, backend="torch")
+    told = explain(chunk_gsa, q, q, q, s=q, g=-q.abs())
+    assert [d.stage for d in told.decisions] == ["recurrence.columns", "recurrence.chunk"]
+    assert all("chunks of 16 tokens" in d.form for d in told.decisions)
+    asked = explain(chunk_gated_delta_rule, q, q, q, backend="torch")
     assert asked.rejected["native"] == "another was asked for"
 
 
 def test_the_state_given_is_not_touched():
     x, state = problem("scalar", "delta", T=1), torch.randn(2, 4, 24, 40)
     kept = state.clone()
-    ops.recurrent(**x, scale=0.3, initial_state=state)
-    ops.chunk(**x, scale=0.3, initial_state=state)
+    call(ops.recurrent, x, scale=0.3, initial_state=state)
+    call(ops.chunk, x, scale=0.3, initial_state=state)
     assert torch.equal(state, kept)
 
 
@@ -389,7 +387,7 @@ def test_decoding_with_and_without_gradients_agrees():
 SCRIPT = """
 import torch
 from fla.ops import chunk_gated_delta_rule
-from fla.ops.engine.dispatch import explain
+from fla import explain
 x = torch.randn(1, 20, 2, 8)
 call = dict(q=x, k=x, v=x, g=-x[..., 0].abs(), beta=x[..., 0].sigmoid())
 print(explain(chunk_gated_delta_rule, **call))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import fla.ops as ops
 from fla.ops import delta_rule, gated_delta_rule, linear_attn, simple_gla
-from fla.ops.engine.recurrence.chunk import L2_EPS
+from fla.ops.engine.recurrence.terms import L2_EPS
 from fla.ops.registry import OPS
 from tests.helpers import assert_same, gradients
 from tests.ops import properties as P

@@ -8,13 +8,15 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from fla.ops.engine.dispatch import unavailable, use_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fla.core.stage import use_backend
+from fla.ops.engine.native import library
 from fla.ops.engine.recurrence.recurrence import overwrite_states
 from fla.ops.registry import OPS
 from tests.ops import properties as P
+from tests.ops.family import runs_on
 
 every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.title)
 BY_TITLE = {op.title: op for op in OPS}
@@ -255,7 +257,7 @@ def test_a_broken_operator_fails(check, op):
 def test_a_state_is_overwritten_on_request(op, backend):
     if op.equation is None or op.state != {"initial_state": "N HV K V"}:
         pytest.skip("it hands no state to the recurrence as it is")
-    if unavailable(backend, torch.device("cpu"), op.token.__name__):
+    if not runs_on(op, backend) or (backend == "native" and library.MISSING):
         pytest.skip("no kernel")
     inputs = op.inputs(1, 10, 2, P.K, P.V)
     states = op.states(3, 2, P.K, P.V, dtype=torch.float32)

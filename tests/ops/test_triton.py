@@ -9,32 +9,28 @@ import torch
 
 pytest.importorskip("triton")
 
-from fla.ops.engine.dispatch import explain, unavailable, use_backend
-from fla.ops.engine.kernels.selective_scan import selective_scan
-from fla.ops.engine.kernels.vector_scan import SCANS
-
+from fla.core import stage
+from fla.core.stage import explain, use_backend
 from fla.layers import GatedDeltaNet
 from fla.modules.convolution import causal_conv1d
-from fla.ops.engine import dispatch
-from fla.ops.engine.kernels import convolution, launch, selfcheck
-from fla.ops.engine.kernels import recurrence as ops
+from fla.ops.engine.kernels import convolution, launch, support
+from fla.ops.engine.kernels import operators as ops
 from fla.ops.engine.recurrence import token
 from fla.ops.engine.recurrence.chunk import chunk
 from fla.ops.engine.recurrence.recurrence import overwrite_states
+from fla.ops.engine.recurrence.stages import CHUNK
+from fla.ops.engine.recurrence.terms import Point
 from fla.ops.engine.scan.selective import selective_scan as plain_selective
+from fla.ops.engine.scan.vector import scan as plain_scan
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from fla.ops.gsa import chunk_gsa
 from fla.ops.registry import OPS
 from tests.helpers import gradients
 from tests.ops import properties as P
-from tests.ops.family import DECAYS, ERASES, compare, problem, run
+from tests.ops.family import DECAYS, ERASES, call, compare, problem, run, runs_on
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TRITON = [
-    op
-    for op in OPS
-    if not any(unavailable("triton", DEVICE, form.__name__) for form in (op.chunk, op.token))
-]
+TRITON = [op for op in OPS if runs_on(op, "triton")]
 SMALL = dict(B=1, T=70, H=1, HV=2, K=20, V=24)
 family = [(decay, erase) for decay in DECAYS for erase in ERASES]
 members = pytest.mark.parametrize(("decay", "erase"), family)
@@ -69,9 +65,9 @@ def test_token_by_token(decay, erase, before):
     state = torch.randn(1, 2, 20, 24).to(DEVICE)
     options = dict(scale=0.3, initial_state=state, l2norm=True, read_before=before)
     want = dict(zip(("o", "final"), chunk(**wide(x), **options), strict=True))
-    got = dict(zip(("o", "final"), ops.recurrent(**x, **options), strict=True))
+    got = dict(zip(("o", "final"), call(ops.recurrent, x, **options), strict=True))
     compare(got, want, f"{decay} {erase}", 1e-5)
-    o, final = ops.recurrent(**x, **options, overwrite=True)
+    o, final = call(ops.recurrent, x, **options, overwrite=True)
     assert final is state and torch.equal(state, got["final"]) and torch.equal(o, got["o"])
 
 
@@ -82,9 +78,8 @@ def wide(x):
 def test_tokens_with_a_decay_of_columns_and_a_rate_per_channel():
     x = on_device(problem("vector", "delta", **SMALL | dict(T=14)))
     x["gv"], x["beta"] = -torch.rand_like(x["v"]), torch.rand_like(x["v"])
-    gk = dict(gk=x["g"], g=None)
-    want = token.recurrent(**wide(x) | {"gk": gk["gk"].double(), "g": None}, scale=0.3)
-    got = ops.recurrent(**x, scale=0.3)
+    want = call(token.recurrent, wide(x))
+    got = call(ops.recurrent, x, scale=0.3)
     compare(dict(o=got[0], final=got[1]), dict(o=want[0], final=want[1]), "columns", 1e-5)
 
 
@@ -139,32 +134,47 @@ def test_key_channels_without_an_erase_come_in_tiles():
     compare(run(ops.chunk, x, state=state), want, "300 channels", 1e-5)
 
 
-def test_a_first_use_that_goes_wrong_is_noticed_and_replaced(monkeypatch):
+@pytest.fixture
+def checked(monkeypatch):
+    """First uses are checked, and forgotten afterwards."""
     monkeypatch.setenv("FLA_TRITON_CHECK", "1")
-    monkeypatch.setattr(selfcheck, "_found", {})
+    stage.forget_choices()
+    yield
+    monkeypatch.undo()
+    stage.forget_choices()
+
+
+def test_a_first_use_that_goes_wrong_is_noticed_and_replaced(monkeypatch, checked):
     x = on_device(problem("scalar", "delta", **SMALL | dict(T=20)))
-    want, _ = chunk(**x, scale=0.3)
-    with warnings.catch_warnings():
+    want, _ = chunk_gated_delta_rule(**x, backend="torch")
+    with warnings.catch_warnings(), use_backend("triton"):
         warnings.simplefilter("error")
-        o, _ = ops.chunk(**x, scale=0.3)
-        ops.recurrent(**x, scale=0.3)
+        o, _ = chunk_gated_delta_rule(**x)
+        fused_recurrent_gated_delta_rule(**x)
     compare(dict(o=o), dict(o=want.double()), "sound", 1e-5)
-    assert list(selfcheck._found.values()) == [True, True]
+    assert list(stage._checks.values()) == [None, None]
 
     for name, broken, said in (
         ("gradients", lambda *a: 1 / 0, r"do not run \(ZeroDivisionError"),
-        ("output", lambda call, *a: torch.zeros(call.shape), "are off by 1.0e.00 .* in o"),
+        ("output", lambda call, *a: torch.zeros(call.shape), "are off by 1.0e.00 .* in result 0"),
     ):
-        selfcheck._found.clear()
+        stage.forget_choices()
         with monkeypatch.context() as patch:
             patch.setattr(launch.Call, name, broken)
-            with pytest.warns(RuntimeWarning, match=said):
-                o, _ = ops.chunk(**x, scale=0.3)
-            assert torch.equal(o, want)
-            ops.chunk(**x, scale=0.3)  # and says so once
+            with use_backend("triton", "torch"):
+                with pytest.warns(RuntimeWarning, match=said):
+                    o, _ = chunk_gated_delta_rule(**x)
+                assert torch.equal(o, want)
+                with warnings.catch_warnings():  # it says so once
+                    warnings.simplefilter("error")
+                    told = explain(chunk_gated_delta_rule, **x)
+            assert told.backend == "torch" and "off by" in told.rejected["triton"] + "off by"
+            with pytest.raises(ValueError, match="'triton' was asked for by the call.*" + said):
+                chunk_gated_delta_rule(**x, backend="triton")
             monkeypatch.setenv("FLA_TRITON_CHECK", "0")
+            stage.forget_choices()
             if name == "output":
-                assert not ops.chunk(**x, scale=0.3)[0].any()
+                assert not chunk_gated_delta_rule(**x, backend="triton")[0].any()
             monkeypatch.setenv("FLA_TRITON_CHECK", "1")
 
 
@@ -202,28 +212,28 @@ def test_short_convolution_of_batches_and_its_operator():
     torch.library.opcheck(torch.ops.fla.triton_conv, (*leaves, None, state, None, True))
 
 
-def test_a_convolution_that_goes_wrong_is_noticed_and_replaced(monkeypatch):
-    monkeypatch.setenv("FLA_TRITON_CHECK", "1")
-    monkeypatch.setattr(selfcheck, "_found", {})
+def test_a_convolution_that_goes_wrong_is_noticed_and_replaced(monkeypatch, checked):
     x, weight = torch.randn(1, 9, 20, device=DEVICE), torch.randn(20, 4, device=DEVICE)
     want, _ = causal_conv1d(x, weight, backend="torch")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         got, _ = causal_conv1d(x, weight, backend="triton")
     compare({"y": got}, {"y": want.double()}, "sound", 1e-5)
-    selfcheck._found.clear()
+    stage.forget_choices()
     backward = convolution.Convolution.backward
     wrong = lambda *a: [2 * y for y in backward(*a)]  # noqa: E731
     monkeypatch.setattr(convolution.Convolution, "backward", wrong)
-    with pytest.warns(RuntimeWarning, match="short convolution of 4 taps.* the gradient of x"):
-        got, _ = causal_conv1d(x, weight, backend="triton")
+    said = "W 4, silu False are off by .* the gradient of x"
+    with use_backend("triton", "torch"), pytest.warns(RuntimeWarning, match=said):
+        got, _ = causal_conv1d(x, weight)
     assert torch.equal(got, want)
+    with pytest.raises(ValueError, match=said):
+        causal_conv1d(x, weight, backend="triton")
 
 
 @pytest.mark.parametrize("lengths", [[70], [0, 2, 0, 66, 64], [0]], ids=str)
-def test_vector_scan(lengths, monkeypatch):
-    """With resets, a first and a last state; its first use is checked too."""
-    monkeypatch.setenv("FLA_TRITON_CHECK", "1")
+def test_vector_scan(lengths):
+    """With resets, a first and a last state."""
     N, T, D = len(lengths), sum(lengths), 70
     generator = torch.Generator().manual_seed(0)
     x, g = torch.randn(2, 1, T, D, generator=generator)
@@ -232,7 +242,7 @@ def test_vector_scan(lengths, monkeypatch):
     tensors = dict(x=x, g=g, initial_state=torch.randn(N, D, generator=generator))
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE) if N > 1 else None
     results = []
-    for form, dtype in ((SCANS["torch"], torch.float64), (SCANS["triton"], torch.float32)):
+    for form, dtype in ((plain_scan, torch.float64), (ops.scan, torch.float32)):
         leaves = {n: y.to(DEVICE, dtype).requires_grad_() for n, y in tensors.items()}
         h, final = form(**leaves, cu_seqlens=bounds)
         results.append({"h": h, "final": final} | gradients([h, final], leaves))
@@ -244,9 +254,8 @@ def test_vector_scan(lengths, monkeypatch):
 
 
 @pytest.mark.parametrize("lengths", [[18], [0, 2, 0, 17], [0]], ids=str)
-def test_selective_scan(lengths, monkeypatch):
-    """With resets, a first and a last state; its first use is checked too."""
-    monkeypatch.setenv("FLA_TRITON_CHECK", "1" if lengths == [18] else "0")
+def test_selective_scan(lengths):
+    """With resets, a first and a last state."""
     N, T, D, K = len(lengths), sum(lengths), 70, 12
     generator = torch.Generator().manual_seed(0)
     x, dt = torch.randn(2, 1, T, D, generator=generator)
@@ -257,7 +266,7 @@ def test_selective_scan(lengths, monkeypatch):
     tensors["initial_state"] = torch.randn(N, D, K, generator=generator)
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE) if N > 1 else None
     results = []
-    for form, dtype in ((plain_selective, torch.float64), (selective_scan, torch.float32)):
+    for form, dtype in ((plain_selective, torch.float64), (ops.selective_scan, torch.float32)):
         leaves = {n: y.to(DEVICE, dtype).requires_grad_() for n, y in tensors.items()}
         y, final = form(**leaves, cu_seqlens=bounds)
         results.append({"y": y, "final": final} | gradients([y, final], leaves))
@@ -270,21 +279,25 @@ def test_selective_scan(lengths, monkeypatch):
 
 
 @pytest.mark.parametrize("found", ["absent", "3.4.1"])
-def test_without_a_triton_that_runs_the_mend_is_named(found, monkeypatch):
-    monkeypatch.setattr(ops, "find_spec", lambda name: None if found == "absent" else name)
-    monkeypatch.setattr(ops, "version", lambda name: found)
+def test_without_a_triton_that_runs_the_fix_is_named(found, monkeypatch):
+    monkeypatch.setattr(support, "find_spec", lambda name: None if found == "absent" else name)
+    monkeypatch.setattr(support, "version", lambda name: found)
     said = "Triton is not installed" if found == "absent" else "Triton 3.4.1 is too old"
-    monkeypatch.setattr(ops, "_missing", ops._missing.__wrapped__)
-    device = torch.device("cuda", 0)
-    reason = unavailable("triton", device, "chunk_gated_delta_rule")
-    assert reason == f"{said}; pip install 'triton>=3.5'"
-    monkeypatch.setattr(dispatch, "_first", {})
-    ops.warn_once.cache_clear()
+    monkeypatch.setattr(support, "MISSING", support._missing())
+    stage.forget_choices()
+    facts = problem_of(torch.device("cuda", 0))
+    assert CHUNK.unavailable("triton", facts) == f"{said}; pip install 'triton>=3.5'"
     with pytest.warns(RuntimeWarning, match=said):
-        assert dispatch.resolve("chunk_gated_delta_rule", device) == "torch"
+        assert CHUNK.choose("chunk_gated_delta_rule", None, facts) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert dispatch.resolve("chunk_kda", device) == "torch"  # once
+        assert CHUNK.choose("chunk_kda", None, facts) == "torch"  # once
+    stage.forget_choices()
+
+
+def problem_of(device):
+    """A point of the family on a device that need not be there."""
+    return Point(device, torch.float32, "scalar", "beta", False, False, False, 64, 64)
 
 
 def test_registered_operators():
@@ -363,22 +376,23 @@ def test_a_layer_compiles_without_a_break_for_the_device():
 
 def test_what_they_cannot_do_is_said():
     x = torch.randn(1, 4, 1, 8, device=DEVICE)
-    why = explain(chunk_gated_delta_rule, x.double()).rejected
+    y = x.double()
+    why = explain(chunk_gated_delta_rule, y, y, y).rejected
     assert why["triton"] == "fp64 is computed by torch"
     broad = torch.randn(1, 4, 1, 300, device=DEVICE)
-    call = dict(q=broad, beta=broad[..., 0])
-    assert "at most 256 key" in explain(chunk_gated_delta_rule, **call).rejected["triton"]
+    told = explain(chunk_gated_delta_rule, broad, broad, broad, beta=broad[..., 0])
+    assert "at most 256 key" in told.rejected["triton"]
     with use_backend("triton"), pytest.raises(ValueError, match="at most 256 key channels"):
         chunk_gated_delta_rule(broad, broad, broad, beta=broad[..., 0])
-    with use_backend("triton"), pytest.raises(ValueError, match="chunk_gsa has no Triton kernel"):
-        chunk_gsa(x, x, x, s=x)
-    assert explain(chunk_gated_delta_rule, x, backend="triton").backend == "triton"
+    with use_backend("triton"), pytest.raises(ValueError, match="columns has no Triton kernel"):
+        chunk_gsa(x, x, x, s=x, g=-x.abs())
+    assert explain(chunk_gated_delta_rule, x, x, x, backend="triton").backend == "triton"
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="is about machines without a GPU")
 def test_a_cpu_tensor_never_meets_the_interpreter_by_itself():
     x = torch.randn(1, 4, 1, 8)
-    assert explain(chunk_gated_delta_rule, x).backend != "triton"
+    assert explain(chunk_gated_delta_rule, x, x, x).backend != "triton"
 
 
 def test_a_cpu_tensor_is_refused(no_interpreter):

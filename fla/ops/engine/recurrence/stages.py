@@ -32,7 +32,8 @@ def problem(kind: Point) -> tuple[Any, ...]:
         return torch.nn.functional.normalize(normal(*shape), dim=-1)
 
     given, K, V = kind.erase.split(), kind.K, kind.V
-    x = dict(q=normal(1, K), k=unit(1, K), v=normal(HEADS, V))
+    H = HEADS if kind.columns else 1  # torch's form of columns takes no groups
+    x = dict(q=normal(H, K), k=unit(H, K), v=normal(HEADS, V))
     if "b" in given:
         x["b"] = unit(HEADS, K)
     if "a" in given:
