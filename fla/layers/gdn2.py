@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Gated DeltaNet 2: the gated delta rule (arXiv:2412.06464) with a decay per channel
-(arXiv:2510.26692) and separate gates for erase and write.
+"""Gated DeltaNet 2: Hatamizadeh et al. (2026), arXiv:2605.22791. The gated delta rule with a decay
+per channel and separate gates for erase and write.
 """
 
 import torch.nn as nn

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gated linear attention: Yang et al. (2024), arXiv:2312.06635."""
+"""Gated linear attention: Yang et al. (2023), arXiv:2312.06635."""
 
 import torch.nn as nn
 import torch.nn.functional as F

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mamba-3: Lahoti et al. (2025), *Mamba-3*, ICLR 2026."""
+"""Mamba-3: Lahoti et al. (2026), arXiv:2603.15569."""
 
 import math
 

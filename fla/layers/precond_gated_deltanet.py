@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The preconditioned gated delta rule as a layer; see `fla.ops.precond_gated_delta_rule`."""
+"""The preconditioned gated delta rule as a layer: Tumma et al. (2026), arXiv:2604.21100; see
+`fla.ops.precond_gated_delta_rule`.
+"""
 
 from typing import Any
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Preconditioned Kimi delta attention as a layer; see `fla.ops.precond_kda`."""
+"""Preconditioned Kimi delta attention as a layer: Tumma et al. (2026), arXiv:2604.21100; see
+`fla.ops.precond_kda`.
+"""
 
 from typing import Any
 

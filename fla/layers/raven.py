@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Raven: gated slot attention (arXiv:2409.07146) whose slots are chosen by a router."""
+"""Raven: Afzal et al. (2026), arXiv:2607.25357. Gated slot attention (arXiv:2409.07146) whose slots
+are chosen by a router.
+"""
 
 import torch
 import torch.nn as nn

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Simple gated linear attention: Yang et al. (2024), arXiv:2312.06635, with one decay per head."""
+"""Simple gated linear attention: Yang et al. (2023), arXiv:2312.06635, with one decay per head."""
 
 import torch.nn as nn
 import torch.nn.functional as F

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gated DeltaNet 2: see `fla.ops.gdn2`."""
+"""Gated DeltaNet 2, arXiv:2605.22791: see `fla.ops.gdn2`."""
 
 from typing import ClassVar
 

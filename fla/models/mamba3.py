@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mamba-3: see `fla.ops.mamba3`."""
+"""Mamba-3, arXiv:2603.15569: see `fla.ops.mamba3`."""
 
 from typing import ClassVar
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The preconditioned gated delta rule: see `fla.ops.precond_gated_delta_rule`."""
+"""The preconditioned gated delta rule, arXiv:2604.21100: see `fla.ops.precond_gated_delta_rule`."""
 
 from typing import ClassVar
 

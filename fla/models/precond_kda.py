@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Preconditioned Kimi delta attention: see `fla.ops.precond_kda`."""
+"""Preconditioned Kimi delta attention, arXiv:2604.21100: see `fla.ops.precond_kda`."""
 
 from typing import ClassVar
 

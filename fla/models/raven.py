@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Raven: gated slots (arXiv:2409.07146) chosen by a router."""
+"""Raven, arXiv:2607.25357: gated slots chosen by a router."""
 
 from typing import ClassVar
 

@@ -2,7 +2,7 @@
 r"""# The gated Oja rule: a delta rule on the side of the values
 
 Oja (1982), *A simplified neuron model as a principal component analyzer*, with a decay per value
-channel; as a fast-weight rule: Irie, Faccio, Schmidhuber (2022), arXiv:2203.06246 section 3.
+channel; as a fast-weight rule: Irie, Faccio, Schmidhuber (2022), arXiv:2206.01649.
 
     S'_t = S_{t-1} diag(exp(g_t))
     S_t = S'_t + beta_t (k_t - S'_t v_t) v_t^T        o_t = scale * S_t^T q_t

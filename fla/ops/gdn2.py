@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 r"""# Gated DeltaNet 2: separate gates for what is erased and what is written
 
-The gated delta rule of Yang et al. (2024), arXiv:2412.06464, with a decay per channel (as KDA,
-arXiv:2510.26692) and a gate per channel on either side of the delta.
+Hatamizadeh, Choi, Kautz (2026), *Gated DeltaNet-2: Decoupling Erase and Write in Linear Attention*,
+arXiv:2605.22791: the gated delta rule with a decay per channel, as in KDA (arXiv:2510.26692), and a
+gate per channel on either side of the delta.
 
     S'_t = diag(exp(g_t)) S_{t-1}
     S_t = S'_t + k_t (w_t * v_t - S'_t^T (b_t * k_t))^T        o_t = scale * S_t^T q_t

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 r"""# Gated linear attention: one decay per channel of the key
 
-Yang et al. (2024), *Gated Linear Attention Transformers with Hardware-Efficient Training*,
+Yang et al. (2023), *Gated Linear Attention Transformers with Hardware-Efficient Training*,
 arXiv:2312.06635. HGRN2 (k = 1 - exp(g)) and LightNet are this operator.
 
     S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t

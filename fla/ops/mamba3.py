@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 r"""# Mamba-3: trapezoidal steps and a state that rotates
 
-Lahoti et al. (2025), *Mamba-3: Improved Sequence Modeling using State Space Principles*,
-ICLR 2026; on Mamba-2, arXiv:2405.21060. One input and one output a head (SISO), or M of each
-(MIMO), which share the state:
+Lahoti et al. (2026), *Mamba-3: Improved Sequence Modeling using State Space Principles*,
+arXiv:2603.15569; it builds on Mamba-2, arXiv:2405.21060. One input and one output per head (SISO),
+or M of each (MIMO), which share the state:
 
     S_t = a_t S_{t-1} + sum_m (1 - l_t) d_t a_t B_{t-1,m} x_{t-1,m}^T + l_t d_t B_{t,m} x_{t,m}^T
     a_t = exp(d_t A_t)        o_{t,m} = S_t^T C_{t,m} + D x_{t,m}

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 r"""# The preconditioned gated delta rule
 
-The gated delta rule of Yang et al. (2024), arXiv:2412.06464, writing with a diagonally
+Tumma, Loo, Rus (2026), *Preconditioned DeltaNet: Curvature-aware Sequence Modeling for Linear
+Recurrences*, arXiv:2604.21100: the gated delta rule (arXiv:2412.06464) writing with a diagonally
 preconditioned key, in the manner of Adam's second moment (Kingma and Ba, 2014, arXiv:1412.6980).
 
     A_t = exp(h_t) A_{t-1} + beta'_t k_t * k_t

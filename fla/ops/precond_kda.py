@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 r"""# Preconditioned Kimi delta attention
 
-Kimi delta attention (arXiv:2510.26692) writing with a preconditioned key, as
-`precond_gated_delta_rule`.
+Tumma, Loo, Rus (2026), *Preconditioned DeltaNet*, arXiv:2604.21100: Kimi delta attention
+(arXiv:2510.26692) writing with a preconditioned key, as `precond_gated_delta_rule`.
 
     A_t = exp(h_t) A_{t-1} + beta'_t k_t * k_t        k~_t = M(A_t) * k_t
     S'_t = diag(exp(g_t)) S_{t-1}

@@ -442,7 +442,7 @@ OPS = [
     OpCase(
         "gdn2",
         "Gated DeltaNet 2",
-        "arXiv:2412.06464",
+        "arXiv:2605.22791",
         gdn2.chunk_gdn2,
         gdn2.fused_recurrent_gdn2,
         gdn2.naive_recurrent_gdn2,
@@ -462,7 +462,7 @@ OPS = [
     OpCase(
         "gated_oja_rule",
         "Gated Oja rule",
-        "arXiv:2203.06246",
+        "arXiv:2206.01649",
         gated_oja_rule.chunk_gated_oja_rule,
         gated_oja_rule.fused_recurrent_gated_oja_rule,
         gated_oja_rule.naive_recurrent_gated_oja_rule,
@@ -472,7 +472,7 @@ OPS = [
     OpCase(
         "precond_gated_delta_rule",
         "Preconditioned gated delta rule",
-        "arXiv:2412.06464",
+        "arXiv:2604.21100",
         precond_gated_delta_rule.chunk_precond_gated_delta_rule,
         precond_gated_delta_rule.fused_recurrent_precond_gated_delta_rule,
         precond_gated_delta_rule.naive_recurrent_precond_gated_delta_rule,
@@ -485,7 +485,7 @@ OPS = [
     OpCase(
         "precond_kda",
         "Preconditioned KDA",
-        "arXiv:2510.26692",
+        "arXiv:2604.21100",
         precond_kda.chunk_precond_kda,
         precond_kda.fused_recurrent_precond_kda,
         precond_kda.naive_recurrent_precond_kda,
@@ -532,7 +532,7 @@ OPS = [
     OpCase(
         "mamba3",
         "Mamba-3",
-        "arXiv:2405.21060",
+        "arXiv:2603.15569",
         mamba3.chunk_mamba3,
         mamba3.fused_recurrent_mamba3,
         mamba3.naive_recurrent_mamba3,
@@ -550,7 +550,7 @@ OPS = [
     OpCase(
         "mamba3",
         "Mamba-3, MIMO",
-        "arXiv:2405.21060",
+        "arXiv:2603.15569",
         mamba3.chunk_mamba3,
         mamba3.fused_recurrent_mamba3,
         mamba3.naive_recurrent_mamba3,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 r"""# Simple gated linear attention: one decay per head and token
 
-Yang et al. (2024), *Gated Linear Attention Transformers*, arXiv:2312.06635, with a scalar gate;
+Yang et al. (2023), *Gated Linear Attention Transformers*, arXiv:2312.06635, with a scalar gate;
 also the recurrence of RetNet (constant decay) and of Mamba-2 (arXiv:2405.21060).
 
     S_t = exp(g_t + gamma) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
