@@ -87,7 +87,7 @@ def operator(op: OpCase, backend: str, dtype: torch.dtype) -> Results:
 
 
 def operators(triton: bool) -> Results:
-    for i, op in enumerate(OPS):
+    for op in OPS:
         for backend in ("torch", "native", *(["triton"] if triton else [])):
             for dtype in DTYPES[backend]:
                 with fla.use_backend(backend):
@@ -101,7 +101,7 @@ def operators(triton: bool) -> Results:
                             if "asked for" not in str(error):
                                 raise
                             break
-                        yield f"op {i} {op.title} {backend} {dtype} {form}", found
+                        yield f"op {op.title} {backend} {dtype} {form}", found
 
 
 def modules() -> Results:

@@ -15,43 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 import fla.models
-from fla.ops.registry import OPS, OpCase
+from fla.ops.case import FAMILIES, OpCase
+from fla.ops.registry import OPS
 from tests.ops import properties
 
 ROOT = Path(__file__).parents[1]
-# Every operator's page, by family: what its state does, and the pages.
-FAMILIES = {
-    "no decay": ("S ← S + k vᵀ", "linear_attn based rebased"),
-    "a decay per head or token": (
-        "S ← eᵍ S + k vᵀ",
-        "simple_gla retention lightning_attn mamba2 mamba3 mlstm",
-    ),
-    "a decay per channel": (
-        "S ← diag(eᵍ) S + k vᵀ",
-        "gla hgrn mamba gsa abc rwkv4 rwkv6",
-    ),
-    "delta rules": (
-        "S ← eᵍ S; S ← S + β k (v - Sᵀk)ᵀ",
-        "delta_rule gated_delta_rule gated_delta_product kda gdn2 comba gated_oja_rule "
-        "precond_gated_delta_rule precond_kda",
-    ),
-    "low-rank transitions": (
-        "S ← diag(eᵍ) S + b (aᵀS) + k vᵀ",
-        "rwkv7 generalized_delta_rule",
-    ),
-    "states that solve or learn": (
-        "S minimises a loss on the tokens so far",
-        "mesa_net ttt titans",
-    ),
-    "states that grow": (
-        "with log T, or with T",
-        "log_linear_attn deltaformer",
-    ),
-    "softmax over some tokens": (
-        "softmax(q kᵀ) v over those kept",
-        "dilated_attention block_sparse_attention ring_attention",
-    ),
-}
 
 
 class OpPage(NamedTuple):
@@ -82,11 +50,15 @@ def op_page(path: Path) -> OpPage | None:
 def op_pages() -> dict[str, OpPage]:
     """All pages by name, in the order of their families."""
     found = {p.name: p for f in (ROOT / "fla" / "ops").glob("*.py") if (p := op_page(f))}
-    ordered = [name for _, names in FAMILIES.values() for name in names.split()]
-    if sorted(ordered) != sorted(found):
-        differs = set(ordered) ^ set(found)
-        raise ValueError(f"FAMILIES of scripts/docs_tables.py must name each page once: {differs}")
-    return {name: found[name] for name in ordered}
+    return {name: found[name] for names in by_family(found).values() for name in names}
+
+
+def by_family(pages: dict[str, OpPage]) -> dict[str, list[str]]:
+    """The pages of each family; a page without a case is softmax attention of some kind."""
+    of = {op.name: op.family for op in OPS}
+    order = [*dict.fromkeys(op.name for op in OPS), *sorted(pages.keys() - of.keys())]
+    last = next(reversed(FAMILIES))
+    return {f: [n for n in order if of.get(n, last) == f] for f in FAMILIES}
 
 
 def link(paper: str) -> str:
@@ -150,9 +122,9 @@ def equations() -> str:
 def families() -> str:
     """The operators of the README, a line per family."""
     pages, rows = op_pages(), []
-    for family, (state, names) in FAMILIES.items():
-        links = ", ".join(f"[{pages[n].title}](fla/ops/{n}.py)" for n in names.split())
-        rows.append(f"| {family} | {state} | {links} |")
+    for family, names in by_family(pages).items():
+        links = ", ".join(f"[{pages[n].title}](fla/ops/{n}.py)" for n in names)
+        rows.append(f"| {family} | {FAMILIES[family]} | {links} |")
     return table("| family | state | operators |", rows)
 
 

@@ -187,7 +187,13 @@ def check_boundaries(op: str, batch: int, cu_seqlens: Tensor) -> None:
         )
 
 
-def refuse(op: str, name: str, value: object, mend: str) -> None:
+def refuse(op: str, name: str, value: object, fix: str) -> None:
     """Raise `ValueError` when an argument this implementation cannot honour was given."""
     if value is not None:
-        raise ValueError(f"{op}: {name} is not supported here (got {type(value).__name__}); {mend}")
+        raise ValueError(f"{op}: {name} is not supported here (got {type(value).__name__}); {fix}")
+
+
+def refuse_cp_context(op: str, cp_context: object) -> None:
+    """Raise `ValueError` for a context of sequence parallelism given as an argument."""
+    fix = "call it inside `with fla.distributed.sequence_parallel(group):` instead, and drop it"
+    refuse(op, "cp_context", cp_context, fix)

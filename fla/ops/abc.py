@@ -24,6 +24,7 @@ On the one equation: `gsa` with the decay that the normalisation implies.
 import torch
 from torch import Tensor
 
+from fla.ops.case import OpCase
 from fla.ops.engine.recurrence.recurrence import Options
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.gsa import State, _gsa, naive_recurrent_gsa
@@ -90,3 +91,18 @@ def fused_recurrent_abc(
     """ABC token by token."""
     options = Options(scale, output_final_state, backend=backend)
     return _gsa("fused_recurrent_abc", options, q, k, v, s, None, initial_state, cu_seqlens)
+
+
+CASES = [
+    OpCase(
+        "abc",
+        "ABC",
+        "arXiv:2110.02488",
+        "a decay per channel",
+        chunk_abc,
+        fused_recurrent_abc,
+        naive_recurrent_abc,
+        dict(q="B T HV K", k="B T H K", v="B T H V", s="B T H M"),
+        state=dict(initial_state=("N H K M", "N H M V", "N H M")),
+    ),
+]

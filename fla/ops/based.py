@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fla.core.checks import check_groups, check_same, check_tensors
 from fla.core.precision import promote_to_fp32
+from fla.ops.case import QKV, OpCase
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
@@ -134,8 +135,8 @@ def _based(
         Terms(
             taylor_features(promote_to_fp32(q) * scale), taylor_features(promote_to_fp32(k)), values
         ),
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
+        initial_state,
+        cu_seqlens,
     )
     return _divided(o, use_norm, v.dtype), final
 
@@ -197,3 +198,18 @@ def parallel_based(
     return _divided(
         polynomial_attention(taylor, promote_to_fp32(q) * scale, k, v), use_norm, v.dtype
     )
+
+
+CASES = [
+    OpCase(
+        "based",
+        "Based",
+        "arXiv:2402.18668",
+        "no decay",
+        chunk_based,
+        fused_recurrent_based,
+        naive_recurrent_based,
+        QKV,
+        state=dict(initial_state="N HV F V+1 positive"),
+    ),
+]

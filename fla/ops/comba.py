@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fla.core.checks import check_groups, check_tensors
+from fla.ops.case import QKV, Inputs, OpCase, delta
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import l2norm
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
@@ -183,3 +184,22 @@ def fused_recurrent_comba(
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _point(x: Inputs) -> dict[str, Any]:
+    return {**delta(x), "g": x["g"][..., None], "b": x["p"]}
+
+
+CASES = [
+    OpCase(
+        "comba",
+        "Comba",
+        "arXiv:2506.02475",
+        "delta rules",
+        chunk_comba,
+        fused_recurrent_comba,
+        naive_recurrent_comba,
+        QKV | dict(p="B T H K unit", g="B T HV decay", beta="B T HV rate"),
+        _point,
+    ),
+]

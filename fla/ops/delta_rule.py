@@ -22,6 +22,7 @@ On the one equation: no decay, a = -beta k, b = k, written k and beta v.
 import torch
 from torch import Tensor
 
+from fla.ops.case import QKV, OpCase, delta
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
@@ -115,9 +116,9 @@ def chunk_delta_rule(
         "chunk_delta_rule",
         options,
         Terms(q, k, v, beta=beta),
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        cu_seqlens_cpu=cu_seqlens_cpu,
+        initial_state,
+        cu_seqlens,
+        cu_seqlens_cpu,
     )
 
 
@@ -137,9 +138,20 @@ def fused_recurrent_delta_rule(
     options = Options(scale, output_final_state, use_qk_l2norm_in_kernel, backend=backend)
     beta = v.new_ones(v.shape[:3]) if beta is None else beta
     return recurrence(
-        "fused_recurrent_delta_rule",
-        options,
-        Terms(q, k, v, beta=beta),
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
+        "fused_recurrent_delta_rule", options, Terms(q, k, v, beta=beta), initial_state, cu_seqlens
     )
+
+
+CASES = [
+    OpCase(
+        "delta_rule",
+        "Delta rule",
+        "arXiv:2406.06484",
+        "delta rules",
+        chunk_delta_rule,
+        fused_recurrent_delta_rule,
+        naive_recurrent_delta_rule,
+        QKV | dict(beta="B T HV beta"),
+        delta,
+    ),
+]

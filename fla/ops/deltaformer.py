@@ -36,6 +36,7 @@ from fla.core.checks import check_parts, check_sequences, check_tensors
 from fla.core.layout import SequenceLayout
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, first_tensor
+from fla.ops.case import OpCase
 from fla.ops.engine.recurrence.recurrence import check_chunk_size
 
 BLOCK = 128
@@ -198,3 +199,18 @@ def fused_recurrent_deltaformer(
     return deltaformer_attn(
         q, k, v, beta, None, cu_seqlens, 1, initial_state, output_final_state, backend
     )
+
+
+CASES = [
+    OpCase(
+        "deltaformer",
+        "DeltaFormer",
+        "arXiv:2505.19488",
+        "states that grow",
+        deltaformer_attn,
+        fused_recurrent_deltaformer,
+        naive_deltaformer_attn,
+        dict(q="B T H K", k="B T H K", v="B T H V", beta="B T H rate"),
+        state={},
+    ),
+]

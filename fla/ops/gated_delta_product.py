@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fla.core.checks import check_tensors
+from fla.ops.case import SIZES, Inputs, OpCase, gated_delta
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
@@ -180,3 +181,32 @@ def fused_recurrent_gated_delta_product(
         cu_seqlens,
         initial_state=initial_state,
     )
+
+
+def _point(x: Inputs) -> dict[str, Any]:
+    n = SIZES["n"]
+    q = torch.stack([torch.zeros_like(x["q"])] * (n - 1) + [x["q"]], 2).flatten(1, 2)
+    g = torch.stack([x["g"]] + [torch.zeros_like(x["g"])] * (n - 1), 2).flatten(1, 2)
+    return {**gated_delta(x | {"q": q, "g": g}), "steps": n}
+
+
+CASES = [
+    OpCase(
+        "gated_delta_product",
+        "Gated DeltaProduct",
+        "arXiv:2502.10297",
+        "delta rules",
+        chunk_gated_delta_product,
+        fused_recurrent_gated_delta_product,
+        naive_recurrent_gated_delta_product,
+        dict(
+            q="B T H K",
+            k="B T*n H K unit",
+            v="B T*n HV V",
+            g="B T HV decay",
+            beta="B T*n HV beta",
+        ),
+        _point,
+        fixed=dict(num_householder=SIZES["n"]),
+    ),
+]

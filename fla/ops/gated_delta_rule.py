@@ -26,8 +26,9 @@ On the one equation: scalar decay, a = -beta k, b = exp(g) k, written k and beta
 import torch
 from torch import Tensor
 
-from fla.core.checks import check_shapes, refuse
+from fla.core.checks import check_shapes, refuse, refuse_cp_context
 from fla.core.precision import promote_to_fp32
+from fla.ops.case import QKV, OpCase, gated_delta
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import softplus_gate
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
@@ -165,7 +166,7 @@ def chunk_gated_delta_rule(
     """
     op = "chunk_gated_delta_rule"
     refuse(op, "chunk_indices", chunk_indices, "chunks follow from cu_seqlens; drop it")
-    refuse(op, "cp_context", cp_context, "this version has no sequence parallelism; drop it")
+    refuse_cp_context(op, cp_context)
     g, beta = _gates(
         op,
         v,
@@ -186,12 +187,7 @@ def chunk_gated_delta_rule(
         backend=backend,
     )
     return recurrence(
-        op,
-        options,
-        Terms(q, k, v, g=g, beta=beta),
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        cu_seqlens_cpu=cu_seqlens_cpu,
+        op, options, Terms(q, k, v, g=g, beta=beta), initial_state, cu_seqlens, cu_seqlens_cpu
     )
 
 
@@ -235,11 +231,7 @@ def fused_recurrent_gated_delta_rule(
         scale, output_final_state, use_qk_l2norm_in_kernel, state_v_first, backend=backend
     )
     return recurrence(
-        op,
-        options,
-        Terms(q, k, v, g=g, beta=beta, gk=gk, gv=gv),
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
+        op, options, Terms(q, k, v, g=g, beta=beta, gk=gk, gv=gv), initial_state, cu_seqlens
     )
 
 
@@ -247,3 +239,18 @@ chunk_gdn = chunk_gated_delta_rule
 fused_recurrent_gdn = fused_recurrent_gated_delta_rule
 recurrent_gated_delta_rule = fused_recurrent_gated_delta_rule
 fused_gdn_gate = naive_gdn_gate
+
+
+CASES = [
+    OpCase(
+        "gated_delta_rule",
+        "Gated delta rule",
+        "arXiv:2412.06464",
+        "delta rules",
+        chunk_gated_delta_rule,
+        fused_recurrent_gated_delta_rule,
+        naive_recurrent_gated_delta_rule,
+        QKV | dict(g="B T HV decay", beta="B T HV beta"),
+        gated_delta,
+    ),
+]

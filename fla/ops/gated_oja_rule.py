@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fla.core.checks import check_tensors
 from fla.core.precision import promote_to_fp32
+from fla.ops.case import OpCase
 from fla.ops.engine.recurrence.gates import l2norm
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
@@ -174,3 +175,18 @@ def fused_recurrent_gated_oja_rule(
         (use_q_l2norm, use_k_l2norm),
         cu_seqlens=cu_seqlens,
     )
+
+
+CASES = [
+    OpCase(
+        "gated_oja_rule",
+        "Gated Oja rule",
+        "arXiv:2206.01649",
+        "delta rules",
+        chunk_gated_oja_rule,
+        fused_recurrent_gated_oja_rule,
+        naive_recurrent_gated_oja_rule,
+        dict(q="B T H K", k="B T H K", v="B T H V unit", gv="B T H V decay", beta="B T H beta"),
+        state=dict(initial_state="N H K V"),
+    ),
+]

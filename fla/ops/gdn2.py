@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fla.core.checks import check_groups, check_tensors, refuse
 from fla.core.precision import promote_to_fp32
+from fla.ops.case import QKV, Inputs, OpCase
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import channel_gate, l2norm
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
@@ -211,3 +212,23 @@ def fused_recurrent_gdn2(
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _point(x: Inputs) -> dict[str, Any]:
+    b = x["g"].exp() * x["b"] * x["k"]
+    return dict(q=x["q"], k=x["k"], v=x["w"] * x["v"], g=x["g"], a=-x["k"], b=b)
+
+
+CASES = [
+    OpCase(
+        "gdn2",
+        "Gated DeltaNet 2",
+        "arXiv:2605.22791",
+        "delta rules",
+        chunk_gdn2,
+        fused_recurrent_gdn2,
+        naive_recurrent_gdn2,
+        QKV | dict(g="B T HV K decay", b="B T HV K rate", w="B T HV V rate"),
+        _point,
+    ),
+]

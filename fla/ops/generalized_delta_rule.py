@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.core.checks import refuse
+from fla.core.checks import refuse_cp_context
+from fla.ops.case import QKV, OpCase, linear
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
@@ -172,7 +173,7 @@ def check_bounds(
     cp_context: object | None,
 ) -> None:
     """Raise `ValueError` for switches of the kernels that have no meaning here."""
-    refuse(op, "cp_context", cp_context, "this version has no sequence parallelism; drop it")
+    refuse_cp_context(op, cp_context)
     if disable_recompute:
         raise ValueError(f"{op}: disable_recompute is not supported here; drop it")
     if lower_bound is not None and not safe_gate:
@@ -287,3 +288,29 @@ def fused_recurrent_iplr_delta_rule(
     options = Options(scale, output_final_state, backend=backend)
     sequences: dict[str, Any] = dict(initial_state=initial_state, cu_seqlens=cu_seqlens)
     return _low_rank("fused_recurrent_iplr_delta_rule", options, q, k, v, a, b, None, **sequences)
+
+
+CASES = [
+    OpCase(
+        "generalized_delta_rule",
+        "Generalised delta rule (DPLR)",
+        "arXiv:2503.14456",
+        "low-rank transitions",
+        chunk_dplr_delta_rule,
+        fused_recurrent_dplr_delta_rule,
+        naive_recurrent_dplr_delta_rule,
+        QKV | dict(a="B T HV K unit", b="B T HV K unit", gk="B T HV K decay"),
+        lambda x: linear(x) | dict(g=x["gk"], a=x["b"], b=x["a"]),
+    ),
+    OpCase(
+        "generalized_delta_rule",
+        "Generalised delta rule (IPLR)",
+        "arXiv:2503.14456",
+        "low-rank transitions",
+        chunk_iplr_delta_rule,
+        fused_recurrent_iplr_delta_rule,
+        naive_recurrent_iplr_delta_rule,
+        QKV | dict(a="B T HV K unit", b="B T HV K small"),
+        lambda x: linear(x) | dict(a=x["b"], b=x["a"]),
+    ),
+]

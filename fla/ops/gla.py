@@ -23,6 +23,7 @@ On the one equation: vector decay, no erase.
 import torch
 from torch import Tensor
 
+from fla.ops.case import QKV, OpCase, linear, renamed
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
@@ -78,9 +79,9 @@ def chunk_gla(
         "chunk_gla",
         options,
         Terms(q, k, v, gk=g),
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        cu_seqlens_cpu=cu_seqlens_cpu,
+        initial_state,
+        cu_seqlens,
+        cu_seqlens_cpu,
         names={"gk": "g"},
     )
 
@@ -107,9 +108,20 @@ def fused_recurrent_gla(
         scale, output_final_state, state_v_first=state_v_first, reverse=reverse, backend=backend
     )
     return recurrence(
-        "fused_recurrent_gla",
-        options,
-        Terms(q, k, v, gk=gk, gv=gv),
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
+        "fused_recurrent_gla", options, Terms(q, k, v, gk=gk, gv=gv), initial_state, cu_seqlens
     )
+
+
+CASES = [
+    OpCase(
+        "gla",
+        "Gated linear attention",
+        "arXiv:2312.06635",
+        "a decay per channel",
+        chunk_gla,
+        renamed(fused_recurrent_gla, g="gk"),
+        renamed(naive_recurrent_gla, g="gk"),
+        QKV | dict(g="B T HV K decay"),
+        lambda x: linear(x) | {"g": x["g"]},
+    ),
+]

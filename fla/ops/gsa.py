@@ -34,6 +34,7 @@ from torch import Tensor
 
 from fla.core.checks import check_groups, check_parts, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
+from fla.ops.case import OpCase
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 from fla.ops.engine.scan.running import log_cumulative_sum
@@ -145,8 +146,8 @@ def _gsa(
         op,
         options._replace(scale=scale),
         Terms(q, k, s, gv=g),
-        initial_state=starts[0],
-        cu_seqlens=cu_seqlens,
+        starts[0],
+        cu_seqlens,
         names={"v": "s", "gv": "g"},
     )
     p = promote_to_fp32(logits).softmax(-1).to(v.dtype)
@@ -154,8 +155,8 @@ def _gsa(
         op,
         options._replace(scale=1.0),
         Terms(p, s, v, gk=g),
-        initial_state=starts[1],
-        cu_seqlens=cu_seqlens,
+        starts[1],
+        cu_seqlens,
         names={"k": "s", "gk": "g"},
     )
     if S is None or R is None:
@@ -213,3 +214,18 @@ def fused_recurrent_gsa(
         raise ValueError("fused_recurrent_gsa: reverse needs g; the normalised slots run forward")
     options = Options(scale, output_final_state, reverse=reverse, backend=backend)
     return _gsa("fused_recurrent_gsa", options, q, k, v, s, g, initial_state, cu_seqlens)
+
+
+CASES = [
+    OpCase(
+        "gsa",
+        "Gated slot attention",
+        "arXiv:2409.07146",
+        "a decay per channel",
+        chunk_gsa,
+        fused_recurrent_gsa,
+        naive_recurrent_gsa,
+        dict(q="B T HV K", k="B T H K", v="B T H V", s="B T H M rate", g="B T H M decay"),
+        state=dict(initial_state=("N H K M", "N H M V")),
+    ),
+]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fla.core.checks import check_log_decay, check_sequences, check_tensors
+from fla.ops.case import OpCase
 from fla.ops.engine.recurrence.recurrence import (
     Options,
     call_trace_hooks,
@@ -124,3 +125,19 @@ def fused_recurrent_hgrn(
     return _hgrn(
         "fused_recurrent_hgrn", x, g, initial_state, output_final_state, cu_seqlens, 1, backend
     )
+
+
+CASES = [
+    OpCase(
+        "hgrn",
+        "HGRN",
+        "arXiv:2311.04823",
+        "a decay per channel",
+        chunk_hgrn,
+        fused_recurrent_hgrn,
+        naive_recurrent_hgrn,
+        dict(x="B T D", g="B T D decay"),
+        lambda x: point(**x) | {"scale": 1.0},
+        state=dict(initial_state="N D"),
+    ),
+]

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.core.checks import check_tensors, refuse
+from fla.core.checks import check_tensors, refuse, refuse_cp_context
 from fla.core.precision import promote_to_fp32
+from fla.ops.case import QKV, OpCase, gated_delta
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import channel_gate, sigmoid_gate, softplus_gate
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
@@ -146,7 +147,7 @@ def chunk_kda(
         torch.Size([1, 100, 2, 16])
     """
     op = "chunk_kda"
-    refuse(op, "cp_context", cp_context, "this version has no sequence parallelism; drop it")
+    refuse_cp_context(op, cp_context)
     refuse(op, "disable_recompute", disable_recompute or None, "drop it")
     refuse(op, "return_intermediate_states", return_intermediate_states or None, "drop it")
     options = Options(
@@ -163,9 +164,9 @@ def chunk_kda(
         op,
         options,
         Terms(q, k, v, **gates),
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        cu_seqlens_cpu=cu_seqlens_cpu,
+        initial_state,
+        cu_seqlens,
+        cu_seqlens_cpu,
         names={"gk": "g"},
     )
 
@@ -198,10 +199,20 @@ def fused_recurrent_kda(
     gate = (A_log, dt_bias, use_gate_in_kernel, False, lower_bound)
     gates = _gates(op, v, g, beta, gate, (use_beta_sigmoid_in_kernel, allow_neg_eigval))
     return recurrence(
-        op,
-        options,
-        Terms(q, k, v, **gates),
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        names={"gk": "g"},
+        op, options, Terms(q, k, v, **gates), initial_state, cu_seqlens, names={"gk": "g"}
     )
+
+
+CASES = [
+    OpCase(
+        "kda",
+        "Kimi delta attention",
+        "arXiv:2510.26692",
+        "delta rules",
+        chunk_kda,
+        fused_recurrent_kda,
+        naive_recurrent_kda,
+        QKV | dict(g="B T HV K decay", beta="B T HV beta"),
+        gated_delta,
+    ),
+]

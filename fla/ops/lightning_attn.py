@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fla.core.checks import check_tensors
+from fla.ops.case import QKV, OpCase, constant
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
@@ -120,3 +121,19 @@ def fused_recurrent_lightning_attn(
         cu_seqlens=cu_seqlens,
         backend=backend,
     )
+
+
+CASES = [
+    OpCase(
+        "lightning_attn",
+        "Lightning attention",
+        "arXiv:2401.04658",
+        "a decay per head or token",
+        chunk_lightning_attn,
+        fused_recurrent_lightning_attn,
+        naive_recurrent_lightning_attn,
+        QKV,
+        lambda x: constant(-6 / x["v"].shape[2] * torch.arange(x["v"].shape[2]))(x),
+        fixed=dict(layer_idx=3, num_layers=12),
+    ),
+]

@@ -23,6 +23,7 @@ whose value is 1.
 import torch
 from torch import Tensor
 
+from fla.ops.case import QKV, OpCase, linear
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import Terms
 
@@ -75,9 +76,7 @@ def _run(
             raise ValueError(
                 f"{op}: initial_state is a pair (S, z), which belongs to normalize=True"
             )
-        return recurrence(
-            op, options, Terms(q, k, v), initial_state=initial_state, cu_seqlens=cu_seqlens
-        )
+        return recurrence(op, options, Terms(q, k, v), initial_state, cu_seqlens)
     if initial_state is not None:
         if not isinstance(initial_state, tuple):
             raise ValueError(
@@ -87,11 +86,7 @@ def _run(
         initial_state = torch.cat([S, z.squeeze(1).unsqueeze(-1).to(S)], -1)
     ones = v.new_ones(*v.shape[:-1], 1)
     o, final = recurrence(
-        op,
-        options,
-        Terms(q, k, torch.cat([v, ones], -1)),
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
+        op, options, Terms(q, k, torch.cat([v, ones], -1)), initial_state, cu_seqlens
     )
     o = o[..., :-1] / (o[..., -1:] + 1e-10)
     return o, None if final is None else (final[..., :-1], final[..., -1].unsqueeze(1))
@@ -139,3 +134,19 @@ def fused_recurrent_linear_attn(
     return _run(
         "fused_recurrent_linear_attn", options, q, k, v, initial_state, normalize, cu_seqlens
     )
+
+
+CASES = [
+    OpCase(
+        "linear_attn",
+        "Linear attention",
+        "arXiv:2006.16236",
+        "no decay",
+        chunk_linear_attn,
+        fused_recurrent_linear_attn,
+        naive_recurrent_linear_attn,
+        QKV,
+        linear,
+        fixed=dict(normalize=False),
+    ),
+]

@@ -44,6 +44,7 @@ from fla.core.checks import (
 )
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, first_tensor
+from fla.ops.case import QKV, OpCase
 from fla.ops.engine.recurrence.equation import LOG_ZERO
 from fla.ops.engine.recurrence.recurrence import check_chunk_size
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE
@@ -312,3 +313,18 @@ def fused_recurrent_log_linear_attn(
         backend,
     )
     return o, state if output_final_state else None
+
+
+CASES = [
+    OpCase(
+        "log_linear_attn",
+        "Log-linear attention",
+        "arXiv:2506.04761",
+        "states that grow",
+        chunk_log_linear_attn,
+        fused_recurrent_log_linear_attn,
+        naive_recurrent_log_linear_attn,
+        QKV | dict(g="B T HV decay", level_scales="B T HV L rate"),
+        state=dict(initial_state=("N HV L K V", "N count")),
+    ),
+]

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fla.core.checks import check_log_decay, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
+from fla.ops.case import OpCase
 from fla.ops.engine.recurrence.recurrence import (
     Options,
     call_trace_hooks,
@@ -146,3 +147,19 @@ def fused_recurrent_mamba(
         1,
         backend,
     )
+
+
+CASES = [
+    OpCase(
+        "mamba",
+        "Mamba",
+        "arXiv:2312.00752",
+        "a decay per channel",
+        chunk_mamba,
+        fused_recurrent_mamba,
+        naive_recurrent_mamba,
+        dict(x="B T D", dt="B T D rate", A="D K negative", B="B T K", C="B T K"),
+        lambda x: point(**x) | {"scale": 1.0},
+        state=dict(initial_state="N D K"),
+    ),
+]

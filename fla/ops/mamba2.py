@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fla.core.checks import check_groups, check_tensors
 from fla.core.precision import promote_to_fp32
+from fla.ops.case import Inputs, OpCase
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
@@ -168,3 +169,24 @@ def fused_recurrent_mamba2(
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _point(x: Inputs) -> dict[str, Any]:
+    dt = x["dt"][..., None]
+    return dict(q=x["C"], k=x["B"], v=dt * x["x"], g=dt * x["A"][:, None], scale=1.0)
+
+
+CASES = [
+    OpCase(
+        "mamba2",
+        "Mamba-2",
+        "arXiv:2405.21060",
+        "a decay per head or token",
+        chunk_mamba2,
+        fused_recurrent_mamba2,
+        naive_recurrent_mamba2,
+        dict(x="B T HV V", dt="B T HV rate", A="HV negative", B="B T H K", C="B T H K"),
+        _point,
+        fixed=dict(),
+    ),
+]

@@ -38,6 +38,7 @@ from torch import Tensor
 from fla.core.checks import check_parts, check_sequences, check_tensors
 from fla.core.parallel import refuse_sharded
 from fla.core.precision import promote_to_fp32
+from fla.ops.case import OpCase
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 from fla.ops.engine.scan.running import lasts, repeat_rows, running, starts
@@ -174,8 +175,8 @@ def _run(
         op,
         options,
         Terms(q * g.exp().unsqueeze(-1), k, v, g=g),
-        initial_state=state,
-        cu_seqlens=cu_seqlens,
+        state,
+        cu_seqlens,
         names={"q": "C", "k": "B", "v": "x"},
     )
     return o.unflatten(1, (T, M)).transpose(2, 3), S
@@ -268,3 +269,45 @@ def fused_recurrent_mamba3(
     options = Options(1.0, output_final_state, read_before=True, backend=backend)
     tensors = dict(x=x, dt=dt, A=A, B=B, C=C, trap=trap, angles=angles)
     return _mamba3("fused_recurrent_mamba3", options, tensors, D, initial_state, cu_seqlens)
+
+
+CASES = [
+    OpCase(
+        "mamba3",
+        "Mamba-3",
+        "arXiv:2603.15569",
+        "a decay per head or token",
+        chunk_mamba3,
+        fused_recurrent_mamba3,
+        naive_recurrent_mamba3,
+        dict(
+            x="B T H V",
+            dt="B T H rate",
+            A="B T H negative",
+            B="B T H K",
+            C="B T H K",
+            trap="B T H rate",
+            angles="B T H R",
+        ),
+        state=dict(initial_state=("N H R", "N H K V", "N H K", "N H V")),
+    ),
+    OpCase(
+        "mamba3",
+        "Mamba-3, MIMO",
+        "arXiv:2603.15569",
+        "a decay per head or token",
+        chunk_mamba3,
+        fused_recurrent_mamba3,
+        naive_recurrent_mamba3,
+        dict(
+            x="B T H Q V",
+            dt="B T H rate",
+            A="B T H negative",
+            B="B T H Q K",
+            C="B T H Q K",
+            trap="B T H rate",
+            angles="B T H R",
+        ),
+        state=dict(initial_state=("N H R", "N H K V", "N H Q K", "N H Q V")),
+    ),
+]

@@ -36,6 +36,7 @@ from fla.core.checks import check_log_decay, check_sequences, check_tensors
 from fla.core.parallel import refuse_sharded
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, first_tensor
+from fla.ops.case import OpCase
 from fla.ops.engine.recurrence.equation import per_sequence
 from fla.ops.engine.recurrence.gates import l2norm
 from fla.ops.engine.recurrence.recurrence import check_chunk_size
@@ -345,3 +346,25 @@ def mesa_net_decoding_one_step(
 
 
 naive_mesa_net_decoding_one_step = mesa_net_decoding_one_step
+
+
+CASES = [
+    OpCase(
+        "mesa_net",
+        "MesaNet",
+        "arXiv:2506.05233",
+        "states that solve or learn",
+        chunk_mesa_net,
+        fused_recurrent_mesa_net,
+        naive_mesa_net_exact,
+        dict(
+            q="B T H K",
+            k="B T H K unit",
+            v="B T H V",
+            g="B T H decay",
+            beta="B T H rate",
+            lamb="H K positive",
+        ),
+        state=dict(h_kk_init="N H K K squares", h_kv_init="N H K V"),
+    ),
+]

@@ -29,6 +29,7 @@ from torch import Tensor
 from fla.core.boundaries import count_sequences
 from fla.core.checks import check_groups, check_parts, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
+from fla.ops.case import QKV, OpCase
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 from fla.ops.engine.scan.running import lasts, repeat_rows, running, starts
@@ -104,9 +105,7 @@ def _mlstm(
     values = (i - m).exp().unsqueeze(-1) * values
     q, k = q.to(values.dtype), k.to(values.dtype)
     decay = log_f + before - m
-    o, final = recurrence(
-        op, options, Terms(q, k, values, g=decay), initial_state=state, cu_seqlens=cu_seqlens
-    )
+    o, final = recurrence(op, options, Terms(q, k, values, g=decay), state, cu_seqlens)
     bound = torch.maximum(o[..., -1:].abs(), (-m).exp().unsqueeze(-1))
     o = (o[..., :-1] / bound).to(v.dtype)
     return o, None if final is None else (final[..., :-1], final[..., -1], last)
@@ -172,3 +171,18 @@ def fused_recurrent_mlstm(
     """mLSTM token by token. Differentiable."""
     options = Options(scale, output_final_state, backend=backend)
     return _mlstm("fused_recurrent_mlstm", options, q, k, v, i, f, initial_state, cu_seqlens)
+
+
+CASES = [
+    OpCase(
+        "mlstm",
+        "mLSTM",
+        "arXiv:2405.04517",
+        "a decay per head or token",
+        chunk_mlstm,
+        fused_recurrent_mlstm,
+        naive_recurrent_mlstm,
+        QKV | dict(i="B T HV", f="B T HV"),
+        state=dict(initial_state=("N HV K V", "N HV K", "N HV")),
+    ),
+]

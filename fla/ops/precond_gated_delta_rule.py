@@ -33,8 +33,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.core.checks import check_groups, check_log_decay, check_sequences, check_tensors, refuse
+from fla.core.checks import (
+    check_groups,
+    check_log_decay,
+    check_sequences,
+    check_tensors,
+    refuse,
+    refuse_cp_context,
+)
 from fla.core.precision import promote_to_fp32
+from fla.ops.case import QKV, OpCase
 from fla.ops.engine.recurrence.gates import l2norm
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
@@ -162,7 +170,7 @@ def chunk_precond_gated_delta_rule(
         torch.Size([1, 100, 2, 16])
     """
     op = "chunk_precond_gated_delta_rule"
-    refuse(op, "cp_context", cp_context, "this version has no sequence parallelism; drop it")
+    refuse_cp_context(op, cp_context)
     options = Options(
         scale,
         output_final_state,
@@ -243,3 +251,21 @@ def fused_recurrent_precond_gated_delta_rule(
         use_qk_l2norm_in_kernel,
         cu_seqlens=cu_seqlens,
     )
+
+
+CASES = [
+    OpCase(
+        "precond_gated_delta_rule",
+        "Preconditioned gated delta rule",
+        "arXiv:2604.21100",
+        "delta rules",
+        chunk_precond_gated_delta_rule,
+        fused_recurrent_precond_gated_delta_rule,
+        naive_recurrent_precond_gated_delta_rule,
+        QKV
+        | dict(g_atk="B T HV decay", g="B T HV decay", beta_atk="B T HV rate", beta="B T HV rate"),
+        state=dict(initial_state="N HV K V", initial_A_state="N HV K rate"),
+        fixed=dict(log_atk_scale=-0.2),
+        chunk_fixed=dict(use_qk_l2norm_in_kernel=False),
+    ),
+]

@@ -27,7 +27,8 @@ On the one equation: vector decay, a = -beta M k, b = exp(g) k, written M k and 
 
 from torch import Tensor
 
-from fla.core.checks import check_tensors, refuse
+from fla.core.checks import check_tensors, refuse, refuse_cp_context
+from fla.ops.case import QKV, OpCase
 from fla.ops.engine.recurrence.gates import channel_gate
 from fla.ops.engine.recurrence.recurrence import Options
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE
@@ -114,7 +115,7 @@ def chunk_precond_kda(
         torch.Size([1, 100, 2, 16])
     """
     op = "chunk_precond_kda"
-    refuse(op, "cp_context", cp_context, "this version has no sequence parallelism; drop it")
+    refuse_cp_context(op, cp_context)
     refuse(op, "disable_recompute", disable_recompute or None, "drop it")
     refuse(op, "return_intermediate_states", return_intermediate_states or None, "drop it")
     check_tensors(op, g=(g, "B T HV K"))
@@ -184,3 +185,23 @@ def fused_recurrent_precond_kda(
         use_qk_l2norm_in_kernel,
         cu_seqlens=cu_seqlens,
     )
+
+
+CASES = [
+    OpCase(
+        "precond_kda",
+        "Preconditioned KDA",
+        "arXiv:2604.21100",
+        "delta rules",
+        chunk_precond_kda,
+        fused_recurrent_precond_kda,
+        naive_recurrent_precond_kda,
+        QKV
+        | dict(
+            g="B T HV K decay", g_atk="B T HV decay", beta_atk="B T HV rate", beta="B T HV rate"
+        ),
+        state=dict(initial_state="N HV K V", initial_A_state="N HV K rate"),
+        fixed=dict(log_atk_scale=-0.2),
+        chunk_fixed=dict(use_qk_l2norm_in_kernel=False),
+    ),
+]

@@ -27,6 +27,7 @@ from torch import Tensor
 from fla.core.checks import check_groups, check_same, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.ops.based import pairs, polynomial_attention
+from fla.ops.case import QKV, OpCase
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
@@ -84,8 +85,8 @@ def _rebased(
         op,
         options._replace(scale=1.0),
         Terms(pairs(promote_to_fp32(q) * options.scale), pairs(promote_to_fp32(k)), values),
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
+        initial_state,
+        cu_seqlens,
     )
     o = o[..., :-1] / (o[..., -1:] + eps) if use_normalize else o[..., :-1]
     return o.to(v.dtype), final
@@ -157,3 +158,19 @@ def parallel_rebased(
     if return_both:
         return o.to(v.dtype), z
     return (o / (z.unsqueeze(-1) + eps) if use_normalize else o).to(v.dtype)
+
+
+CASES = [
+    OpCase(
+        "rebased",
+        "ReBased",
+        "arXiv:2402.10644",
+        "no decay",
+        chunk_rebased,
+        fused_recurrent_rebased,
+        naive_recurrent_rebased,
+        QKV,
+        state=dict(initial_state="N HV P V+1"),
+        fixed=dict(use_normalize=False),
+    ),
+]

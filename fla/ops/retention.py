@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fla.core.checks import check_tensors
+from fla.ops.case import QKV, OpCase, constant
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla, parallel_simple_gla
 
@@ -137,3 +138,18 @@ def parallel_retention(
     check_tensors("parallel_retention", v=(v, "B T HV V"))
     g = log_decay(v.shape[2], v.device).expand(v.shape[:3])
     return parallel_simple_gla(q, k, v, g, scale, output_attentions, cu_seqlens, backend=backend)
+
+
+CASES = [
+    OpCase(
+        "retention",
+        "Retention",
+        "arXiv:2307.08621",
+        "a decay per head or token",
+        chunk_retention,
+        fused_recurrent_retention,
+        naive_recurrent_retention,
+        QKV,
+        lambda x: constant(log_decay(x["v"].shape[2]))(x),
+    ),
+]

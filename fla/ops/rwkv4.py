@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fla.core.checks import check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
+from fla.ops.case import OpCase
 from fla.ops.engine.recurrence.recurrence import (
     Options,
     call_trace_hooks,
@@ -139,3 +140,18 @@ def fused_recurrent_rwkv4(
 ) -> tuple[Tensor, Tensor | None]:
     """RWKV-4 token by token: chunks of one."""
     return chunk_rwkv4(w, u, k, v, state, output_final_state, cu_seqlens, 1, backend)
+
+
+CASES = [
+    OpCase(
+        "rwkv4",
+        "RWKV-4",
+        "arXiv:2305.13048",
+        "a decay per channel",
+        chunk_rwkv4,
+        fused_recurrent_rwkv4,
+        naive_recurrent_rwkv4,
+        dict(w="D", u="D", k="B T D", v="B T D"),
+        state=dict(state="N 3 1 D average"),
+    ),
+]

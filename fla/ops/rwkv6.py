@@ -20,11 +20,14 @@ Numerics: as `gla`; the bonus is a product of its own, in the dtype of the input
 On the one equation: vector decay, no erase, the read before the write, and the bonus u.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fla.core.checks import check_tensors
 from fla.core.precision import promote_to_fp32
+from fla.ops.case import Inputs, OpCase
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
@@ -75,9 +78,9 @@ def _rwkv6(
         op,
         options,
         Terms(r, k, v, gk=w),
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        cu_seqlens_cpu=cu_seqlens_cpu,
+        initial_state,
+        cu_seqlens,
+        cu_seqlens_cpu,
         names={"q": "r", "gk": "w"},
     )
     scale = r.shape[-1] ** -0.5 if options.scale is None else options.scale
@@ -132,3 +135,22 @@ def fused_recurrent_rwkv6(
     """RWKV-6 token by token; `reverse` runs from the last token to the first."""
     options = Options(scale, output_final_state, reverse=reverse, read_before=True, backend=backend)
     return _rwkv6("fused_recurrent_rwkv6", options, r, k, v, w, u, initial_state, cu_seqlens)
+
+
+def _point(x: Inputs) -> dict[str, Any]:
+    return dict(q=x["r"], k=x["k"], v=x["v"], g=x["w"], bonus=x["u"])
+
+
+CASES = [
+    OpCase(
+        "rwkv6",
+        "RWKV-6",
+        "arXiv:2404.05892",
+        "a decay per channel",
+        chunk_rwkv6,
+        fused_recurrent_rwkv6,
+        naive_recurrent_rwkv6,
+        dict(r="B T H K", k="B T H K unit", v="B T HV V", w="B T HV K decay", u="H K"),
+        _point,
+    ),
+]

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fla.core.boundaries import boundaries_to_list
+from fla.ops.case import OpCase
 from fla.ops.engine.recurrence.recurrence import Options
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.generalized_delta_rule import (
@@ -214,3 +215,27 @@ def channel_mixing_rwkv7(
 
 
 channel_mixing_rwkv7_torch = channel_mixing_rwkv7
+
+
+CASES = [
+    OpCase(
+        "rwkv7",
+        "RWKV-7",
+        "arXiv:2503.14456",
+        "low-rank transitions",
+        chunk_rwkv7,
+        fused_recurrent_rwkv7,
+        naive_recurrent_rwkv7,
+        dict(
+            r="B T H K",
+            w="B T H K decay",
+            k="B T H K unit",
+            v="B T H V",
+            a="B T H K unit",
+            b="B T H K unit",
+        ),
+        lambda x: dict(q=x["r"], k=x["k"], v=x["v"], g=x["w"], a=x["b"], b=x["a"]),
+        state=dict(initial_state="N H K V"),
+        fixed=dict(scale=0.3),
+    ),
+]

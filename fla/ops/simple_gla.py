@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fla.core.boundaries import boundaries_to_list
+from fla.ops.case import QKV, OpCase, linear
 from fla.ops.engine.recurrence.equation import LOG_ZERO
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
@@ -139,9 +140,9 @@ def chunk_simple_gla(
         op,
         options,
         Terms(q, k, v, g=_decay(op, v, g, g_gamma)),
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        cu_seqlens_cpu=cu_seqlens_cpu,
+        initial_state,
+        cu_seqlens,
+        cu_seqlens_cpu,
     )
 
 
@@ -192,11 +193,7 @@ def fused_recurrent_simple_gla(
         scale, output_final_state, state_v_first=state_v_first, reverse=reverse, backend=backend
     )
     return recurrence(
-        op,
-        options,
-        Terms(q, k, v, g=_decay(op, v, g, g_gamma)),
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
+        op, options, Terms(q, k, v, g=_decay(op, v, g, g_gamma)), initial_state, cu_seqlens
     )
 
 
@@ -234,3 +231,18 @@ def parallel_simple_gla(
         owner = torch.arange(len(lengths)).repeat_interleave(lengths).to(q.device)
         attention = attention * (owner[:, None] == owner)
     return o, attention
+
+
+CASES = [
+    OpCase(
+        "simple_gla",
+        "Simple GLA",
+        "arXiv:2312.06635",
+        "a decay per head or token",
+        chunk_simple_gla,
+        fused_recurrent_simple_gla,
+        naive_recurrent_simple_gla,
+        QKV | dict(g="B T HV decay"),
+        lambda x: linear(x) | {"g": x["g"][..., None]},
+    ),
+]

@@ -34,6 +34,7 @@ from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_parts, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, first_tensor
+from fla.ops.case import OpCase
 from fla.ops.engine.recurrence.recurrence import check_chunk_size
 from fla.ops.ttt import normalisation_gradient, residual_norm
 
@@ -195,3 +196,28 @@ def chunk_titans_linear(
 
 
 chunk_titans_linear_ref = naive_recurrent_titans_linear
+
+
+CASES = [
+    OpCase(
+        "titans",
+        "Titans-linear",
+        "arXiv:2501.00663",
+        "states that solve or learn",
+        chunk_titans_linear,
+        chunk_titans_linear,
+        naive_recurrent_titans_linear,
+        dict(
+            q="B T H K",
+            k="B T H K unit",
+            v="B T H K",
+            w="H K",
+            b="H K",
+            theta="B T H 1 rate",
+            alpha="B T H 1 rate",
+            eta="B T H 1 rate",
+        ),
+        state=dict(initial_state=("N H K K", "N H K K")),
+        grain=16,
+    ),
+]

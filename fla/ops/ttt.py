@@ -38,6 +38,7 @@ from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, first_tensor
+from fla.ops.case import OpCase
 from fla.ops.engine.recurrence.recurrence import check_chunk_size
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
@@ -230,3 +231,19 @@ def chunk_ttt_linear_ref(
         initial_state_bias,
         output_final_state,
     )
+
+
+CASES = [
+    OpCase(
+        "ttt",
+        "TTT-linear",
+        "arXiv:2407.04620",
+        "states that solve or learn",
+        chunk_ttt_linear,
+        fused_chunk_ttt_linear,
+        naive_recurrent_ttt_linear,
+        dict(q="B T H K", k="B T H K", v="B T H K", w="H K", b="H K", eta="B T H 1 small"),
+        state=dict(initial_state="N H K K", initial_state_bias="N H 1 K"),
+        grain=16,
+    ),
+]

@@ -9,6 +9,7 @@ from fla.core.stage import STAGES, watch
 from fla.ops.engine.recurrence.chunk import chunk
 from fla.ops.engine.recurrence.columns import chunk_columns
 from fla.ops.engine.recurrence.terms import Switches, Terms
+from fla.ops.registry import OPS
 from tests.helpers import error, gradients
 
 DECAYS, ERASES = ("none", "scalar", "vector"), ("none", "delta", "delta with b", "low rank")
@@ -70,8 +71,9 @@ def plain(terms, switches, initial_state=None, cu_seqlens=None):
 
 
 @cache
-def stages(op):
+def stages(title):
     """The stages that the chunk and the token form of an operator leave to the choice of a backend."""
+    op = next(op for op in OPS if op.title == title)
     inputs = op.inputs(1, 4, 1, 4, 4)
     with watch() as seen, torch.no_grad():
         op.call(op.chunk, inputs)
@@ -81,7 +83,7 @@ def stages(op):
 
 def runs_on(op, backend):
     """Whether all stages of an operator have a form in a backend."""
-    return all(backend in stage.forms for stage in stages(op))
+    return all(backend in stage.forms for stage in stages(op.title))
 
 
 def compare(got, want, what, tolerance=3e-6):

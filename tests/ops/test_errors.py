@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Wrong input raises `ValueError` that names the argument, what came and what was expected."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from fla.ops import linear_attn
 from fla.ops.engine.native import library
 from fla.ops.registry import OPS
 
+GDN = next(op for op in OPS if op.name == "gated_delta_rule")
 every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 every_form = pytest.mark.parametrize("form", ["chunk", "token"])
 CU = torch.tensor
@@ -117,7 +120,7 @@ def test_decays_above_zero(op, form):
 
 
 def test_one_dtype_for_queries_keys_and_values():
-    x = OPS[-1].inputs(1, 10, 2, 8, 6)
+    x = GDN.inputs(1, 10, 2, 8, 6)
     with pytest.raises(ValueError, match=r"k has dtype torch\.float64 but q has torch\.float32"):
         gdr.chunk_gated_delta_rule(**{**x, "k": x["k"].double()})
 
@@ -136,15 +139,19 @@ def test_one_dtype_for_queries_keys_and_values():
 )
 def test_contradictory_gate_switches(function, arguments, message):
     with pytest.raises(ValueError, match=message):
-        function(**OPS[-1].inputs(1, 10, 2, 8, 6), **arguments)
+        function(**GDN.inputs(1, 10, 2, 8, 6), **arguments)
 
 
 def test_arguments_that_cannot_be_honoured():
-    x = OPS[-1].inputs(1, 10, 2, 8, 6)
+    x = GDN.inputs(1, 10, 2, 8, 6)
     with pytest.raises(ValueError, match="chunk_indices is not supported"):
         gdr.chunk_gated_delta_rule(**x, chunk_indices=CU([[0, 0]]))
-    with pytest.raises(ValueError, match="cp_context is not supported"):
-        gdr.chunk_gated_delta_rule(**x, cp_context=object())
+    for op in OPS:
+        if "cp_context" in inspect.signature(op.chunk).parameters:
+            with pytest.raises(
+                ValueError, match=r"cp_context .* fla\.distributed\.sequence_parallel"
+            ):
+                op.chunk(**arguments(op, op.chunk), cp_context=object())
     with pytest.raises(ValueError, match="chunk_size is 0"):
         gdr.chunk_gated_delta_rule(**x, chunk_size=0)
     q, k, v = (x[n] for n in "qkv")
@@ -155,7 +162,7 @@ def test_arguments_that_cannot_be_honoured():
 
 
 def test_explicit_choices_are_kept_or_raise(monkeypatch, no_interpreter):
-    x = OPS[-1].inputs(1, 10, 2, 8, 6)
+    x = GDN.inputs(1, 10, 2, 8, 6)
     with (
         stage.use_backend("triton"),
         pytest.raises(ValueError, match=r"asked for by use_backend\(\)"),
@@ -171,7 +178,7 @@ def test_explicit_choices_are_kept_or_raise(monkeypatch, no_interpreter):
 
 
 def test_explain_tells_what_runs_and_why():
-    x = OPS[-1].inputs(1, 10, 2, 8, 6, dtype=torch.bfloat16)
+    x = GDN.inputs(1, 10, 2, 8, 6, dtype=torch.bfloat16)
     text = str(stage.explain(gdr.chunk_gated_delta_rule, **x))
     for part in ("chunk_gated_delta_rule on cpu", "bfloat16 in, computed in float32", "not triton"):  # fmt: skip
         assert part in text

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: MIT
+"""`OpCase`: one operator, as its tests, benchmarks and documentation see it. Each page ends with
+its own, `CASES`; `registry.py` collects them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FAMILIES = {
+    "no decay": "S ← S + k vᵀ",
+    "a decay per head or token": "S ← eᵍ S + k vᵀ",
+    "a decay per channel": "S ← diag(eᵍ) S + k vᵀ",
+    "delta rules": "S ← eᵍ S; S ← S + β k (v - Sᵀk)ᵀ",
+    "low-rank transitions": "S ← diag(eᵍ) S + b (aᵀS) + k vᵀ",
+    "states that solve or learn": "S minimises a loss on the tokens so far",
+    "states that grow": "with log T, or with T",
+    "softmax over some tokens": "softmax(q kᵀ) v over those kept",
+}  # and what their state does
+
+Inputs = dict[str, Tensor]
+Equation = Callable[[Inputs], dict[str, Any]]
+
+QKV = dict(q="B T H K", k="B T H K unit", v="B T HV V")
+SIZES = dict(M=9, D=16, R=2, L=10, Q=2, n=2)  # axes that not every operator has
+SIZES |= {"1": 1, "3": 3}
+
+
+def _values(kind: str, x: Tensor) -> Tensor:
+    """Normal numbers x brought into the domain of an argument."""
+    return {
+        "normal": lambda: x,
+        "unit": lambda: F.normalize(x, dim=-1),
+        "decay": lambda: F.logsigmoid(x + 1),
+        "beta": lambda: 2 * x.sigmoid(),
+        "rate": x.sigmoid,
+        "small": lambda: x / 10,
+        "negative": lambda: -x.exp(),
+        "positive": lambda: 0.5 + x.square(),
+        "count": lambda: torch.zeros(x.shape, dtype=torch.long),
+        "average": lambda: torch.stack([x[:, 0], torch.ones_like(x[:, 1]), x[:, 2]], 1),
+        "squares": lambda: x @ x.mT,
+    }[kind]()
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One operator, as its tests and benchmarks see it.
+
+    Fields:
+        name: the page, `fla/ops/<name>.py`.
+        title: the operator in words; paper: its source; family: its row in the README's table.
+        chunk, token, naive: the public functions (`naive` is the page's literal loop).
+        tensors: axes, and the domain where it is not any number, of each tensor argument. `T*n` is
+            an axis of n steps a token; without T an argument is a parameter.
+        state: axes of each state argument; a tuple of them for an argument that is a tuple.
+        fixed: keyword arguments that every call passes.
+        chunk_fixed: those that calls of chunk and token pass and calls of naive do not.
+        grain: tokens of a mini-batch that is part of the operator: it may be split there only, and
+            its chunk size is no choice.
+        equation: inputs to the arguments q, k, v, g, a, b, bonus of `recurrence/equation.py`, and
+            `steps` where a token is several; None where the operator is no point of it.
+    """
+
+    name: str
+    title: str
+    paper: str
+    family: str
+    chunk: Callable
+    token: Callable
+    naive: Callable
+    tensors: dict[str, str]
+    equation: Equation | None = None
+    state: dict[str, str | tuple[str, ...]] = field(
+        default_factory=lambda: {"initial_state": "N HV K V"}
+    )
+    fixed: dict[str, Any] = field(default_factory=dict)
+    chunk_fixed: dict[str, Any] = field(default_factory=dict)
+    grain: int = 1
+
+    @cached_property
+    def grouped(self) -> bool:
+        """Whether value (or query) heads may be a multiple of the others."""
+        axes = " ".join(self.tensors.values()).split()
+        return "HV" in axes and "H" in axes
+
+    def axes(self, name: str) -> list[str]:
+        """The axes of a tensor argument."""
+        return [a for a in self.tensors[name].split() if not a.islower() or a == "n"]
+
+    def inputs(
+        self,
+        B: int,
+        T: int,
+        H: int,
+        K: int,
+        V: int,
+        *,
+        HV: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        seed: int = 0,
+        **sizes: int,
+    ) -> Inputs:
+        """Random arguments inside the operator's domain."""
+        generator = torch.Generator().manual_seed(seed)
+        sizes = SIZES | dict(B=B, T=T, H=H, HV=HV or H, K=K, V=V) | sizes
+        sizes["T*n"] = sizes["T"] * sizes["n"]
+        values = {}
+        for name, spec in self.tensors.items():
+            kind = spec.split()[-1] if spec.split()[-1].islower() else "normal"
+            shape = [sizes[a] for a in self.axes(name)]
+            x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            values[name] = _values(kind, x).to(device, dtype)
+        return values
+
+    def without_groups(self, inputs: Inputs) -> Inputs:
+        """Heads repeated to the value heads: the meaning of grouped value heads."""
+        if not self.grouped:
+            return inputs
+        HV = next(x.shape[a.index("HV")] for n, x in inputs.items() if "HV" in (a := self.axes(n)))
+        out = {}
+        for name, x in inputs.items():
+            axis = self.axes(name).index("H") if "H" in self.axes(name) else None
+            out[name] = x if axis is None else x.repeat_interleave(HV // x.shape[axis], dim=axis)
+        return out
+
+    def states(
+        self,
+        N: int,
+        H: int,
+        K: int,
+        V: int,
+        *,
+        HV: int | None = None,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 7,
+        **sizes: int,
+    ) -> list[Tensor]:
+        """Random initial states, flat."""
+        generator = torch.Generator().manual_seed(seed)
+        sizes = SIZES | dict(N=N, H=H, HV=HV or H, K=K, V=V) | sizes
+        sizes |= {"V+1": V + 1, "F": 1 + K + K * (K + 1) // 2, "P": K * (K + 1) // 2}
+        states = []
+        for spec in self.state.values():
+            for axes in [spec] if isinstance(spec, str) else spec:
+                kind = axes.split()[-1] if axes.split()[-1].islower() else "normal"
+                shape = [sizes[a] for a in axes.split() if not a.islower()]
+                x = torch.randn(shape, generator=generator, dtype=torch.float64)
+                x = _values(kind, x)
+                states.append(x.to(dtype) if x.is_floating_point() else x)
+        return states
+
+    def state_arguments(self, states: Sequence[Tensor] | None) -> dict[str, Any]:
+        """Flat states as the arguments of a call; none at all for None."""
+        if states is None:
+            return {}
+        rest: list[Tensor] = list(states)
+        out: dict[str, Any] = {}
+        for name, spec in self.state.items():
+            if isinstance(spec, str):
+                out[name] = rest.pop(0)
+            else:
+                out[name] = tuple(rest.pop(0) for _ in spec)
+        return out
+
+    def tokens(self, inputs: Inputs, begin: int, end: int) -> Inputs:
+        """The tokens from begin to end of every input that has tokens."""
+        out = {}
+        for name, x in inputs.items():
+            axes = self.axes(name)
+            n = SIZES["n"] if "T*n" in axes else 1
+            out[name] = x[:, begin * n : end * n] if {"T", "T*n"} & set(axes) else x
+        return out
+
+    def call(
+        self, function: Callable, inputs: Inputs, states: Sequence[Tensor] | None = None, **kw: Any
+    ) -> list[Tensor]:
+        """`function` on the inputs: the output and the final states, flat."""
+        fixed = self.fixed if function is self.naive else self.fixed | self.chunk_fixed
+        fixed = fixed | {"output_final_state": bool(self.state)}
+        results = function(**inputs, **self.state_arguments(states), **fixed, **kw)
+        if isinstance(results, Tensor):
+            return [results]
+        flat: list[Tensor] = []
+        for x in results:
+            flat += x if isinstance(x, tuple) else [x]
+        return [x for x in flat if x is not None]
+
+
+def renamed(function: Callable, **names: str) -> Callable:
+    """`function` taking some of its arguments by the names the chunk form has for them."""
+
+    @wraps(function)
+    def call(**kwargs: Any) -> Any:
+        return function(**{names.get(name, name): x for name, x in kwargs.items()})
+
+    return call
+
+
+def linear(x: Inputs) -> dict[str, Any]:
+    return dict(q=x["q"], k=x["k"], v=x["v"])
+
+
+def delta(x: Inputs) -> dict[str, Any]:
+    beta = x["beta"][..., None]
+    return dict(q=x["q"], k=x["k"], v=beta * x["v"], a=-beta * x["k"], b=x["k"])
+
+
+def constant(log_decay: Tensor) -> Equation:
+    return lambda x: linear(x) | {"g": log_decay.to(x["v"]).expand(x["v"].shape[:3])[..., None]}
+
+
+def gated_delta(x: Inputs) -> dict[str, Any]:
+    decay = x["g"][..., None] if x["g"].dim() == 3 else x["g"]
+    return {**delta(x), "g": decay, "b": decay.exp() * x["k"]}
