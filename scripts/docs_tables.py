@@ -155,7 +155,7 @@ def speed() -> str:
         shown = " | ".join("" if x is None else show(x) for x in peers)
         times = " / ".join(f"{x / ours:.1f}x" for x in peers if x is not None)
         rows.append(f"| {label} | {show(ours)} | {shown} | {times} |")
-    return table("| | fla | transformers | SDPA | fla needs less by |", rows)
+    return table("| | fla | transformers | SDPA | gain over transformers / SDPA |", rows)
 
 
 def why() -> str:
