@@ -39,7 +39,7 @@ class Problem(Structure):
         *((name, c_void_p) for name in STATES),
         *((name, c_int64) for name in SIZES),
         ("scale", c_float),
-        *((name, c_int32) for name in ("decay", "erase", "l2norm", "before", "parts")),
+        *((name, c_int32) for name in ("decay", "erase", "l2norm", "read_before", "parts")),
     ]
 
 
