@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Short causal depthwise convolution, `fla/modules/convolution.py`, and its gradient. With e the
-sequence behind its W rows of history, and tap i reading `lag = W - 1 - i` tokens back,
+sequence after its W rows of history, and tap i reading `lag = W - 1 - i` tokens back,
 
     z_t = bias + sum_i w_i e_{t - lag}        y = z or silu(z)        de_s = sum_i w_i dz_{s + lag}
 

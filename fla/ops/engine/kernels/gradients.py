@@ -309,7 +309,7 @@ def edge_kernel(
         to_end = tl.exp((all - total).to(tl.float32))[:, None]
         of_k *= to_end
         of_a *= to_end
-        # what each token's reads take from the chunk's start: behind its decay, or before it
+        # what each token's reads take from the chunk's start: after its own decay, or before it
         late = tl.sum(of_q * load_rows(q, first, live, hk, HK, K, channel, C, BK), 1)
         early = tl.zeros([C], tl.float32)
         if READ_BEFORE:
@@ -332,8 +332,8 @@ def edge_kernel(
             left.to(tl.float64),
             early.to(tl.float64),
         )
-        # token t's decay is passed by reads of later tokens and its own behind the decay, and by
-        # writes of earlier ones; in fp64, since a running sum less its own term cancels
+        # the decay of token t is passed by reads of later tokens, by its own reads after the decay,
+        # and by writes of earlier tokens; in fp64, since a running sum less its own term cancels
         grad = tl.cumsum(reads, 0, reverse=True) - early + tl.cumsum(left, 0) - left
         part = dg + tl.program_id(2).to(tl.int64) * plane
         store_row(part, grad + tl.sum(through.to(tl.float64)), first, live, hv, HV, C)
@@ -362,7 +362,7 @@ def rows_kernel(
     beta,                        # [BT, HV], for DELTA
     scores_grad,                 # [NC, HV, L C, R C], fp32
     dq, dk,                      # in and out [BT, HV, K], fp32: what `edge_kernel` wrote
-    db, da,                      # likewise, with an erase, and for LOW_RANK
+    db, da,                      # the same, with an erase, and for LOW_RANK
     dbeta,                       # out [tiles of K, BT, HV], fp32, for DELTA: the part -b y
     starts, ends,                # [NC], int64: first token of a chunk, end of its sequence
     plane,                       # BT HV, numbers of one part of dbeta
@@ -393,7 +393,7 @@ def rows_kernel(
     of_k = load_rows(dk, first, live, hv, HV, K, channel, C, BK)
     by_q, by_b = score_decays(g, first, live, hv, HV, DECAY, READ_BEFORE, ERASE_BEFORE, C)
     dtype = Q.dtype
-    # W: the gradient of q k^T itself, that of the score times the decay between the tokens
+    # W: the gradient of q k^T, which is the gradient of its score times the decay in between
     W = (load_square(scores_grad, number, 0, 0, width, C, C) * by_q).to(dtype)
     of_q = tl.dot(W, keys, of_q, input_precision=PRECISION)
     of_k = tl.dot(tl.trans(W), Q, of_k, input_precision=PRECISION)

@@ -42,7 +42,7 @@ def unit_kernel(
 def head_gradient_kernel(
     x,                     # [BT, H, K]: q or k as given, before the norm
     grad,                  # [BT, HV, K], fp32: gradient of the rows of each value head
-    other,                 # [BT, HV, K], fp32, for OTHER: that of b where k stands for it
+    other,                 # [BT, HV, K], fp32, for OTHER: gradient of b, for which k stands
     out,                   # out [BT, H, K]
     count,                 # BT H
     H, HV, K,

@@ -219,7 +219,7 @@ def vector_scores_kernel(
 @triton.jit
 def put_block(
     x,                # matrices of `width` columns, of any dtype
-    far,              # [BLOCK, C]: scores with earlier blocks; zeros behind
+    far,              # [BLOCK, C]: scores with earlier blocks; zeros elsewhere
     near,             # [BLOCK, BLOCK]: scores within the block, transposed
     number,           # int64, offset of the matrix
     top,              # the block's first row
@@ -246,7 +246,7 @@ def vector_rows_kernel(
     beta,                        # [BT, HV], for DELTA
     scores_grad,                 # [NC, HV, L C, R C], fp32
     dq, dk,                      # in and out [BT, HV, K], fp32: what `edge_kernel` wrote
-    db, da,                      # likewise, with an erase, and for LOW_RANK
+    db, da,                      # the same, with an erase, and for LOW_RANK
     dbeta,                       # out [tiles of K, BT, HV], fp32, for DELTA: the part -b y
     starts, ends,                # [NC], int64: first token of a chunk, end of its sequence
     plane,                       # BT HV, numbers of one part of dbeta
@@ -295,7 +295,7 @@ def far_scores(
     C: tl.constexpr,
 ):  # fmt: skip
     """`[BLOCK, C]` of a matrix of scores: rows of the block with the columns before it, or its
-    columns, transposed, with the rows behind it.
+    columns, transposed, with the rows after it.
     """
     other = tl.arange(0, C)
     if READS:
@@ -336,7 +336,7 @@ def block_gradient(
     number = matrix * height * width
     small = tl.arange(0, BLOCK)
     # decays within the block; from its end on for later rows, which read what it writes; to its
-    # start for earlier rows, which it reads; and over the rows before it and behind it
+    # start for earlier rows, which it reads; and over all rows before it and after it
     now = tl.cumprod(factors(g, first, rest, hv, HV, K, channel, BLOCK, BK), 0)
     before = tl.cumprod(factors(g, first - 1, rest, hv, HV, K, channel, BLOCK, BK, 1), 0)
     after = factors(g, first + 1, tl.minimum(rest - 1, BLOCK - 1), hv, HV, K, channel, BLOCK, BK)

@@ -160,7 +160,7 @@ struct Chunk {
   // the next token overwrites.
   float* after(int i) const { return decayed + (keep ? int64_t(i) * R * C * width : 0); }
 
-  // Earlier rows through the decay of token i, and row i itself behind them.
+  // Takes earlier rows through the decay of token i, and adds row i, which is not decayed by it.
   void pass_token(int i,
                   const float* rows) {  // [R C, width]: the right rows, or what they wrote
     float *now = after(i), *old = after(i ? i - 1 : 0);

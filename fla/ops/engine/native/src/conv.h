@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Short causal depthwise convolution, `fla/modules/convolution.py`, and its gradient, for one
-// sequence and up to CHANNELS channels. With e the sequence behind its W rows of history,
+// sequence and up to CHANNELS channels. With e the sequence after its W rows of history,
 //
 //     z_t = bias + sum_i w_i e_{t+1+i}        y = z or silu(z)        de_s = sum_i w_i dz_{s-1-i}
 //

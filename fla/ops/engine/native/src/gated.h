@@ -74,7 +74,7 @@ static int64_t gated_forward(const Gated& p, Task task,
   return arena.used;
 }
 
-// Every block of rows has a row of its own in dweight and dbias: no thread waits for another.
+// Every block of rows writes its own row of dweight and dbias: no thread waits for another.
 static int64_t gated_backward(const Gated& p, Task task,
                               float* workspace) {  // null: only counts its floats
   Arena arena{workspace};

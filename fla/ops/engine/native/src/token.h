@@ -67,7 +67,7 @@ struct Token {
   // place. First all reads of the state before the token, then its new rows, one after the other.
   template <int VECTORS>
   void advance(const float* from,  // [K, lds], from column `at` on
-               float* S,           // [K, lds], likewise; may be `from`
+               float* S,           // [K, lds], the same columns; may be `from`
                int64_t lds,
                int at) {           // first of these columns among the value channels
     vf out[VECTORS], written[VECTORS], erased[VECTORS], decay[VECTORS];
@@ -102,7 +102,7 @@ struct Token {
   }
 
   // All columns of the state through one token. The last ones are copied where V is no multiple of
-  // a register: a state has no room behind it.
+  // a register: what lies after a state is not ours.
   void step(const float* from,  // [K, V]
             float* S,           // [K, V]; may be `from`
             float* tail) {      // [K, LANES], scratch
