@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The rows of `fused_cross_entropy.py` and their gradient: one program a row, which goes over its
+"""The rows of `fused_cross_entropy.py` and their gradient: one program per row, which reads its
 logits once for the sums and once for the gradient. The gradient may be written over the logits.
+
+M rows (tokens), V logits of each; BLOCK logits at a time in registers. Per row there is one number
+of all that is not logits, fp32 unless a comment names another dtype.
 """
 
 from typing import NamedTuple
@@ -12,32 +15,50 @@ from torch import Tensor
 
 from fla.modules.losses import LogitShape
 
-BLOCK, WARPS = 4096, 8  # logits at once
+BLOCK, WARPS = 4096, 8  # logits at a time
 
 
 @triton.jit
-def shaped(z, SCALE: tl.constexpr, CAP: tl.constexpr):
-    """`cap tanh(scale z / cap)`, or scale z where there is no cap."""
+def shaped(
+    z,                    # [BLOCK], of any dtype
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,    # 0: none
+):  # fmt: skip
+    """`cap tanh(scale z / cap)`, or scale z without a cap; `[BLOCK]` in fp32."""
     z = z.to(tl.float32) * SCALE
-    if CAP != 0:
+    if CAP != 0:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
         z = CAP * (1.0 - 2.0 / (tl.exp(2.0 * z / CAP) + 1.0))
     return z
 
 
 @triton.jit
-def grown(most, total, z):
-    """The running maximum, and sum of exponentials below it, with a block of z."""
+def grown(
+    most, total,  # of the blocks so far: the maximum, and the sum of exp(z - maximum)
+    z,            # [BLOCK], -inf where there is no logit
+):  # fmt: skip
+    """`most` and `total` with one more block."""
     larger = tl.maximum(most, tl.max(z, 0))
+    # -inf - (-inf) would be NaN where all logits so far are -inf
     base = tl.where(larger == float("-inf"), 0.0, larger)
     return larger, total * tl.exp(most - base) + tl.sum(tl.exp(z - base), 0)
 
 
 @triton.jit
 def cross_entropy_kernel(
-    logits, targets, loss, z_loss, lses, tops, V, ignore, SCALE: tl.constexpr, CAP: tl.constexpr,
-    SMOOTHING: tl.constexpr, SQUARE: tl.constexpr, BLOCK: tl.constexpr,
+    logits,                   # [M, V], of any dtype
+    targets,                  # [M], int64
+    loss, z_loss,             # out [M]: the loss, z-loss included, and the z-loss; 0 if ignored
+    lses,                     # out [M]: log of the sum of exponentials
+    tops,                     # out [M], int32: number of the largest logit
+    V,
+    ignore,                   # the target of rows without a loss
+    SCALE: tl.constexpr,      # logits are multiplied by it,
+    CAP: tl.constexpr,        # and capped; 0: not
+    SMOOTHING: tl.constexpr,  # share of the loss that all logits have evenly
+    SQUARE: tl.constexpr,     # factor of the z-loss, lse squared
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Losses, the log of the sum of exponentials, and the number of the largest logit."""
+    """The losses of one row, and what its gradient needs, in one pass over the logits."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     most, total, sums = float("-inf"), 0.0, 0.0
@@ -54,6 +75,7 @@ def cross_entropy_kernel(
     lse = most + tl.log(total)
     kept = target != ignore
     known = (target >= 0) & (target < V)
+    # a target outside the vocabulary gives NaN, and no read outside the row
     raw = tl.load(logits + row * V + target, mask=kept & known, other=0.0)
     picked = tl.where(known, shaped(raw, SCALE, CAP), float("nan"))
     own = lse - (1.0 - SMOOTHING) * picked - SMOOTHING * sums / V
@@ -66,17 +88,31 @@ def cross_entropy_kernel(
 
 @triton.jit
 def cross_entropy_gradient_kernel(
-    logits, targets, lses, tops, dloss, dz_loss, out, V, ignore, factor, SCALE: tl.constexpr,
-    CAP: tl.constexpr, SMOOTHING: tl.constexpr, SQUARE: tl.constexpr, WARP: tl.constexpr,
+    logits,                   # [M, V], of any dtype
+    targets,                  # [M], int64
+    lses,                     # [M]
+    tops,                     # [M], int32
+    dloss, dz_loss,           # [M]
+    out,                      # out [M, V]; may be `logits`
+    V,
+    ignore,                   # the target of rows without a loss
+    factor,                   # for WARP
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    SQUARE: tl.constexpr,
+    WARP: tl.constexpr,       # dloss factor (largest logit) is added to that logit's gradient
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """WARP: dloss times `factor` times the largest logit is added to its gradient."""
+    """The gradient of one row's logits. Each block is read before it is written, and by the same
+    program, so `out` may be `logits`.
+    """
     row = tl.program_id(0).to(tl.int64)
     target, lse, top = tl.load(targets + row), tl.load(lses + row), tl.load(tops + row)
     kept = target != ignore
     grad = tl.where(kept, tl.load(dloss + row), 0.0)
     squares = grad + tl.where(kept, tl.load(dz_loss + row), 0.0)
-    mass = grad + squares * 2.0 * SQUARE * lse
+    mass = grad + squares * 2.0 * SQUARE * lse  # the gradient of lse
     for first in range(0, V, BLOCK):
         cols = first + tl.arange(0, BLOCK)
         z = shaped(tl.load(logits + row * V + cols, mask=cols < V, other=0.0), SCALE, CAP)
@@ -84,7 +120,7 @@ def cross_entropy_gradient_kernel(
         dz -= tl.where(cols == target, grad * (1.0 - SMOOTHING), 0.0)
         if WARP:
             dz += tl.where(cols == top, grad * z * factor, 0.0)
-        if CAP != 0:
+        if CAP != 0:  # the slope of the cap, 1 - tanh^2
             dz *= 1.0 - z / CAP * (z / CAP)
         dz = tl.where(kept, dz * SCALE, 0.0)
         tl.store(out + row * V + cols, dz.to(out.dtype.element_ty), mask=cols < V)
@@ -96,8 +132,8 @@ def _switches(shape: LogitShape) -> dict[str, float]:
 
 
 class Rows(NamedTuple):
-    """Of every row: loss, z-loss (0 where ignored), log of the sum of exponentials, and the number
-    of the largest logit.
+    """What the forward pass finds for each row, `[M]`: loss, z-loss (0 where ignored), log of the
+    sum of exponentials, and the number of the largest logit.
     """
 
     loss: Tensor
@@ -128,7 +164,7 @@ def backward(
     out: Tensor,
     factor: float | None = None,
 ) -> Tensor:
-    """The gradient of the logits, written into `out`, which may be they; see the kernel."""
+    """The gradient of the logits, written into `out`, which may be `logits`; see the kernel."""
     M, V = logits.shape
     cross_entropy_gradient_kernel[(M,)](
         logits, target, rows.lse, rows.top, dloss, dz_loss, out, V, shape.ignore_index,

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The rows of `fused_linear_divergence.py`: one program a row, which goes over the logits of both
-models for the sums, for the divergences, and for the gradient, which it writes over the student's.
+"""The rows of `fused_linear_divergence.py`: one program per row, which reads the logits of both
+models three times: for the sums, for the divergences, and for the gradient, which it writes over
+the student's logits.
+
+M rows (tokens), V logits that both models have; BLOCK of them at a time in registers, all in fp32.
+With z and zt the logits of student and teacher, q = softmax(z / T) and p = softmax(zt / T).
 """
 
 import triton
@@ -15,33 +19,55 @@ FORWARD, REVERSE, JSD = (tl.constexpr(x) for x in MODES.values())
 
 
 @triton.jit
-def logs(z, zt, lse, lse_t, inside, RATE: tl.constexpr):
-    """log q, log p, q and p of a block; the latter 0 outside, where the former are 0 too."""
+def logs(
+    z, zt,               # [BLOCK]
+    lse, lse_t,          # of all z RATE and zt RATE
+    inside,              # [BLOCK], mask of logits that both have
+    RATE: tl.constexpr,  # 1 / T
+):  # fmt: skip
+    """log q, log p, q and p of a block, `[BLOCK]`; all of them 0 outside."""
     log_q, log_p = tl.where(inside, z * RATE - lse, 0.0), tl.where(inside, zt * RATE - lse_t, 0.0)
     q, p = tl.where(inside, tl.exp(log_q), 0.0), tl.where(inside, tl.exp(log_p), 0.0)
     return log_q, log_p, q, p
 
 
 @triton.jit
-def mixed(log_q, log_p, BETA: tl.constexpr):
-    """log m, `m = beta p + (1 - beta) q`."""
+def mixed(
+    log_q, log_p,        # [BLOCK]
+    BETA: tl.constexpr,
+):  # fmt: skip
+    """log m `[BLOCK]`, `m = beta p + (1 - beta) q`."""
+    # the larger one is taken out first: both q and p may be 0 in fp32 where log m is finite
     most = tl.maximum(log_q, log_p)
     return most + tl.log(BETA * tl.exp(log_p - most) + (1.0 - BETA) * tl.exp(log_q - most))
 
 
 @triton.jit
-def expected(p, x):
+def expected(
+    p, x,  # [BLOCK]
+):  # fmt: skip
+    """The sum of p x, where 0 times an infinite x is 0."""
     return tl.sum(tl.where(p > 0, p * x, 0.0), 0)
 
 
 @triton.jit
 def divergence_kernel(
-    student, teacher, labels, metrics, V, width, width_t, RATE: tl.constexpr, BETA: tl.constexpr,
-    WEIGHT: tl.constexpr, CE: tl.constexpr, MODE: tl.constexpr, LABELS: tl.constexpr,
+    student,               # in [M, width], fp32: logits; out: the gradient of the loss
+    teacher,               # [M, width_t], fp32
+    labels,                # [M], int64, for LABELS
+    metrics,               # out [M, 5], fp32: in the order of METRICS
+    V,                     # logits that are compared: the first V of both
+    width, width_t,
+    RATE: tl.constexpr,    # 1 / T
+    BETA: tl.constexpr,    # of the mixture, for JSD
+    WEIGHT: tl.constexpr,  # of the divergence in the loss
+    CE: tl.constexpr,      # of the cross entropy in the loss, for LABELS
+    MODE: tl.constexpr,    # FORWARD, REVERSE or JSD
+    LABELS: tl.constexpr,  # there are labels
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """RATE: 1 / T. `student` and `teacher` hold rows of `width` and `width_t` logits, of which the
-    first V are compared; the student's are overwritten.
+    """One row: its metrics, and its gradient over the student's logits. The first two passes only
+    read; the third overwrites each block after it read it.
     """
     row = tl.program_id(0).to(tl.int64)
     student += row * width
@@ -49,6 +75,7 @@ def divergence_kernel(
     low = float("-inf")
     most, total, most_t, total_t, most_1, total_1 = low, 0.0, low, 0.0, low, 0.0
     best, top, best_t, top_t = low, 0, low, 0
+    # pass 1: sums of exponentials (at T, and of the student at 1 for the cross entropy), largest
     for first in range(0, V, BLOCK):
         cols = first + tl.arange(0, BLOCK)
         z = tl.load(student + cols, mask=cols < V, other=float("-inf"))
@@ -66,6 +93,7 @@ def divergence_kernel(
         label = tl.load(labels + row).to(tl.int32)
         ce = lse_1 - tl.load(student + label)
 
+    # pass 2: the divergence and both entropies
     forward, reverse, entropy, entropy_t = 0.0, 0.0, 0.0, 0.0
     for first in range(0, V, BLOCK):
         cols = first + tl.arange(0, BLOCK)
@@ -92,6 +120,7 @@ def divergence_kernel(
     tl.store(metrics + 3, entropy)
     tl.store(metrics + 4, tl.where(top == top_t, 1.0, 0.0))
 
+    # pass 3: the gradient, over all of the student's logits: 0 for those that are not compared
     for first in range(0, width, BLOCK):
         cols = first + tl.arange(0, BLOCK)
         z = tl.load(student + cols, mask=cols < V, other=0.0)
@@ -112,8 +141,8 @@ def divergence_kernel(
 
 
 def rows(z: Tensor, teacher: Tensor, labels: Tensor | None, options: Divergence) -> Tensor:
-    """Summed metrics; z `[rows, V]` in fp32, contiguous, becomes the gradient of the summed loss,
-    0 for tokens that the teacher `[rows, V']` has not.
+    """Summed metrics. z `[M, V]` in fp32, contiguous, becomes the gradient of the summed loss,
+    which is 0 for logits that the teacher `[M, V']` does not have.
     """
     metrics = z.new_empty(len(z), len(METRICS))
     V = min(z.shape[1], teacher.shape[1])

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """RMSNorm with an output gate, `(w x / sqrt(mean(x^2) + eps) + b) act(g)`, and its gradient: one
-pass over the rows each way. The gradient of w is summed per program, then over the programs.
+pass over the rows each way. The gradients of w and b are summed per program, then over programs.
+
+M rows of D channels; a program holds R rows at a time, BD is the power of two that holds D. Tensors
+are contiguous and of any dtype unless a comment names one; all is computed in fp32.
 """
 
 import torch
@@ -9,13 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 WIDEST = 16384  # channels a program can hold
-PROGRAMS = 512  # of the backward, whatever the device: sums do not depend on it
-CELLS = 2048  # of a tile
+PROGRAMS = 512  # of the backward pass, on every device, so that sums do not depend on it
+CELLS = 2048  # R BD, at least one row
 
 
 @triton.jit
-def gate(g, SIGMOID: tl.constexpr):
-    """act(g) and its derivative; act is sigmoid, or swish."""
+def gate(
+    g,                      # [R, BD], fp32
+    SIGMOID: tl.constexpr,  # act is sigmoid, else swish
+):  # fmt: skip
+    """act(g) and its derivative, `[R, BD]`."""
     s = 1.0 / (1.0 + tl.exp(-g))
     if SIGMOID:
         value, slope = s, s * (1.0 - s)
@@ -25,7 +31,13 @@ def gate(g, SIGMOID: tl.constexpr):
 
 
 @triton.jit
-def normalised(x, there, D, eps):
+def normalised(
+    x,      # [R, BD], pointers
+    there,  # [R, BD], mask
+    D,
+    eps,
+):  # fmt: skip
+    """Rows divided by their root mean square, `[R, BD]`, and one over that, `[R, 1]`."""
     row = tl.load(x, mask=there, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(row * row, 1) / D + eps)[:, None]
     return row * inverse, inverse
@@ -33,9 +45,19 @@ def normalised(x, there, D, eps):
 
 @triton.jit
 def gated_norm_kernel(
-    x, g, w, b, y, count, D, eps, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIGMOID: tl.constexpr,
-    R: tl.constexpr, BD: tl.constexpr,
+    x, g,                   # [M, D]
+    w, b,                   # [D], for WEIGHT and for BIAS
+    y,                      # out [M, D]
+    count,                  # M
+    D,
+    eps,
+    WEIGHT: tl.constexpr,   # there is a w
+    BIAS: tl.constexpr,     # there is a b
+    SIGMOID: tl.constexpr,  # act is sigmoid, else swish
+    R: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
+    """R rows of y."""
     rows, cols = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, BD)
     where = rows[:, None] * D + cols[None, :]
     there = (rows < count)[:, None] & (cols < D)[None, :]
@@ -50,9 +72,23 @@ def gated_norm_kernel(
 
 @triton.jit
 def gated_norm_gradient_kernel(
-    x, g, w, b, dy, dx, dg, dw, db, count, D, eps, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    SIGMOID: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
+    x, g,                   # [M, D]
+    w, b,                   # [D], for WEIGHT and for BIAS
+    dy,                     # [M, D]
+    dx, dg,                 # out [M, D]
+    dw, db,                 # out [programs, D], fp32: each program's part
+    count,                  # M
+    D,
+    eps,
+    WEIGHT: tl.constexpr,   # there is a w
+    BIAS: tl.constexpr,     # there is a b
+    SIGMOID: tl.constexpr,  # act is sigmoid, else swish
+    R: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
+    """Every programs-th group of R rows. The norm is computed again from x instead of kept, and the
+    sums for dw and db stay in registers over all of a program's rows.
+    """
     cols, program = tl.arange(0, BD), tl.program_id(0)
     weight = tl.full([BD], 1.0, tl.float32)
     bias = tl.zeros([BD], tl.float32)
@@ -75,6 +111,7 @@ def gated_norm_gradient_kernel(
         sum_w += tl.sum(grad * unit, 0)
         sum_b += tl.sum(grad, 0)
         grad *= weight[None, :]
+        # dx = (du - u mean(u du)) / rms, with u the normalised row
         grad = inverse * (grad - unit * (tl.sum(grad * unit, 1) / D)[:, None])
         tl.store(dx + where, grad.to(dx.dtype.element_ty), mask=there)
     if WEIGHT:
@@ -91,7 +128,7 @@ def _sizes(D: int) -> dict[str, int]:
 def forward(
     x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, sigmoid: bool, eps: float
 ) -> Tensor:
-    """y of contiguous x, g `[rows, D]`."""
+    """y of contiguous x, g `[M, D]`."""
     (count, D), y = x.shape, torch.empty_like(x)
     sizes = _sizes(D)
     gated_norm_kernel[(triton.cdiv(count, sizes["R"]),)](

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Short causal depthwise convolution, `fla/modules/convolution.py`, and its gradient. With e the
-sequence behind its W rows of history, and tap i reading `lag = W - 1 - i` tokens back,
+sequence after its W rows of history, and tap i reading `lag = W - 1 - i` tokens back,
 
     z_t = bias + sum_i w_i e_{t - lag}        y = z or silu(z)        de_s = sum_i w_i dz_{s + lag}
 
-One program per chunk of tokens and tile of channels. Rows of D channels: weight [W], history and
-its like [N, W] with the oldest first.
+One program per chunk of tokens and tile of channels. BT tokens of all sequences in one row, N
+sequences, NC chunks, D channels, W taps, C tokens per chunk, BD channels per program. Rows of a
+history are the last W tokens, the oldest first. Tensors are contiguous and have x's dtype unless a
+comment names another.
 """
 
 import torch
@@ -20,8 +22,19 @@ CHANNELS, WARPS = 64, 4
 
 
 @triton.jit
-def extended(x, history, r, begin, there, n, D, cols, W: tl.constexpr, HISTORY: tl.constexpr):
-    """Rows r of the sequence from `begin` on, or of the history before it; zeros elsewhere."""
+def extended(
+    x,                      # [BT, D]
+    history,                # [N, W, D], fp32, for HISTORY
+    r,                      # [C], int64: tokens; those before `begin` lie in the history
+    begin,                  # first token of the sequence
+    there,                  # [C, BD], mask
+    n,                      # number of the sequence
+    D,
+    cols,                   # [BD]
+    W: tl.constexpr,
+    HISTORY: tl.constexpr,  # there is a history; else it is zeros
+):  # fmt: skip
+    """e, `[C, BD]` in fp32: rows r of the sequence, or of the history before it."""
     inside = there & (r >= begin)[:, None]
     rows = tl.load(x + r[:, None] * D + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     if HISTORY:
@@ -33,10 +46,23 @@ def extended(x, history, r, begin, there, n, D, cols, W: tl.constexpr, HISTORY: 
 
 @triton.jit
 def activation_input(
-    x, weight, bias, history, t, begin, there, n, D, cols, W: tl.constexpr, BIAS: tl.constexpr,
-    HISTORY: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
+    x,                      # [BT, D]
+    weight,                 # [W, D], fp32
+    bias,                   # [D], for BIAS
+    history,                # [N, W, D], fp32, for HISTORY
+    t,                      # [C], int64: tokens
+    begin,
+    there,                  # [C, BD], mask
+    n,
+    D,
+    cols,                   # [BD]
+    W: tl.constexpr,
+    BIAS: tl.constexpr,
+    HISTORY: tl.constexpr,
+    C: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
-    """z `[C, BD]` of tokens t."""
+    """z `[C, BD]` of tokens t, in fp32."""
     z = tl.zeros([C, BD], tl.float32)
     if BIAS:
         z += tl.load(bias + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
@@ -49,10 +75,22 @@ def activation_input(
 
 @triton.jit
 def conv_kernel(
-    x, weight, bias, history, y, starts, ends, begins, owners, D, W: tl.constexpr,
-    SILU: tl.constexpr, BIAS: tl.constexpr, HISTORY: tl.constexpr, C: tl.constexpr,
+    x,                      # [BT, D]
+    weight,                 # [W, D], fp32
+    bias,                   # [D], for BIAS
+    history,                # [N, W, D], fp32, for HISTORY
+    y,                      # out [BT, D]
+    starts, ends, begins,   # [NC], int64: first token of a chunk, end and begin of its sequence
+    owners,                 # [NC], int64: number of that sequence
+    D,
+    W: tl.constexpr,
+    SILU: tl.constexpr,     # y = silu(z)
+    BIAS: tl.constexpr,     # there is a bias
+    HISTORY: tl.constexpr,  # there is a history
+    C: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
+    """y of one chunk and tile of channels."""
     chunk, cols = tl.program_id(0), tl.program_id(1) * BD + tl.arange(0, BD)
     t, end = tl.load(starts + chunk) + tl.arange(0, C), tl.load(ends + chunk)
     begin, n = tl.load(begins + chunk), tl.load(owners + chunk)
@@ -67,18 +105,34 @@ def conv_kernel(
 
 @triton.jit
 def conv_gradient_kernel(
-    x, weight, bias, history, dy, dz, dweight, dbias, starts, ends, begins, owners, D,
-    W: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr, HISTORY: tl.constexpr,
-    C: tl.constexpr, BD: tl.constexpr,
+    x,                      # [BT, D]
+    weight,                 # [W, D], fp32
+    bias,                   # [D], for BIAS
+    history,                # [N, W, D], fp32, for HISTORY
+    dy,                     # [BT, D]
+    dz,                     # out [BT, D], fp32
+    dweight,                # out [NC, W, D], fp32: each chunk's part
+    dbias,                  # out [NC, D], fp32, for BIAS: each chunk's part
+    starts, ends, begins,   # [NC], int64: first token of a chunk, end and begin of its sequence
+    owners,                 # [NC], int64: number of that sequence
+    D,
+    W: tl.constexpr,
+    SILU: tl.constexpr,     # y = silu(z)
+    BIAS: tl.constexpr,
+    HISTORY: tl.constexpr,
+    C: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
-    """dz in fp32, and of every chunk its part of dweight `[chunks, W, D]` and dbias."""
+    """dz of one chunk and tile of channels, and its parts of dweight and dbias: parts instead of
+    atomic sums, whose order would change from run to run.
+    """
     chunk, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     t, end = tl.load(starts + chunk) + tl.arange(0, C), tl.load(ends + chunk)
     begin, n = tl.load(begins + chunk), tl.load(owners + chunk)
     there = (t < end)[:, None] & (cols < D)[None, :]
     at = t[:, None] * D + cols[None, :]
     grad = tl.load(dy + at, mask=there, other=0.0).to(tl.float32)
-    if SILU:
+    if SILU:  # z is computed again instead of kept
         z = activation_input(
             x, weight, bias, history, t, begin, there, n, D, cols, W, BIAS, HISTORY, C, BD
         )
@@ -93,8 +147,18 @@ def conv_gradient_kernel(
 
 
 @triton.jit
-def spread(dz, weight, s, begin, end, cols, D, W: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
-    """`sum_i w_i dz_{s + lag}` over tokens of the sequence."""
+def spread(
+    dz,               # [BT, D], fp32
+    weight,           # [W, D], fp32
+    s,                # [C], int64: tokens, or places of the history before `begin`
+    begin, end,       # of the sequence
+    cols,             # [BD]
+    D,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """`sum_i w_i dz_{s + lag}` over tokens of the sequence, `[C, BD]` in fp32."""
     total = tl.zeros([C, BD], tl.float32)
     for i in tl.static_range(W):
         t = s + (W - 1 - i)
@@ -107,15 +171,27 @@ def spread(dz, weight, s, begin, end, cols, D, W: tl.constexpr, C: tl.constexpr,
 
 @triton.jit
 def conv_input_kernel(
-    dz, weight, dfinal, dx, starts, ends, begins, owners, D, W: tl.constexpr,
-    FINAL: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
+    dz,                    # [BT, D], fp32
+    weight,                # [W, D], fp32
+    dfinal,                # [N, W, D], fp32, for FINAL
+    dx,                    # out [BT, D]
+    starts, ends, begins,  # [NC], int64: first token of a chunk, end and begin of its sequence
+    owners,                # [NC], int64: number of that sequence
+    D,
+    W: tl.constexpr,
+    FINAL: tl.constexpr,   # the final history has a gradient
+    C: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
+    """dx of one chunk and tile of channels. It is not part of `conv_gradient_kernel` since it reads
+    dz of the next chunk.
+    """
     chunk, cols = tl.program_id(0), tl.program_id(1) * BD + tl.arange(0, BD)
     s, end = tl.load(starts + chunk) + tl.arange(0, C), tl.load(ends + chunk)
     begin, n = tl.load(begins + chunk), tl.load(owners + chunk)
     there = (s < end)[:, None] & (cols < D)[None, :]
     grad = spread(dz, weight, s, begin, end, cols, D, W, C, BD)
-    if FINAL:
+    if FINAL:  # the last W tokens are the final history too
         row = s - end + W
         kept = there & (row >= 0)[:, None]
         at = (n * W + row)[:, None] * D + cols[None, :]
@@ -125,11 +201,25 @@ def conv_input_kernel(
 
 @triton.jit
 def conv_edge_kernel(
-    x, weight, history, dz, dfinal, final, dhistory, bounds, D, W: tl.constexpr,
-    HISTORY: tl.constexpr, BACKWARD: tl.constexpr, FINAL: tl.constexpr, BW: tl.constexpr,
+    x,                       # [BT, D], unless BACKWARD
+    weight,                  # [W, D], fp32
+    history,                 # [N, W, D], fp32, for HISTORY
+    dz,                      # [BT, D], fp32, for BACKWARD
+    dfinal,                  # [N, W, D], fp32, for FINAL
+    final,                   # out [N, W, D], fp32, unless BACKWARD
+    dhistory,                # out [N, W, D], fp32, for BACKWARD
+    bounds,                  # [N + 1], int64: as cu_seqlens
+    D,
+    W: tl.constexpr,
+    HISTORY: tl.constexpr,   # there is a history
+    BACKWARD: tl.constexpr,  # the gradient of the history instead of the final history
+    FINAL: tl.constexpr,     # the final history has a gradient
+    BW: tl.constexpr,        # the power of two that holds W
     BD: tl.constexpr,
 ):  # fmt: skip
-    """Of one sequence, the last W rows; or the gradient of its history."""
+    """The final history of one sequence, or the gradient of its initial history. A sequence of
+    fewer than W tokens passes on rows of its own history.
+    """
     n, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     begin, end, rows = tl.load(bounds + n), tl.load(bounds + n + 1), tl.arange(0, BW)
     there = (rows < W)[:, None] & (cols < D)[None, :]
@@ -148,7 +238,7 @@ def conv_edge_kernel(
 
 
 class Convolution:
-    """A call of the convolution: x `[tokens, D]`, its filter as rows in fp32, and its launches."""
+    """A call of the convolution: x `[BT, D]`, its filter as rows in fp32, and its launches."""
 
     def __init__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, cuts: Cuts

@@ -164,8 +164,8 @@ class Call:
         self.a, self.own_b = flat(a, v.dtype), flat(b, v.dtype)
         self.kind = dict(
             ERASE=LOW_RANK if a is not None else NO_ERASE if beta is None else DELTA,
-            EARLY=read_before,
-            OWN=b is not None,
+            READ_BEFORE=read_before,
+            ERASE_BEFORE=b is not None,
             C=CHUNK,
             PRECISION="ieee" if v.dtype == torch.float32 else "tf32",
         )
@@ -206,7 +206,7 @@ class Call:
         }
         out["last"] = self.new(self.chunks, self.HV, self.K, dtype=torch.float32)
         sizes = self.tiles("edges", "BK")
-        kind = {name: self.kind[name] for name in ("ERASE", "EARLY", "OWN", "C")}
+        kind = {name: self.kind[name] for name in ("ERASE", "READ_BEFORE", "ERASE_BEFORE", "C")}
         vector.edges_kernel[self.grid(triton.cdiv(self.K, sizes["BK"]))](
             self.q, self.k, self.b, self.a, self.g, out["q"], out["k"], out["b"], out.get("a"),
             out["last"], self.cuts.starts, self.cuts.ends, self.H, self.b.shape[1], self.HV,
@@ -250,7 +250,7 @@ class Call:
         final = self.new(self.sequences, self.HV, self.K, self.V, dtype=torch.float32)
         inverse, mixed = self.system.inverse, self.system.mixed
         rows, sizes = self.rows, self.tiles("state", "BK", "BV")
-        kind = {name: self.kind[name] for name in ("ERASE", "OWN", "C", "PRECISION")}
+        kind = {name: self.kind[name] for name in ("ERASE", "ERASE_BEFORE", "C", "PRECISION")}
         state.state_kernel[self.state_grid(sizes)](
             rows["k"], rows["b"], rows.get("a"), self.v, self.g, self.beta, rows["last"], inverse,
             mixed, states, written, initial, final, self.cuts.bounds, self.cuts.first_chunks,
@@ -265,7 +265,7 @@ class Call:
 
     def output(self, states: Tensor, written: Tensor | None) -> Tensor:
         o, rows, sizes = torch.empty_like(self.v), self.rows, self.tiles("output", "BK", "BV")
-        kind = {name: self.kind[name] for name in ("ERASE", "EARLY", "C", "PRECISION")}
+        kind = {name: self.kind[name] for name in ("ERASE", "READ_BEFORE", "C", "PRECISION")}
         state.output_kernel[self.grid(triton.cdiv(self.V, sizes["BV"]))](
             rows["q"], self.v, written, self.g, self.system.attention, states, o, self.cuts.starts,
             self.cuts.ends, self.scale, rows["q"].shape[1], self.HV, self.K, self.V, self.decay,
@@ -396,7 +396,7 @@ def tokens(
         H, HV, K, V,
         DECAY=NO_DECAY if g is None else SCALAR if g.dim() == 3 else VECTOR,
         ERASE=LOW_RANK if a is not None else NO_ERASE if beta is None else DELTA,
-        EARLY=read_before, OWN=b is not None, COLUMNS=gv is not None,
+        READ_BEFORE=read_before, ERASE_BEFORE=b is not None, COLUMNS=gv is not None,
         CHANNELS=beta is not None and beta.dim() == 4, L2NORM=l2norm,
         INITIAL=initial is not None, BK=triton.next_power_of_2(K), BV=BV,
         num_warps=tiles.warps, num_stages=tiles.stages,

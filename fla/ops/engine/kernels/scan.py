@@ -3,6 +3,9 @@
 
 One program per sequence and tile of channels. A chunk is one associative scan over its tokens from
 a state of zero, to which the state before it is added times the decay since.
+
+BT tokens of all sequences in one row, N sequences, NC chunks, D channels, C tokens per chunk, BD
+channels per program. Tensors are contiguous; x, g and their like are of any dtype, states of fp32.
 """
 
 import torch
@@ -16,35 +19,67 @@ CHANNELS, WARPS = 64, 4
 
 
 @triton.jit
-def then(decay, x, next_decay, next_x):
-    """Two stretches of tokens, one after the other."""
+def then(
+    decay, x,            # of a stretch of tokens: its decay, and the state it leaves from zero
+    next_decay, next_x,  # of the stretch after it
+):  # fmt: skip
+    """Both stretches as one; the associative operation of the scan."""
     return decay * next_decay, next_x + next_decay * x
 
 
 @triton.jit
-def load(x, t, first, last, D, cols):
-    """Rows `first <= t < last` in fp32; zeros elsewhere."""
+def load(
+    x,            # [BT, D]
+    t,            # [C], int64: tokens
+    first, last,
+    D,
+    cols,         # [BD]
+):  # fmt: skip
+    """Rows `first <= t < last`, `[C, BD]` in fp32; zeros elsewhere."""
     there = ((t >= first) & (t < last))[:, None] & (cols < D)[None, :]
     return tl.load(x + t[:, None] * D + cols[None, :], mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store(x, value, t, last, D, cols):
+def store(
+    x,      # [BT, D], of any dtype
+    value,  # [C, BD]
+    t,      # [C], int64: tokens
+    last,
+    D,
+    cols,   # [BD]
+):  # fmt: skip
+    """Rows `t < last`."""
     there = (t < last)[:, None] & (cols < D)[None, :]
     tl.store(x + t[:, None] * D + cols[None, :], value.to(x.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def row_of(x, i, C: tl.constexpr):
+def row_of(
+    x,                # [C, BD]
+    i,
+    C: tl.constexpr,
+):  # fmt: skip
+    """Row i, `[BD]`; a masked sum, since registers have no index."""
     return tl.sum(tl.where((tl.arange(0, C) == i)[:, None], x, 0.0), 0)
 
 
 @triton.jit
 def scan_kernel(
-    x, g, initial, h, final, states, bounds, first_chunks, D, INITIAL: tl.constexpr,
-    KEEP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
+    x, g,                   # [BT, D]
+    initial,                # [N, D], fp32, for INITIAL
+    h,                      # out [BT, D]
+    final,                  # out [N, D], fp32
+    states,                 # out [NC, D], fp32, for KEEP: the state before every chunk
+    bounds,                 # [N + 1], int64: as cu_seqlens
+    first_chunks,           # [N], int64: number of a sequence's first chunk
+    D,
+    INITIAL: tl.constexpr,  # there is an initial state
+    KEEP: tl.constexpr,     # a backward pass follows, which needs `states`
+    C: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
-    """KEEP: the state before every chunk goes into `states` `[chunks, D]`."""
+    """All chunks of one sequence and tile of channels; the state stays in registers, in fp32."""
     n, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     begin, end, chunk = tl.load(bounds + n), tl.load(bounds + n + 1), tl.load(first_chunks + n)
     state = tl.zeros([BD], tl.float32)
@@ -65,11 +100,21 @@ def scan_kernel(
 
 @triton.jit
 def scan_gradient_kernel(
-    x, g, states, dh, dfinal, dx, dg, dinitial, bounds, first_chunks, D, FINAL: tl.constexpr,
-    C: tl.constexpr, BD: tl.constexpr,
+    x, g,                 # [BT, D]
+    states,               # [NC, D], fp32: the state before every chunk
+    dh,                   # [BT, D]
+    dfinal,               # [N, D], fp32, for FINAL
+    dx, dg,               # out [BT, D]
+    dinitial,             # out [N, D], fp32
+    bounds,               # [N + 1], int64: as cu_seqlens
+    first_chunks,         # [N], int64: number of a sequence's first chunk
+    D,
+    FINAL: tl.constexpr,  # the final state has a gradient
+    C: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     """With l_t = dh_t + exp(g_{t+1}) l_{t+1}: dx = l and dg = l exp(g) h_{t-1}; chunks from the
-    last to the first, `carry` what a later one gives.
+    last to the first. `carry` is exp(g) l of the token after a chunk.
     """
     n, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     begin, end = tl.load(bounds + n), tl.load(bounds + n + 1)
@@ -82,10 +127,12 @@ def scan_gradient_kernel(
         first, chunk = begin + (chunks - 1 - back) * C, chunk - 1
         t = first + tl.arange(0, C)
         stop = tl.minimum(first + C, end)
+        # h_{t-1}: the forward scan again, shifted by one token
         state = tl.load(states + chunk * D + cols, mask=cols < D, other=0.0)
         decay = tl.exp(load(g, t - 1, first, stop, D, cols))
         decay, before = tl.associative_scan((decay, load(x, t - 1, first, stop, D, cols)), 0, then)
         before += decay * state[None, :]
+        # l: a scan from the chunk's end, with the decay of the token after each
         decay = tl.exp(load(g, t + 1, begin, stop, D, cols))
         grad = load(dh, t, begin, end, D, cols)
         decay, adjoint = tl.associative_scan((decay, grad), 0, then, reverse=True)
@@ -100,7 +147,7 @@ def scan_gradient_kernel(
 def forward(
     x: Tensor, g: Tensor, initial: Tensor | None, cuts: Cuts, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h and the final state of x, g `[tokens, D]`, and where `keep` the state before each chunk."""
+    """h and the final state of x, g `[BT, D]`, and if `keep` the state before each chunk."""
     N, D = len(cuts.first_chunks), x.shape[1]
     h, final = torch.empty_like(x), x.new_empty(N, D, dtype=torch.float32)
     states = final.new_empty(len(cuts.starts) if keep else 0, D)

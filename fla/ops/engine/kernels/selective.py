@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: MIT
 """The selective scan, `fla/ops/engine/scan/selective.py`, and its gradient.
 
-One program per sequence and tile of channels, which holds their N states each. A chunk is one
+    S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t        y_t = sum over the states of C_t S_t
+
+One program per sequence and tile of channels, which holds the N states of each. A chunk is one
 associative scan over its tokens from a state of zero, to which the state before it is added times
 the decay since.
+
+BT tokens of all sequences in one row, NS sequences, NC chunks, D channels, N states per channel, C
+tokens per chunk (the C of the equation is `read` in the kernels), BD channels and BN states per
+program. Tensors are contiguous; x, dt, B, read and their like are of any dtype, states of fp32.
 """
 
 from typing import NamedTuple
@@ -20,24 +26,48 @@ CHUNK, STATES, WARPS = 16, 512, 8  # tokens at once; states of a program
 
 
 @triton.jit
-def decays(dt, a, t, first, last):
+def decays(
+    dt,           # [C, BD], fp32
+    a,            # [BD, BN], fp32
+    t,            # [C], int64: tokens
+    first, last,
+):  # fmt: skip
     """`exp(dt a)` `[C, BD, BN]`; 1 for tokens elsewhere than `first <= t < last`."""
     there = ((t >= first) & (t < last))[:, None, None]
     return tl.where(there, tl.exp(dt[:, :, None] * a[None, :, :]), 1.0)
 
 
 @triton.jit
-def layer_of(x, i, C: tl.constexpr):
+def layer_of(
+    x,                # [C, BD, BN]
+    i,
+    C: tl.constexpr,
+):  # fmt: skip
+    """The cells of row i, `[BD, BN]`; a masked sum, since registers have no index."""
     return tl.sum(tl.where((tl.arange(0, C) == i)[:, None, None], x, 0.0), 0)
 
 
 @triton.jit
 def selective_kernel(
-    x, dt, A, B, read, initial, y, final, states, bounds, first_chunks, D, N,
-    INITIAL: tl.constexpr, KEEP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
-    BN: tl.constexpr,
+    x, dt,                  # [BT, D]
+    A,                      # [D, N], fp32
+    B, read,                # [BT, N]; `read` is the equation's C
+    initial,                # [NS, D, N], fp32, for INITIAL
+    y,                      # out [BT, D]
+    final,                  # out [NS, D, N], fp32
+    states,                 # out [NC, D, N], fp32, for KEEP: the state before every chunk
+    bounds,                 # [NS + 1], int64: as cu_seqlens
+    first_chunks,           # [NS], int64: number of a sequence's first chunk
+    D, N,
+    INITIAL: tl.constexpr,  # there is an initial state
+    KEEP: tl.constexpr,     # a backward pass follows, which needs `states`
+    C: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,       # the power of two that holds N
 ):  # fmt: skip
-    """KEEP: the state before every chunk goes into `states` `[chunks, D, N]`."""
+    """All chunks of one sequence and tile of channels; the states stay in registers, in fp32, and
+    never reach memory token by token.
+    """
     n, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     ns = tl.arange(0, BN)
     cells, inside = cols[:, None] * N + ns[None, :], (cols < D)[:, None] & (ns < N)[None, :]
@@ -63,11 +93,28 @@ def selective_kernel(
 
 @triton.jit
 def selective_gradient_kernel(
-    x, dt, A, B, read, states, dy, dfinal, dx, ddt, dA, dB, dread, dinitial, bounds, first_chunks,
-    plane, D, N, FINAL: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    x, dt,                # [BT, D]
+    A,                    # [D, N], fp32
+    B, read,              # [BT, N]; `read` is the equation's C
+    states,               # [NC, D, N], fp32: the state before every chunk
+    dy,                   # [BT, D]
+    dfinal,               # [NS, D, N], fp32, for FINAL
+    dx, ddt,              # out [BT, D]
+    dA,                   # out [NS, D, N], fp32: each sequence's part
+    dB, dread,            # out [tiles of D, BT, N], fp32: each tile's part
+    dinitial,             # out [NS, D, N], fp32
+    bounds,               # [NS + 1], int64: as cu_seqlens
+    first_chunks,         # [NS], int64: number of a sequence's first chunk
+    plane,                # BT N, numbers of one part of dB and of dread
+    D, N,
+    FINAL: tl.constexpr,  # the final state has a gradient
+    C: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,     # the power of two that holds N
 ):  # fmt: skip
-    """Chunks from the last to the first, `carry` what a later one gives. dA is summed per sequence;
-    dB and dread, each `plane` long, are those of this tile of channels.
+    """Chunks from the last to the first. `adjoint` is the gradient of the state after each token,
+    `carry` what the token after a chunk hands to it. The sums for dA and the states stay in
+    registers.
     """
     n, tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     cols, ns = tile * BD + tl.arange(0, BD), tl.arange(0, BN)
@@ -84,6 +131,7 @@ def selective_gradient_kernel(
         first, chunk = begin + (chunks - 1 - back) * C, chunk - 1
         t = first + tl.arange(0, C)
         stop = tl.minimum(first + C, end)
+        # S_{t-1}: the forward scan again, shifted by one token
         state = tl.load(states + chunk * D * N + cells, mask=inside, other=0.0)
         step = load(dt, t - 1, first, stop, D, cols)
         written = (step * load(x, t - 1, first, stop, D, cols))[:, :, None]
@@ -91,12 +139,14 @@ def selective_gradient_kernel(
         decay = decays(step, a, t - 1, first, stop)
         decay, before = tl.associative_scan((decay, written), 0, then)
         before += decay * state[None, :, :]
+        # the adjoint: a scan from the chunk's end, with the decay of the token after each
         grad = load(dy, t, begin, end, D, cols)
         adjoint = grad[:, :, None] * load(read, t, begin, end, N, ns)[:, None, :]
         decay = decays(load(dt, t + 1, begin, stop, D, cols), a, t + 1, begin, stop)
         decay, adjoint = tl.associative_scan((decay, adjoint), 0, then, reverse=True)
         adjoint += decay * carry[None, :, :]
 
+        # from both, the gradients of all that token t reads
         step, row = load(dt, t, begin, end, D, cols), load(x, t, begin, end, D, cols)
         write = load(B, t, begin, end, N, ns)
         decay = decays(step, a, t, begin, end)
@@ -116,7 +166,7 @@ def selective_gradient_kernel(
 
 
 class Inputs(NamedTuple):
-    """x, dt `[tokens, D]`, A `[D, N]` in fp32, B, C `[tokens, N]`."""
+    """x, dt `[BT, D]`, A `[D, N]` in fp32, B, C `[BT, N]`."""
 
     x: Tensor
     dt: Tensor
@@ -134,7 +184,7 @@ def _launch(p: Inputs, cuts: Cuts) -> tuple[tuple[int, int], dict[str, int]]:
 def forward(
     p: Inputs, initial: Tensor | None, cuts: Cuts, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and where `keep` the state before each chunk."""
+    """y, the final state, and if `keep` the state before each chunk."""
     grid, sizes = _launch(p, cuts)
     y, final = torch.empty_like(p.x), p.A.new_empty(grid[0], *p.A.shape)
     states = p.A.new_empty(len(cuts.starts) if keep else 0, *p.A.shape)
@@ -148,7 +198,7 @@ def forward(
 def backward(
     p: Inputs, dy: Tensor, initial: Tensor | None, dfinal: Tensor | None, cuts: Cuts
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, dt, A, B, C and the initial state; those of A, B and C in fp32."""
+    """Gradients of x, dt, A, B, C and the initial state; A's, B's and C's in fp32."""
     _, final, states = forward(p, initial, cuts, True)
     grid, sizes = _launch(p, cuts)
     dx, ddt, dA, dinitial = (torch.empty_like(y) for y in (p.x, p.dt, final, final))

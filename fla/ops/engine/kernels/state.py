@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: MIT
 """From chunk to chunk: the state, what each chunk writes into it, and what is read of it. With S
-the state at a chunk's start, decays included in q, b, k and a as `enter` and `leave` below,
+the state at a chunk's start, rows q, b times the decay from the chunk's start (`enter`), rows k, a
+times the decay to its end (`leave`), and `last` the decay of the whole chunk,
 
     delta      u = T beta (v - b S)          S' = last S + k^T u
     low rank   u = T (b S) + M v             S' = last S + k^T v + a^T u
     no erase                                 S' = last S + k^T v
     output     o = scale (q S + attention [v; u])
 
-Decay per channel comes multiplied into q, b, k, a already (`vector.py`), with `last` beside it.
+Rows that decay per channel come here already multiplied (`edges_kernel` of `vector.py`), per value
+head, with `last` beside them. For the letters in the shapes see `parts.py`: BT tokens in all, N
+sequences, NC chunks, HQ, HK, HB, HV heads of q, k, b and v, K, V channels, C tokens per chunk, BK,
+BV channels per program, R = 2 kinds of rows that write for LOW_RANK, else 1.
 """
 
 import triton
@@ -30,7 +34,11 @@ from fla.ops.engine.kernels.parts import (
 
 
 @triton.jit
-def enter(x, logs_read, DECAY: tl.constexpr):
+def enter(
+    x,                    # [C, BK]: rows that read
+    logs_read,            # [C], fp64: log decay from the chunk's start to the read, for SCALAR
+    DECAY: tl.constexpr,
+):  # fmt: skip
     """Rows that read, times the decay from the chunk's start."""
     if DECAY == SCALAR:
         return (x * tl.exp(logs_read.to(tl.float32))[:, None]).to(x.dtype)
@@ -39,7 +47,12 @@ def enter(x, logs_read, DECAY: tl.constexpr):
 
 
 @triton.jit
-def leave(x, total, all, DECAY: tl.constexpr):
+def leave(
+    x,                    # [C, BK]: rows that write
+    total,                # [C], fp64: sum of log decays up to each token, for SCALAR
+    all,                  # fp64: sum of the whole chunk
+    DECAY: tl.constexpr,
+):  # fmt: skip
     """Rows that write, times the decay to the chunk's end."""
     if DECAY == SCALAR:
         return (x * tl.exp((all - total).to(tl.float32))[:, None]).to(x.dtype)
@@ -48,7 +61,15 @@ def leave(x, total, all, DECAY: tl.constexpr):
 
 
 @triton.jit
-def last_factor(last, number, all, K, k, DECAY: tl.constexpr, BK: tl.constexpr):
+def last_factor(
+    last,                 # [NC, HV, K], fp32, for VECTOR
+    number,               # chunk and value head
+    all,                  # fp64: sum of the chunk's log decays, for SCALAR
+    K,
+    k,                    # first key channel of the tile
+    DECAY: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
     """The decay of a whole chunk, `[BK]`."""
     if DECAY == SCALAR:
         return tl.exp(all.to(tl.float32)) + tl.zeros([BK], tl.float32)
@@ -61,13 +82,34 @@ def last_factor(last, number, all, K, k, DECAY: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def state_kernel(
-    k, b, a, v, g, beta, last, inverse, mixed, states, written, initial, final,
-    bounds, first_chunks, HK, HB, HV, K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr,
-    ERASE: tl.constexpr, OWN: tl.constexpr, INITIAL: tl.constexpr, C: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    k,                           # [BT, HK, K]; for VECTOR rows that leave, and HK = HV
+    b,                           # [BT, HB, K], with an erase; for VECTOR rows that enter
+    a,                           # [BT, HV, K], for LOW_RANK; for VECTOR rows that leave
+    v,                           # [BT, HV, V]
+    g,                           # [BT, HV], log decays, for SCALAR
+    beta,                        # [BT, HV], for DELTA
+    last,                        # [NC, HV, K], fp32, for VECTOR
+    inverse, mixed,              # [NC, HV, C, C]: T with an erase, M for LOW_RANK
+    states,                      # out [NC, HV, K, V]: the state at each chunk's start
+    written,                     # out [BT, HV, V], with an erase: u
+    initial,                     # [N, HV, K, V], fp32, for INITIAL
+    final,                       # out [N, HV, K, V], fp32
+    bounds,                      # [N + 1], int64: as cu_seqlens
+    first_chunks,                # [N], int64: number of a sequence's first chunk
+    HK, HB, HV,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    DECAY: tl.constexpr,         # NO_DECAY, SCALAR or VECTOR
+    ERASE: tl.constexpr,         # NO_ERASE, DELTA or LOW_RANK
+    ERASE_BEFORE: tl.constexpr,  # b is given, and reads the state before the decay
+    INITIAL: tl.constexpr,       # there is an initial state
+    C: tl.constexpr,
+    BK: tl.constexpr,            # with an erase all of K: b S sums over key channels
+    BV: tl.constexpr,
+    PRECISION: tl.constexpr,     # of matrix products: "ieee" in fp32, else "tf32"
 ):  # fmt: skip
-    """All chunks of one sequence, value head and tile of value channels; without erase also one
-    tile of key channels. `states` receives the first state of every chunk, `written` u.
+    """All chunks of one sequence, value head and tile of value channels, one after the other;
+    without an erase also one tile of key channels. S stays in registers, in fp32.
     """
     n, hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
     column, channel = tl.program_id(1) * BV, tl.program_id(2) * BK
@@ -86,9 +128,9 @@ def state_kernel(
         all = tl.sum(one) if DECAY == SCALAR else 0.0
         values = load_rows(v, first, live, hv, HV, V, column, C, BV)
         keys = leave(load_rows(k, first, live, hk, HK, K, channel, C, BK), total, all, DECAY)
-        if ERASE != NO_ERASE:
+        if ERASE != NO_ERASE:  # u, from b S; before S is overwritten
             erase = load_rows(b, first, live, hb, HB, K, 0, C, BK)
-            erase = enter(erase, total - one if OWN else total, DECAY)
+            erase = enter(erase, total - one if ERASE_BEFORE else total, DECAY)
             read = tl.dot(erase, S.to(dtype), input_precision=PRECISION)
             T = load_square(inverse, number * C * C, 0, 0, C, C, C)
             if ERASE == DELTA:
@@ -100,6 +142,7 @@ def state_kernel(
                 u = tl.dot(T, read.to(dtype), input_precision=PRECISION)
                 u = tl.dot(M, values, u, input_precision=PRECISION).to(dtype)
             store_rows(written, u, first, live, hv, HV, V, column, C, BV)
+        # S' = last S + k^T v (or k^T u) [+ a^T u]
         S *= last_factor(last, number, all, K, channel, DECAY, BK)[:, None]
         if ERASE == DELTA:
             S = tl.dot(tl.trans(keys), u, S, input_precision=PRECISION)
@@ -114,12 +157,29 @@ def state_kernel(
 
 @triton.jit
 def output_kernel(
-    q, v, written, g, attention, states, o, starts, ends, scale, HQ, HV,
-    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, ERASE: tl.constexpr,
-    EARLY: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    q,                          # [BT, HQ, K]; for VECTOR rows that enter, and HQ = HV
+    v,                          # [BT, HV, V]
+    written,                    # [BT, HV, V], with an erase: u
+    g,                          # [BT, HV], log decays, for SCALAR
+    attention,                  # [NC, HV, C, R C]
+    states,                     # [NC, HV, K, V]
+    o,                          # out [BT, HV, V]
+    starts, ends,               # [NC], int64: first token of a chunk, end of its sequence
+    scale,
+    HQ, HV,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    DECAY: tl.constexpr,        # NO_DECAY, SCALAR or VECTOR
+    ERASE: tl.constexpr,        # NO_ERASE, DELTA or LOW_RANK
+    READ_BEFORE: tl.constexpr,  # o reads the state before its token
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, value head and tile of value channels."""
+    """o of one chunk, value head and tile of value channels. Chunks do not wait for each other
+    here, since `state_kernel` stored the state at the start of each.
+    """
     chunk, hv = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.program_id(2) * BV
     first = tl.load(starts + chunk)
@@ -127,11 +187,12 @@ def output_kernel(
     number, hq = chunk * HV + hv, hv // (HV // HQ)
     one, total = logs(g, first, live, hv, HV, C) if DECAY == SCALAR else (0.0, 0.0)
     out = tl.zeros([C, BV], tl.float32)
-    for channel in range(0, K, BK):
+    for channel in range(0, K, BK):  # q S
         rows = load_rows(q, first, live, hq, HQ, K, channel, C, BK)
-        rows = enter(rows, total - one if EARLY else total, DECAY)
+        rows = enter(rows, total - one if READ_BEFORE else total, DECAY)
         S = load_state(states, number * K * V, K, V, channel, column, BK, BV)
         out = tl.dot(rows, S, out, input_precision=PRECISION)
+    # attention [v; u]: the first C columns weigh what k wrote, the others what a wrote
     width: tl.constexpr = C * (2 if ERASE == LOW_RANK else 1)
     values = load_rows(v, first, live, hv, HV, V, column, C, BV)
     if ERASE != NO_ERASE:

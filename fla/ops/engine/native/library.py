@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The compiled library: found, loaded, and called through ctypes. Its structures are those of
-`src/problem.h`.
+"""Finds, loads and calls the compiled library through ctypes. The structures are the same as in
+`src/problem.h`, which says the shape of every field.
 
 FLA_NATIVE_ISA names an instruction set instead of the best that this machine runs.
 """
@@ -41,7 +41,7 @@ class Problem(Structure):
         *((name, c_void_p) for name in STATES),
         *((name, c_int64) for name in SIZES),
         ("scale", c_float),
-        *((name, c_int32) for name in ("decay", "erase", "l2norm", "before", "parts")),
+        *((name, c_int32) for name in ("decay", "erase", "l2norm", "read_before", "parts")),
     ]
 
 
@@ -104,7 +104,7 @@ def readable(x: Tensor) -> Tensor:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The library; `OSError` where it is not there or not ours."""
+    """The loaded library; raises `OSError` where it is absent or built from other sources."""
     path = os.environ.get("FLA_NATIVE_LIBRARY") or next(
         map(str, Path(__file__).parent.glob("libfla_engine*")), None
     )
@@ -121,7 +121,7 @@ def library() -> ctypes.CDLL:
 
 
 def _declare(lib: ctypes.CDLL) -> bool:
-    """Whether its structures are those above."""
+    """Declares the functions of `lib`; whether its structures have the sizes of those above."""
     lib.fla_isa_name.restype = ctypes.c_char_p
     for size, (problem, functions) in PROBLEMS.items():
         getattr(lib, size).restype = c_int64
@@ -131,7 +131,7 @@ def _declare(lib: ctypes.CDLL) -> bool:
 
 
 def _missing() -> str | None:
-    """Why there are no native kernels, or None where they run."""
+    """Why there are no native kernels, or None if they run."""
     try:
         library()
     except OSError as error:
@@ -144,7 +144,7 @@ def _missing() -> str | None:
 
 @cache
 def instruction_sets() -> list[str]:
-    """Those the library was built for and this machine runs, the best first."""
+    """Instruction sets that the library was built for and this machine runs, the best first."""
     lib = library()
     names = [lib.fla_isa_name(i).decode() for i in range(lib.fla_isa_count())]
     return [name for i, name in enumerate(names) if lib.fla_isa_runs(i)]
@@ -152,7 +152,7 @@ def instruction_sets() -> list[str]:
 
 @cache
 def instruction_set_name() -> str:
-    """The one in use."""
+    """The instruction set in use."""
     wanted, names = os.environ.get("FLA_NATIVE_ISA"), instruction_sets()
     if wanted and wanted not in names:
         raise ValueError(f"FLA_NATIVE_ISA is {wanted!r}; this machine runs {', '.join(names)}")
@@ -161,7 +161,7 @@ def instruction_set_name() -> str:
 
 @cache
 def instruction_set() -> int:
-    """The number of the one in use."""
+    """The number of the instruction set in use."""
     lib, name = library(), instruction_set_name().encode()
     return next(i for i in range(lib.fla_isa_count()) if lib.fla_isa_name(i) == name)
 

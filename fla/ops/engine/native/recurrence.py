@@ -92,7 +92,7 @@ def _template(
         N=sequences, T=T, H=H, HV=v.shape[2], K=K, V=v.shape[3], scale=options[0],
         decay=NO_DECAY if g is None else SCALAR if g.dim() == 3 else VECTOR,
         erase=LOW_RANK if a is not None else NO_ERASE if beta is None else DELTA,
-        l2norm=options[1], before=options[2],
+        l2norm=options[1], read_before=options[2],
     )  # fmt: skip
 
 

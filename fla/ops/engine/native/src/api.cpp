@@ -48,11 +48,11 @@ enum Status { DONE = 0, OUT_OF_MEMORY = 1, NO_SUCH_ISA = 2 };
 
 constexpr int64_t CACHE = 1 << 19;      // bytes of states that go through the tokens together
 constexpr double ALONE = 1e5;           // multiply-adds not worth a second thread
-constexpr int64_t EXPONENTIAL = 16;     // multiply-adds that one takes
+constexpr int64_t EXPONENTIAL = 16;     // multiply-adds in the time of one exponential
 
 // torch's threads are OpenMP's. Between its operators they spin for a while, so threads of our own
-// would share the cores with them: where OpenMP is in the process, its threads run our tasks. They do
-// not survive a fork.
+// would share the cores with them: where OpenMP is in the process, its threads run our tasks. They
+// do not survive a fork.
 typedef void (*OpenMP)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<bool> forked{false};
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
@@ -62,6 +62,7 @@ OpenMP openmp() {
   return forked ? nullptr : found;
 }
 
+// Runs `work` on several threads at once, and returns when all are done.
 template <class Work>
 void on_threads(int threads, Work& work) {
   if (threads > 1)
@@ -80,9 +81,9 @@ void on_threads(int threads, Work& work) {
 }
 
 // `count` tasks on up to `threads` threads, each with a workspace of its own. What a task computes
-// does not depend on who runs it.
+// does not depend on the thread that runs it, so results are the same for any number of threads.
 template <class Run, class P, class Split>
-int run_tasks(Run kernel, const P& p, int64_t count, int threads, Split split) {
+int run_tasks(Run kernel, const P& p, int64_t count, int threads, Split split) {  // split(i): Task
   std::atomic<int64_t> next{0};
   std::atomic<int> status{DONE};
   auto work = [&] {
@@ -103,9 +104,11 @@ int run_tasks(Run kernel, const P& p, int64_t count, int threads, Split split) {
   return status;
 }
 
-// Splits `heads` heads of every sequence, and the panels of each into `parts`; 0: as many as threads
-// lack heads.
-int run(Kernel<Problem> Kernels::*which, const Problem* p, int isa, int threads, int64_t heads, int parts) {
+// Splits the work into groups of heads of every sequence, and the panels of each group into `parts`
+// parts; 0: more than one only where there are fewer groups than threads.
+int run(Kernel<Problem> Kernels::*which, const Problem* p, int isa, int threads,
+        int64_t heads,  // H or HV: heads that may go apart
+        int parts) {
   if (isa < 0 || isa >= ISA_COUNT || !ISAS[isa].runs()) return NO_SUCH_ISA;
   const int64_t total = p->N * heads;
   if (!total) return DONE;
@@ -128,7 +131,7 @@ int run(Kernel<Problem> Kernels::*which, const Problem* p, int isa, int threads,
   });
 }
 
-// Blocks of channels of every sequence; `each`: multiply-adds of a channel and token.
+// Blocks of CHANNELS channels of every sequence; `each`: multiply-adds per channel and token.
 template <class P>
 int run_channels(Kernel<P> Kernels::*which, const P* p, int isa, int threads, int64_t each) {
   if (isa < 0 || isa >= ISA_COUNT || !ISAS[isa].runs()) return NO_SUCH_ISA;

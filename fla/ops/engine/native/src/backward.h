@@ -1,7 +1,16 @@
 // SPDX-License-Identifier: MIT
 // The gradient of the recurrence by hand, as `step.py` has it: block by block from the last to the
-// first, each block's chunks computed again from its stored first state. Z is the gradient of the
-// state behind a chunk; X stacks the gradients of what left rows read.
+// first, each block's chunks computed again from its stored first state. With Z the gradient of the
+// state after a chunk, X that of what left rows read (q: scale do; b: from `solve_...`), and W what
+// right rows wrote,
+//
+//     m       = scores^T X + leave Z            the gradient of W
+//     dscores = X W^T
+//     dleft   = dscores right + X S^T           each times its decays
+//     dright  = dscores^T left + W Z^T
+//     Z       = last Z + enter^T X              the gradient of the state before the chunk
+//
+// The letters in the shapes are those of `problem.h`.
 #pragma once
 #include "chunk.h"
 
@@ -13,21 +22,29 @@ struct Backward {
   static constexpr int C = CHUNK, L = Forward::L, R = Forward::R, CHUNKS = BLOCK / CHUNK;
 
   const Problem& p;
-  Forward chunk;
-  const int K, Kp, first, count;  // panels
-  const int64_t part;             // the first row of this part's sums over value channels
-  const int64_t size;           // floats of a state's panel
-  float *states, *solutions;    // of the block's chunks: [CHUNKS, count, K, PANEL], [.., C, PANEL]
-  float *X, *m;                 // of a panel: [L * C, PANEL], [R * C, PANEL]
-  float *XT, *WT;               // transposed: [PANEL, L * C], [PANEL, R * C]
-  float *dscores, *dleft, *dright, *dleftT, *drightT, *through, *entered, *dg;
-  float *dq, *dk;               // of the block: [BLOCK, Kp]
+  Forward chunk;                // with `keep`: right rows as they stand after every token
+  const int K, Kp;
+  const int first, count;       // panels of this task
+  const int64_t part;           // the first batch row of this part's sums over value channels
+  const int64_t size;           // K PANEL, floats of a state's panel
+  float *states;                // [CHUNKS, count, K, PANEL]: the first states of the block's chunks
+  float *solutions;             // [CHUNKS, count, C, PANEL]: y of `Chunk::solve`
+  float *X, *m;                 // [L C, PANEL], [R C, PANEL], one panel
+  float *XT, *WT;               // [PANEL, L C], [PANEL, R C]: X and W transposed
+  float *dscores;               // [L C, R C]
+  float *dleft, *dright;        // [L C, Kp], [R C, Kp]
+  float *dleftT, *drightT;      // the same by channel, [Kp, L C], [Kp, R C]: sums over panels
+  float *through;               // [Kp] (COLUMN: [PANEL]): S Z, what passes from edge to edge
+  float *entered;               // [L C, Kp] (COLUMN: [C, PANEL]): what each read takes of the first
+                                // state, for dg
+  float *dg;                    // [C, Kp] (COLUMN: [C, PANEL]; SCALAR: the first C)
+  float *dq, *dk;               // [BLOCK, Kp]: sums over the value heads of a key head
   float dbeta[C];
 
   Backward(const Problem& problem, Task task, Arena& arena)
       : p(problem), chunk(problem, arena, true), K(chunk.K), Kp(chunk.Kp),
-        first(task.panel), count(task.end - first), part(task.part * (problem.bounds ? 1 : problem.N)),
-        size(problem.K * PANEL) {
+        first(task.panel), count(task.end - first),
+        part(task.part * (problem.bounds ? 1 : problem.N)), size(problem.K * PANEL) {
     states = arena.take(CHUNKS * count * size);
     solutions = arena.take(CHUNKS * count * C * PANEL);
     X = arena.take(L * C * PANEL);
@@ -47,12 +64,14 @@ struct Backward {
     dk = arena.take(BLOCK * Kp);
   }
 
+  // Of chunk c of the block and panel x of the task.
   float* state(int c, int x) { return states + (c * count + x) * size; }
   float* solution(int c, int x) { return solutions + (c * count + x) * C * PANEL; }
 
-  // The block of `tokens` tokens from t on; Z [count, K, PANEL] becomes the gradient of its first
-  // state.
-  void block(int64_t n, int64_t h, int64_t hv, int64_t t, int tokens, float* Z) {
+  // The block of `tokens` tokens from t on: its chunks forward again, then backward. The last chunk
+  // needs no second `prepare`.
+  void block(int64_t n, int64_t h, int64_t hv, int64_t t, int tokens,
+             float* Z) {  // [count, K, PANEL]: becomes the gradient of the block's first state
     const int chunks = (tokens + C - 1) / C;
     std::memcpy(states, checkpoint(p, n, t, hv) + first * size, sizeof(float) * count * size);
     for (int c = 0; c < chunks; c++) {
@@ -72,6 +91,7 @@ struct Backward {
     }
   }
 
+  // Chunk c, panel x once more: y into `solution`, and if there is a next chunk its first state.
   void again(int64_t n, int64_t hv, int64_t t, int live, int c, int x, bool more) {
     if (E == NO_ERASE && !more) return;
     chunk.load_values(n, hv, t, live, first + x);
@@ -81,8 +101,9 @@ struct Backward {
     chunk.advance(state(c + 1, x));
   }
 
-  // All that sums over value channels, panel by panel; Z moves to the front of the chunk.
-  void values(int64_t n, int64_t hv, int64_t t, int live, int c, float* Z) {
+  // All that sums over value channels, panel by panel.
+  void values(int64_t n, int64_t hv, int64_t t, int live, int c,
+              float* Z) {  // [count, K, PANEL]: moves to the front of the chunk
     std::memset(dscores, 0, sizeof(float) * L * C * R * C);
     std::memset(dleftT, 0, sizeof(float) * L * C * Kp);
     std::memset(drightT, 0, sizeof(float) * R * C * Kp);
@@ -103,11 +124,16 @@ struct Backward {
     transpose(Kp, R * C, drightT, R * C, dright, Kp);
   }
 
-  void write_panel(const View& out, int64_t n, int64_t t, int64_t hv, int x, const float* row) {
+  void write_panel(const View& out,      // [B, T, HV, V]
+                   int64_t n, int64_t t, int64_t hv, int x,
+                   const float* row) {   // [PANEL]
     write_row(out, batch_of(p, n), t, hv, (first + x) * PANEL, width_of(p, first + x), row);
   }
 
-  void row_panel(const float* S, float* Z, const float* y) {
+  // One panel: m, then X of b, then the sums for dscores, dleft and dright, and Z.
+  void row_panel(const float* S,    // [K, PANEL]: the chunk's first state
+                 float* Z,          // [K, PANEL]
+                 const float* y) {  // [C, PANEL]: y of `Chunk::solve`
     const float* W = chunk.values;
     product<ZERO>(R * C, PANEL, C, chunk.scores, 1, R * C, X, PANEL, m, PANEL);
     product<KEEP>(R * C, PANEL, K, chunk.leave, Kp, 1, Z, PANEL, m, PANEL);
@@ -124,9 +150,10 @@ struct Backward {
                                            chunk.last);
   }
 
-  // The same where the columns decay, with their dg; m is the gradient of what tokens wrote as it
-  // stands after ever earlier tokens.
-  void column_panel(const float* S, float* Z) {
+  // The same where the columns decay, with their dg. From the last token to the first, m is the
+  // gradient of what tokens wrote as it stands after the token.
+  void column_panel(const float* S,  // [K, PANEL]: the chunk's first state
+                    float* Z) {      // [K, PANEL]
     chunk.spread(nullptr);
     const float *written = chunk.after(C - 1), *last = chunk.prefix + C * PANEL;
     product<ZERO>(C, PANEL, K, chunk.right, Kp, 1, Z, PANEL, m, PANEL);
@@ -144,6 +171,7 @@ struct Backward {
     product<BY_COLUMN>(K, PANEL, C, chunk.left, 1, Kp, entered, PANEL, Z, PANEL, last);
   }
 
+  // Token i of `column_panel`: its read, then its decay backward.
   void column_token(int i) {
     const float *y = chunk.after(i), *x = X + i * PANEL;
     float *enter = entered + i * PANEL, *d = dg + i * PANEL;
@@ -158,7 +186,7 @@ struct Backward {
     for (int j = 0; j < i; j++) pass(i, y + j * PANEL, m + j * PANEL, d);
   }
 
-  // The gradient of o into X, and what the right rows wrote into `chunk.values`.
+  // The gradient of o into X, and what right rows wrote, W, into `chunk.values`.
   void load_panel(int64_t n, int64_t hv, int64_t t, int live, int c, int x) {
     for (int i = 0; i < live; i++) {
       read_row(p.o, batch_of(p, n), t + i, hv, (first + x) * PANEL, width_of(p, first + x), PANEL,
@@ -176,8 +204,9 @@ struct Backward {
     }
   }
 
-  // m becomes the gradient of v; with r' = m - (beta B)^T r', dv = beta r', dbeta = r' . y
-  void solve_delta(const float* y) {
+  // m becomes the gradient of v, X of b that of what b read: with r = m - (beta B)^T r, backward
+  // substitution, dv = beta r, dbeta = r . y.
+  void solve_delta(const float* y) {  // [C, PANEL]
     const float* B = chunk.scores + C * C;
     for (int i = C - 1; i >= 0; i--) {
       float* row = m + i * PANEL;
@@ -188,6 +217,7 @@ struct Backward {
     }
   }
 
+  // Likewise: r = m_u + B_a^T r is X of b, and dv = m_v + B_k^T r.
   void solve_low_rank() {
     const float* B = chunk.scores + C * 2 * C;
     for (int i = C - 1; i >= 0; i--) {
@@ -200,32 +230,33 @@ struct Backward {
     }
   }
 
-  // the last token whose decay a way to left row i of block l passes
-  int until(int l, int i) const { return i - chunk.early[l]; }
+  // The last token whose decay a path to left row i of kind l passes.
+  int until(int l, int i) const { return i - chunk.before(l); }
 
+  // From dscores to the gradients of rows, as matrix products; for all but VECTOR.
   void matrix_rows() {
     if (D == SCALAR) scalar_gradient();
     for (int i = 0; i < L * C; i++)
       for (int r = 0; r < R; r++) {
         float* row = dscores + i * R * C + r * C;
         if (D == SCALAR)
-          multiply_into(chunk.pair + (i % C + !chunk.early[i / C]) * C, row, row, C);
+          multiply_into(chunk.pair + (i % C + !chunk.before(i / C)) * C, row, row, C);
         for (int j = chunk.seen(i / C, i % C); j < C; j++) row[j] = 0;
       }
     product<KEEP>(L * C, Kp, R * C, dscores, R * C, 1, chunk.right, Kp, dleft, Kp);
     product<KEEP>(R * C, Kp, L * C, dscores, 1, R * C, chunk.left, Kp, dright, Kp);
   }
 
-  // dg_t: what the ways carry that pass token t, from a write or the first state before it to a read
-  // or the last state behind it.
+  // dg_t: what the paths carry that pass token t, from a write or the first state before it to a
+  // read or the last state after it. Also multiplies dleft and dright by the decays to the edges.
   void scalar_gradient() {
-    double all = 0, sums[C];  // many terms of one size
+    double all = 0, sums[C];  // many terms of one size: in fp32 their rounding would show
     for (int k = 0; k < K; k++) all += through[k];
     for (int t = 0; t < C; t++) sums[t] = all * chunk.last[0];
     for (int row = 0; row < L * C; row++) {
       const int l = row / C, i = row % C;
       float* d = dleft + row * Kp;
-      scale_into(chunk.prefix[i + !chunk.early[l]], d, d, Kp);
+      scale_into(chunk.prefix[i + !chunk.before(l)], d, d, Kp);
       double carried = dot(chunk.left + row * Kp, d, Kp);
       for (int t = 0; t <= until(l, i); t++) {
         sums[t] += carried;
@@ -242,21 +273,21 @@ struct Backward {
     for (int t = 0; t < C; t++) dg[t] = float(sums[t]);
   }
 
-  // The same per channel. From the last token to the first, `dright` is the gradient of the right
-  // rows as they stand after the token.
+  // The same per channel, with the gradients of rows token by token. From the last token to the
+  // first, `dright` is the gradient of the right rows as they stand after the token.
   void vector_rows() {
     for (int row = 0; row < L * C; row++) {
       const int l = row / C, i = row % C;
-      multiply_into(chunk.prefix + (i + !chunk.early[l]) * Kp, dleft + row * Kp, dleft + row * Kp,
+      multiply_into(chunk.prefix + (i + !chunk.before(l)) * Kp, dleft + row * Kp, dleft + row * Kp,
                     Kp);
       multiply_into(chunk.left + row * Kp, dleft + row * Kp, entered + row * Kp, Kp);
     }
     multiply_into(chunk.last, through, through, Kp);  // and what has entered so far
     for (int i = C - 1; i >= 0; i--) {
       for (int l = 0; l < L; l++) {
-        const int row = i + chunk.early[l];
+        const int row = i + chunk.before(l);
         if (row < C) axpy(1, entered + (l * C + row) * Kp, through, Kp);
-        if (!chunk.early[l]) vector_row(l, i, chunk.seen(l, i), chunk.after(i));
+        if (!chunk.before(l)) vector_row(l, i, chunk.seen(l, i), chunk.after(i));
       }
       float* d = dg + i * Kp;
       std::memcpy(d, through, sizeof(float) * Kp);
@@ -264,12 +295,15 @@ struct Backward {
         for (int j = r * C; j < r * C + i; j++)
           pass(i, chunk.after(i) + j * Kp, dright + j * Kp, d);
       for (int l = 0; l < L; l++)
-        if (chunk.early[l]) vector_row(l, i, i, chunk.after(i ? i - 1 : 0));
+        if (chunk.before(l)) vector_row(l, i, i, chunk.after(i ? i - 1 : 0));
     }
   }
 
-  // the gradient of row y, as it stands after token i, back through its decay
-  void pass(int i, const float* y, float* dy, float* d) {
+  // The gradient of a row back through the decay of token i.
+  void pass(int i,
+            const float* y,  // [Kp] (COLUMN: [PANEL]): the row as it stands after token i
+            float* dy,       // its gradient, which becomes that before token i
+            float* d) {      // dg of token i, added to
     const int width = D == COLUMN ? PANEL : Kp;
     const float* f = chunk.factors + i * width;
     for (int w = 0; w < width; w += LANES) {
@@ -279,7 +313,9 @@ struct Backward {
     }
   }
 
-  void vector_row(int l, int i, int seen, const float* y) {
+  // Gradients of left row i of kind l, and of the first `seen` right rows of each kind through it.
+  void vector_row(int l, int i, int seen,
+                  const float* y) {  // [R C, Kp]: right rows as they stand where row i reads
     const int row = l * C + i;
     for (int r = 0; r < R; r++)
       for (int j = r * C; j < r * C + seen; j++) {
@@ -289,6 +325,7 @@ struct Backward {
       }
   }
 
+  // Stores the gradients of chunk c, and adds those of q and k to the block's.
   void put(int64_t n, int64_t hv, int64_t t, int live, int c) {
     const int64_t batch = part + batch_of(p, n);
     for (int i = 0; i < live; i++) {
@@ -312,7 +349,10 @@ struct Backward {
     }
   }
 
-  void finish_row(const View& x, const View& dx, int64_t n, int64_t t, int64_t h, float* d) {
+  void finish_row(const View& x,   // [B, T, H, K]: q or k as given
+                  const View& dx,  // [parts B, T, H, K]
+                  int64_t n, int64_t t, int64_t h,
+                  float* d) {      // [Kp]
     if (p.l2norm) {
       float* unit = dleft;
       read_row(x, batch_of(p, n), t, h, 0, K, Kp, unit);
@@ -325,13 +365,16 @@ struct Backward {
   }
 };
 
+// One task of the backward pass. A key head's value heads go together, since dq and dk sum over
+// them.
 template <Decay D, Erase E>
-int64_t backward(const Problem& p, Task task, float* workspace) {
+int64_t backward(const Problem& p, Task task,
+                 float* workspace) {  // of as many floats as the same call with null returns
   Arena arena{workspace};
   Backward<D, E> back(p, task, arena);
   const int64_t groups = p.H ? p.HV / p.H : 1, whole = back.count * back.size;
   const int64_t first = task.head * groups, last = task.last * groups;  // value heads
-  float* Z = arena.take((last - first) * whole);
+  float* Z = arena.take((last - first) * whole);  // [heads, count, K, PANEL]
   if (!workspace) return arena.used;
   const int64_t n = task.sequence, begin = begin_of(p, n), end = end_of(p, n);
   for (int64_t hv = first; hv < last; hv++)

@@ -1,10 +1,19 @@
 // SPDX-License-Identifier: MIT
 // One chunk of the recurrence: as `step.py` and `decay.py`, for CHUNK tokens of one value head.
+// With S the state at the chunk's start,
+//
+//     scores  = left right^T . decays between the tokens
+//     read    = enter S
+//     solve   delta     u = beta (v - read of b - scores of b u)
+//             low rank  u = read of b + scores of b [v; u]
+//     output  o = scale (read of q + scores of q [v; u])        (delta: u alone)
+//     advance S = last S + leave^T [v; u]                       (delta: u alone)
 //
 // Left rows [q; b] read, right rows [k] or [k; a] write. `enter` and `leave` are those rows times
 // the decay from the chunk's start and to its end. Decays are multiplied token by token, never
 // subtracted or divided, so any g <= 0 is harmless, -inf included. A chunk that is not full is
-// filled with identity steps: no decay, no write, no read.
+// filled with identity steps: no decay, no write, no read. The letters in the shapes are those of
+// `problem.h`; m is the number of tokens that a chunk has, t its first one.
 #pragma once
 #include "rows.h"
 
@@ -15,22 +24,29 @@ struct Chunk {
   static constexpr int C = CHUNK, L = E == NO_ERASE ? 1 : 2, R = E == LOW_RANK ? 2 : 1;
 
   const Problem& p;
-  const int K, Kp, width;  // width: channels of a vector decay
-  const bool keep;        // keep what decays as it stands after every token, for a backward pass
-  const bool early[2];    // whether left rows q, b read before their token's decay
-  float *left, *enter, *right, *leave, *scores, *last;
-  float *factors;           // VECTOR and COLUMN: of every token, [C, width]
-  float *prefix;            // [C + 1, width]: decay from the chunk's start
-  float *pair;              // SCALAR: row i + 1 holds the decay from writes to after token i
-  float *decayed;           // after each token, VECTOR: right rows; COLUMN: what they wrote
-  float *transposed;        // right rows by channel
-  float *values, *read;     // a panel: what right rows write, what left rows read
-  float beta[C];
+  const int K, Kp, width;   // width: channels of a vector decay (Kp, or PANEL for COLUMN), or 1
+  const bool keep;          // keep what decays as it stands after every token, for a backward pass
+  const bool read_before;   // q reads the state before its token
+  const bool erase_before;  // b is given, and reads the state before the decay
+  float *left, *enter;      // [L C, Kp]: rows q, b; times the decay from the chunk's start
+  float *right, *leave;     // [R C, Kp]: rows k, a; times the decay to the chunk's end
+  float *scores;            // [L C, R C]: what left row i reads of what right row j writes
+  float *last;              // [Kp]: the decay of the whole chunk
+  float *factors;           // [C, width], VECTOR and COLUMN: exp(g) of every token
+  float *prefix;            // [C + 1, width]: decay from the chunk's start to before token i
+  float *pair;              // [C + 1, C], SCALAR: row i + 1, decay from write j to after token i
+  float *decayed;           // [keep ? C : 1, R C, width], after each token: right rows (VECTOR), or
+                            // what they wrote (COLUMN)
+  float *transposed;        // [R, Kp, C]: right rows by channel
+  float *values;            // [R C, PANEL], one panel: what right rows write, v and u
+  float *read;              // [L C, PANEL], one panel: what left rows read; its rows of q become o
+  float beta[C];            // 0 for tokens that do not exist
 
   Chunk(const Problem& problem, Arena& arena, bool keep)
       : p(problem), K(int(p.K)), Kp((K + PAD - 1) / PAD * PAD),
         width(D == VECTOR ? Kp : D == COLUMN ? PANEL : 1), keep(keep),
-        early{p.before != 0, E == LOW_RANK || p.b.data != nullptr} {
+        read_before(p.read_before != 0), erase_before(E == LOW_RANK || p.b.data != nullptr) {
+    // without a decay of its rows `enter` is `left`, and the like: nothing is copied
     left = arena.take(L * C * Kp);
     right = arena.take(R * C * Kp);
     enter = D == SCALAR || D == VECTOR ? arena.take(L * C * Kp) : left;
@@ -48,7 +64,11 @@ struct Chunk {
     if (D == VECTOR && decayed) leave = after(C - 1);
   }
 
-  // The first m tokens from t on, of head h of q and k and head hv of the others.
+  // Whether left rows of kind l (0: q, 1: b) read before their token's decay.
+  bool before(int l) const { return l == 0 ? read_before : erase_before; }
+
+  // All that does not depend on the value channels: rows, decays and scores, for m tokens from t
+  // on, of head h of q and k and head hv of the others.
   void prepare(int64_t n, int64_t h, int64_t hv, int64_t t, int m) {
     const int64_t batch = batch_of(p, n);
     load_rows(p.q, batch, t, m, h, left, p.l2norm);
@@ -66,7 +86,9 @@ struct Chunk {
       matrix_scores();
   }
 
-  void load_rows(const View& x, int64_t batch, int64_t t, int m, int64_t h, float* out,
+  void load_rows(const View& x,  // [B, T, heads, K]
+                 int64_t batch, int64_t t, int m, int64_t h,
+                 float* out,     // [C, Kp]
                  bool normalise) {
     for (int i = 0; i < m; i++) {
       float* row = out + i * Kp;
@@ -76,8 +98,10 @@ struct Chunk {
     std::memset(out + m * Kp, 0, sizeof(float) * (C - m) * Kp);
   }
 
+  // prefix, pair, enter, leave and last from one log decay per token. All of the state takes the
+  // same factors, so their rounding would add up over tokens: products are formed in fp64.
   void scalar_decay(int64_t batch, int64_t hv, int64_t t, int m) {
-    double row[C] = {}, all = 1;  // one decay for a whole state: its rounding would add up
+    double row[C] = {}, all = 1;  // row: decay from write j to after token i
     std::memset(pair, 0, sizeof(float) * C);
     prefix[0] = 1;
     for (int i = 0; i < C; i++) {
@@ -88,14 +112,15 @@ struct Chunk {
       prefix[i + 1] = float(all *= f);
     }
     for (int i = 0; i < L * C; i++)
-      scale_into(prefix[i % C + !early[i / C]], left + i * Kp, enter + i * Kp, Kp);
+      scale_into(prefix[i % C + !before(i / C)], left + i * Kp, enter + i * Kp, Kp);
     for (int j = 0; j < R * C; j++)
       scale_into(pair[C * C + j % C], right + j * Kp, leave + j * Kp, Kp);
     for (int k = 0; k < Kp; k += LANES) store(last + k, splat(prefix[C]));
   }
 
-  // n channels of x from channel c on
-  void load_factors(const View& x, int64_t batch, int64_t t, int m, int64_t hv, int64_t c, int n) {
+  // factors and prefix from n channels of x, from channel c on.
+  void load_factors(const View& x,  // [B, T, HV, channels], log decays
+                    int64_t batch, int64_t t, int m, int64_t hv, int64_t c, int n) {
     for (int w = 0; w < width; w += LANES) store(prefix + w, splat(1));
     for (int i = 0; i < C; i++) {
       float* f = factors + i * width;
@@ -109,13 +134,15 @@ struct Chunk {
   void vector_decay(int64_t batch, int64_t hv, int64_t t, int m) {
     load_factors(p.g, batch, t, m, hv, 0, K);
     for (int i = 0; i < L * C; i++)
-      multiply_into(prefix + (i % C + !early[i / C]) * Kp, left + i * Kp, enter + i * Kp, Kp);
+      multiply_into(prefix + (i % C + !before(i / C)) * Kp, left + i * Kp, enter + i * Kp, Kp);
     std::memcpy(last, prefix + C * Kp, sizeof(float) * Kp);
   }
 
-  // how many writes of its own chunk left row i of block l sees
-  int seen(int l, int i) const { return i + (l == 0 && !early[0]); }
+  // How many writes of its own chunk left row i of kind l sees: q its own token's too, unless it
+  // reads before it; b never.
+  int seen(int l, int i) const { return i + (l == 0 && !read_before); }
 
+  // Scores as a matrix product, times the decays of pairs; for all but VECTOR.
   void matrix_scores() {
     for (int r = 0; r < R; r++) {
       transpose(C, Kp, right + r * C * Kp, Kp, transposed, C);
@@ -124,15 +151,18 @@ struct Chunk {
     for (int i = 0; i < L * C; i++)
       for (int r = 0; r < R; r++) {
         float* row = scores + i * R * C + r * C;
-        if (D == SCALAR) multiply_into(pair + (i % C + !early[i / C]) * C, row, row, C);
+        if (D == SCALAR) multiply_into(pair + (i % C + !before(i / C)) * C, row, row, C);
         for (int j = seen(i / C, i % C); j < C; j++) row[j] = 0;
       }
   }
 
+  // What decays, [R C, width], as it stands after token i. Without `keep` there is one copy, which
+  // the next token overwrites.
   float* after(int i) const { return decayed + (keep ? int64_t(i) * R * C * width : 0); }
 
-  // `rows`, the right ones or what they wrote, through the decay of token i, and row i itself
-  void pass_token(int i, const float* rows) {
+  // Takes earlier rows through the decay of token i, and adds row i, which is not decayed by it.
+  void pass_token(int i,
+                  const float* rows) {  // [R C, width]: the right rows, or what they wrote
     float *now = after(i), *old = after(i ? i - 1 : 0);
     for (int r = 0; r < R; r++) {
       for (int j = r * C; j < r * C + i; j++)
@@ -142,24 +172,28 @@ struct Chunk {
     }
   }
 
+  // Scores token by token: with a decay per channel they are no product of two matrices.
   void vector_scores() {
     std::memset(scores, 0, sizeof(float) * L * C * R * C);
     for (int i = 0; i < C; i++) {
       for (int l = 0; l < L; l++)
-        if (early[l]) row_scores(l, i, i, after(i ? i - 1 : 0));
+        if (before(l)) row_scores(l, i, i, after(i ? i - 1 : 0));
       pass_token(i, right);
       for (int l = 0; l < L; l++)
-        if (!early[l]) row_scores(l, i, seen(l, i), after(i));
+        if (!before(l)) row_scores(l, i, seen(l, i), after(i));
     }
   }
 
-  void row_scores(int l, int i, int count, const float* y) {
+  // Scores of left row i of kind l with the first `count` right rows of each kind.
+  void row_scores(int l, int i, int count,
+                  const float* y) {  // [R C, Kp]: right rows as they stand where row i reads
     const int row = l * C + i;
     for (int r = 0; r < R; r++)
       for (int j = r * C; j < r * C + count; j++)
         scores[row * R * C + j] = dot(left + row * Kp, y + j * Kp, Kp);
   }
 
+  // A panel of v into `values`; for COLUMN also its decays.
   void load_values(int64_t n, int64_t hv, int64_t t, int m, int panel) {
     for (int i = 0; i < m; i++)
       read_row(p.v, batch_of(p, n), t + i, hv, panel * PANEL, width_of(p, panel), PANEL,
@@ -169,7 +203,8 @@ struct Chunk {
       load_factors(p.gv, batch_of(p, n), t, m, hv, panel * PANEL, width_of(p, panel));
   }
 
-  // COLUMN: what tokens wrote, decayed; what queries read of it is added to `out`.
+  // COLUMN: lets what tokens wrote decay, and adds what q reads of it to `out` [C, PANEL] unless
+  // that is null. Decays differ from column to column, so that is one product per token.
   void spread(float* out) {
     for (int i = 0; i < C; i++) {
       pass_token(i, values);
@@ -179,8 +214,9 @@ struct Chunk {
     }
   }
 
-  // What the chunk writes, from v in `values` and the erase rows of `read`; y is kept for a backward
-  // pass: v - b^T S of a delta rule, a^T S of a low-rank one.
+  // What the chunk writes, u, from v in `values` and the rows of b in `read`, by forward
+  // substitution. y [C, PANEL], unless null, is kept for a backward pass: v less what b reads for a
+  // delta rule, what b reads for a low-rank one.
   void solve(float* y) {
     const float *B = scores + C * R * C, *in = read + C * PANEL;
     for (int i = 0; i < C; i++) {
@@ -204,8 +240,10 @@ struct Chunk {
     }
   }
 
-  // What left rows read of the first state, and from it what the chunk writes.
-  void write(const float* S, float* y, bool queries) {
+  // What left rows read of the chunk's first state, and from it what the chunk writes.
+  void write(const float* S,  // [K, PANEL]
+             float* y,        // out [C, PANEL], or null: see `solve`
+             bool queries) {  // q reads too; a backward pass needs only what is written
     const int first = queries ? 0 : C;
     if (queries || E != NO_ERASE)
       product<ZERO>(L * C - first, PANEL, K, enter + first * Kp, Kp, 1, S, PANEL,
@@ -217,6 +255,7 @@ struct Chunk {
     spread(queries ? read : nullptr);
   }
 
+  // S [K, PANEL] from the chunk's start to its end.
   void advance(float* S) {
     if (D == COLUMN)
       return product<BY_COLUMN>(K, PANEL, C, leave, 1, Kp, after(C - 1), PANEL, S, PANEL,
@@ -225,6 +264,7 @@ struct Chunk {
                                            last);
   }
 
+  // One panel of o.
   void output(int64_t n, int64_t hv, int64_t t, int m, int panel) {
     if (D != COLUMN)
       product<KEEP>(C, PANEL, R * C, scores, R * C, 1, values, PANEL, read, PANEL);
@@ -236,30 +276,41 @@ struct Chunk {
   }
 };
 
-// A state [K, V] as panels [K, PANEL] of zero-filled columns, and back.
-static void pack_panel(const Problem& p, const float* S, int panel, float* out) {
+// A panel of a state, its columns filled up with zeros, and back: products then run over whole
+// registers, whatever V.
+static void pack_panel(const Problem& p,
+                       const float* S,  // [K, V], or null: zeros
+                       int panel,
+                       float* out) {    // [K, PANEL]
   const int width = width_of(p, panel);
   for (int64_t k = 0; k < p.K; k++)
     for (int w = 0; w < PANEL; w++)
       out[k * PANEL + w] = S && w < width ? S[k * p.V + panel * PANEL + w] : 0;
 }
 
-static void unpack_panel(const Problem& p, const float* S, int panel, float* out) {
+static void unpack_panel(const Problem& p,
+                         const float* S,  // [K, PANEL]
+                         int panel,
+                         float* out) {    // [K, V]
   for (int64_t k = 0; k < p.K; k++)
     std::memcpy(out + k * p.V + panel * PANEL, S + k * PANEL, sizeof(float) * width_of(p, panel));
 }
 
+// The stored first state, [panels, K, PANEL], of the block that begins with token t.
 FLA_INLINE float* checkpoint(const Problem& p, int64_t n, int64_t t, int64_t hv) {
   const int64_t block = first_block(p, n) + (t - begin_of(p, n)) / BLOCK;
   return p.states + (block * p.HV + hv) * panels(p) * p.K * PANEL;
 }
 
+// One task of the forward pass: chunk by chunk, in each head by head, in each panel by panel, so
+// that rows and scores of a chunk serve all panels while they are in the cache.
 template <Decay D, Erase E>
-int64_t forward(const Problem& p, Task task, float* workspace) {
+int64_t forward(const Problem& p, Task task,
+                float* workspace) {  // of as many floats as the same call with null returns
   Arena arena{workspace};
   Chunk<D, E> chunk(p, arena, false);
   const int64_t size = p.K * PANEL, count = panels(p);
-  float* states = arena.take((task.last - task.head) * count * size);
+  float* states = arena.take((task.last - task.head) * count * size);  // [heads, panels, K, PANEL]
   if (!workspace) return arena.used;
   const int64_t n = task.sequence;
   for (int64_t hv = task.head; hv < task.last; hv++)

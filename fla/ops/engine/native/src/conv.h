@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
 // Short causal depthwise convolution, `fla/modules/convolution.py`, and its gradient, for one
-// sequence and up to CHANNELS channels. With e the sequence behind its W rows of history,
+// sequence and up to CHANNELS channels. With e the sequence after its W rows of history,
 //
 //     z_t = bias + sum_i w_i e_{t+1+i}        y = z or silu(z)        de_s = sum_i w_i dz_{s-1-i}
 //
-// Rows pass through rings of W.
+// Only the last W rows of e, and of dz, are ever read: they lie in rings of W rows. The letters in
+// the shapes are those of `Conv` in `problem.h`.
 #pragma once
 #include "rows.h"
 
@@ -13,8 +14,9 @@ namespace FLA_ISA {
 struct ConvTask {
   const Conv& p;
   const int64_t n, batch, begin, end, first;
-  const int W, count, width;  // channels, and those filled up to PAD
-  float *ring, *weight, *bias;
+  const int W, count, width;  // count: channels; width: filled up to PAD
+  float *ring, *weight;       // [W, CHANNELS]
+  float* bias;                // [CHANNELS]
 
   ConvTask(const Conv& problem, Task task, Arena& arena)
       : p(problem), n(task.sequence), batch(batch_of(p, n)), begin(begin_of(p, n)),
@@ -26,13 +28,19 @@ struct ConvTask {
     bias = arena.take(CHANNELS);
   }
 
-  void get(const float* rows, int64_t row, float* out) const {  // of [.., D], or zeros
+  // One row of these channels, or zeros; and back, unless `rows` is null.
+  void get(const float* rows,   // [.., D], or null
+           int64_t row,
+           float* out) const {  // [CHANNELS]
     for (int c = 0; c < width; c++) out[c] = rows && c < count ? rows[row * p.D + first + c] : 0;
   }
-  void put(float* rows, int64_t row, const float* x) const {
+  void put(float* rows,             // [.., D], or null
+           int64_t row,
+           const float* x) const {  // [CHANNELS]
     if (rows) std::memcpy(rows + row * p.D + first, x, sizeof(float) * count);
   }
-  float* slot(float* rows, int64_t e) const { return rows + e % W * CHANNELS; }  // e >= 0
+  // The place of row e >= 0 in a ring [W, CHANNELS].
+  float* slot(float* rows, int64_t e) const { return rows + e % W * CHANNELS; }
 
   void start() {
     for (int i = 0; i < W; i++) {
@@ -46,6 +54,7 @@ struct ConvTask {
     read_row(p.x, batch, begin + t, 0, first, count, width, slot(ring, t + W));
   }
 
+  // z of token t, the register of channels that begins with c.
   vf z(int64_t t, int c) const {
     vf sum = load(bias + c);
     for (int i = 0; i < W; i++)
@@ -58,7 +67,8 @@ struct ConvTask {
   }
 };
 
-static int64_t conv_forward(const Conv& p, Task task, float* workspace) {
+static int64_t conv_forward(const Conv& p, Task task,
+                            float* workspace) {  // null: only counts its floats
   Arena arena{workspace};
   ConvTask conv(p, task, arena);
   float* row = arena.take(CHANNELS);
@@ -76,13 +86,16 @@ static int64_t conv_forward(const Conv& p, Task task, float* workspace) {
   return arena.used;
 }
 
-// `y` is its gradient. Sums over tokens are taken block by block.
-static int64_t conv_backward(const Conv& p, Task task, float* workspace) {
+// Goes forward over the tokens too: row t + 1 of the gradient of e is complete once dz_t is there.
+// Sums over tokens are taken block by block, which keeps their rounding small.
+static int64_t conv_backward(const Conv& p, Task task,
+                             float* workspace) {  // null: only counts its floats
   Arena arena{workspace};
   ConvTask conv(p, task, arena);
   const int W = conv.W, sums = (W + 1) * CHANNELS;
-  float *dz = arena.take(W * CHANNELS), *row = arena.take(CHANNELS);
-  float *part = arena.take(sums), *total = arena.take(sums);  // dweight, then dbias
+  float* dz = arena.take(W * CHANNELS);                       // [W, CHANNELS], a ring
+  float* row = arena.take(CHANNELS);                          // [CHANNELS], of the gradient of e
+  float *part = arena.take(sums), *total = arena.take(sums);  // [W + 1, CHANNELS]: dweight, dbias
   if (!workspace) return arena.used;
   conv.start();
   std::memset(part, 0, sizeof(float) * sums);
@@ -114,7 +127,8 @@ static int64_t conv_backward(const Conv& p, Task task, float* workspace) {
     }
     const int64_t e = t + 1, last = e - length;  // row of the extended sequence, and of its last W
     if (last >= 0 && p.dfinal)
-      for (int c = 0; c < conv.count; c++) row[c] += p.dfinal[(conv.n * W + last) * p.D + conv.first + c];
+      for (int c = 0; c < conv.count; c++)
+        row[c] += p.dfinal[(conv.n * W + last) * p.D + conv.first + c];
     if (e < W)
       conv.put(p.dhistory, conv.n * W + e, row);
     else

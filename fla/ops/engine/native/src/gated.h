@@ -2,6 +2,9 @@
 // Rows through a norm, a gate or both, and their gradient: RMSNorm, gated RMSNorm, SwiGLU.
 //
 //     u = x / sqrt(mean(x^2) + eps), or x        z = w u + b        y = z act(g), or z
+//
+// The letters in the shapes are those of `Gated` in `problem.h`. One row at a time is in the
+// workspace, in fp32.
 #pragma once
 #include "rows.h"
 
@@ -10,8 +13,9 @@ namespace FLA_ISA {
 struct GatedTask {
   const Gated& p;
   const int64_t begin, end;
-  const int count, width;  // channels, and those filled up to PAD
-  float *x, *g, *y, *weight, *bias;
+  const int count, width;      // count: channels; width: filled up to PAD with zeros
+  float *x, *g, *y;            // [width], one row
+  float *weight, *bias;        // [width]; ones and zeros where they are absent
 
   GatedTask(const Gated& problem, Task task, Arena& arena)
       : p(problem), begin(task.sequence * BLOCK),
@@ -31,10 +35,14 @@ struct GatedTask {
     }
   }
 
-  void read(const View& view, int64_t row, float* out) const {
+  void read(const View& view,    // [N, D], or absent
+            int64_t row,
+            float* out) const {  // [width]
     if (view.data) read_row(view, 0, row, 0, 0, count, width, out);
   }
-  void write(const View& view, int64_t row, const float* in) const {
+  void write(const View& view,         // [N, D], or absent
+             int64_t row,
+             const float* in) const {  // [width]
     if (view.data) write_row(view, 0, row, 0, 0, count, in);
   }
 
@@ -43,7 +51,8 @@ struct GatedTask {
   }
 };
 
-static int64_t gated_forward(const Gated& p, Task task, float* workspace) {
+static int64_t gated_forward(const Gated& p, Task task,
+                             float* workspace) {  // null: only counts its floats
   Arena arena{workspace};
   GatedTask rows(p, task, arena);
   if (!workspace) return arena.used;
@@ -65,11 +74,12 @@ static int64_t gated_forward(const Gated& p, Task task, float* workspace) {
   return arena.used;
 }
 
-// `y` is its gradient; every block has rows of its own in dweight and dbias.
-static int64_t gated_backward(const Gated& p, Task task, float* workspace) {
+// Every block of rows writes its own row of dweight and dbias: no thread waits for another.
+static int64_t gated_backward(const Gated& p, Task task,
+                              float* workspace) {  // null: only counts its floats
   Arena arena{workspace};
   GatedTask rows(p, task, arena);
-  float *dweight = arena.take(rows.width), *dbias = arena.take(rows.width);
+  float *dweight = arena.take(rows.width), *dbias = arena.take(rows.width);  // [width]
   if (!workspace) return arena.used;
   rows.start();
   std::memset(dweight, 0, sizeof(float) * rows.width);
@@ -79,7 +89,7 @@ static int64_t gated_backward(const Gated& p, Task task, float* workspace) {
     rows.read(p.g, r, rows.g);
     rows.read(p.y, r, rows.y);
     const float inverse = rows.inverse();
-    vf along = vf{};
+    vf along = vf{};  // du . u
     for (int c = 0; c < rows.width; c += LANES) {
       const vf u = load(rows.x + c) * inverse, w = load(rows.weight + c);
       vf dz = load(rows.y + c);
@@ -95,6 +105,7 @@ static int64_t gated_backward(const Gated& p, Task task, float* workspace) {
     }
     rows.write(p.dg, r, rows.g);
     if (p.norm) {
+      // dx = (du - u mean(u du)) / rms, with u computed again from x
       const float mean = sum(along) / p.D;
       for (int c = 0; c < rows.width; c += LANES)
         store(rows.y + c, inverse * (load(rows.y + c) - mean * inverse * load(rows.x + c)));

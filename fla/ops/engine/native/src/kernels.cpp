@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Compiled once per instruction set, with FLA_ISA its name; what it exports is one table.
+// Compiled once per instruction set, with FLA_ISA its name; what it exports is one table. Decay and
+// erase are template arguments: each pair has code of its own, without branches in its loops.
 #include "kernels.h"
 
 #include "backward.h"
@@ -40,6 +41,7 @@ struct Tokens {
   static int64_t run(const Problem& p, Task task, float* w) { return tokens<D, E>(p, task, w); }
 };
 
+// A decay of value channels comes alone, without an erase.
 static int64_t chunks(const Problem& p, Task task, float* w) {
   return p.gv.data ? forward<COLUMN, NO_ERASE>(p, task, w) : Dispatch<Forward>::run(p, task, w);
 }

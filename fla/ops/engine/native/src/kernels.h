@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What every instruction set provides: functions that run one task in a workspace, and with a null
-// workspace return the floats it needs.
+// What every instruction set provides: functions that run one task in a workspace [floats] of the
+// thread's own, and with a null workspace only return the number of floats they need.
 #pragma once
 #include "problem.h"
 

@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: MIT
 // Buffers, and rows of strided tensors of any type, to and from fp32.
+//
+// A row is the channels of one batch row b, token t and head h of a `View` [B, T, heads, channels].
 #pragma once
 #include "problem.h"
 #include "simd.h"
 
 namespace FLA_ISA {
 
-struct Arena {  // takes buffers one after the other; with a null base it only counts
+// Hands out buffers one after the other. With a null base it only counts, so the code that takes
+// the buffers also says how large the workspace must be.
+struct Arena {
   float* base;
   int64_t used = 0;
   float* take(int64_t n) {
     float* x = base ? base + used : nullptr;
-    used += (n + PAD - 1) / PAD * PAD;
+    used += (n + PAD - 1) / PAD * PAD;  // each begins on a cache line, as the workspace does
     return x;
   }
 };
@@ -21,9 +25,10 @@ FLA_INLINE uint32_t to_bits(float x) { uint32_t y; std::memcpy(&y, &x, 4); retur
 
 FLA_INLINE float bf16_to_float(uint16_t x) { return from_bits(uint32_t(x) << 16); }
 
+// Rounds to nearest, ties to even, as torch does; so does float_to_f16.
 FLA_INLINE uint16_t float_to_bf16(float x) {
   const uint32_t bits = to_bits(x);
-  if (x != x) return uint16_t(bits >> 16) | 0x40;
+  if (x != x) return uint16_t(bits >> 16) | 0x40;  // quiet, and no carry that makes it inf
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
@@ -46,15 +51,21 @@ FLA_INLINE uint16_t float_to_f16(float x) {
 }
 
 template <class T, class F>
-FLA_INLINE void convert_in(const T* x, int64_t stride, int n, float* y, F to_float) {
-  if (stride == 1)
+FLA_INLINE void convert_in(const T* x,  // n elements, `stride` apart
+                           int64_t stride, int n,
+                           float* y,    // [n]
+                           F to_float) {
+  if (stride == 1)  // a loop of its own, which the compiler turns into vector instructions
     for (int i = 0; i < n; i++) y[i] = to_float(x[i]);
   else
     for (int i = 0; i < n; i++) y[i] = to_float(x[i * stride]);
 }
 
 template <class T, class F>
-FLA_INLINE void convert_out(T* x, int64_t stride, int n, const float* y, F from_float) {
+FLA_INLINE void convert_out(T* x,            // n elements, `stride` apart
+                            int64_t stride, int n,
+                            const float* y,  // [n]
+                            F from_float) {
   if (stride == 1)
     for (int i = 0; i < n; i++) x[i] = from_float(y[i]);
   else
@@ -65,9 +76,10 @@ FLA_INLINE int64_t offset(const View& x, int64_t b, int64_t t, int64_t h, int64_
   return b * x.batch + t * x.token + h * x.head + c * x.channel;
 }
 
-// n channels from channel c on; `width` in all, zeros behind
-static void read_row(const View& x, int64_t b, int64_t t, int64_t h, int64_t c, int n, int width,
-                     float* y) {
+// n channels from channel c on, and zeros up to `width`.
+static void read_row(const View& x,  // [B, T, heads, channels]
+                     int64_t b, int64_t t, int64_t h, int64_t c, int n, int width,
+                     float* y) {     // [width]
   const int64_t at = offset(x, b, t, h, c);
   if (x.type == F32)
     convert_in((const float*)x.data + at, x.channel, n, y, [](float v) { return v; });
@@ -78,8 +90,9 @@ static void read_row(const View& x, int64_t b, int64_t t, int64_t h, int64_t c, 
   for (int i = n; i < width; i++) y[i] = 0;
 }
 
-static void write_row(const View& x, int64_t b, int64_t t, int64_t h, int64_t c, int n,
-                      const float* y) {
+static void write_row(const View& x,     // [B, T, heads, channels]
+                      int64_t b, int64_t t, int64_t h, int64_t c, int n,
+                      const float* y) {  // [n]
   const int64_t at = offset(x, b, t, h, c);
   if (x.type == F32)
     convert_out((float*)x.data + at, x.channel, n, y, [](float v) { return v; });
@@ -89,10 +102,11 @@ static void write_row(const View& x, int64_t b, int64_t t, int64_t h, int64_t c,
     convert_out((uint16_t*)x.data + at, x.channel, n, y, float_to_f16);
 }
 
-FLA_INLINE float inverse_norm(const float* x, int n) {
+FLA_INLINE float inverse_norm(const float* x, int n) {  // x [n], n a multiple of PAD
   return 1 / __builtin_sqrtf(dot(x, x, n) + L2_EPS);
 }
 
+// One element of a tensor [B, T, heads].
 FLA_INLINE float read_one(const View& x, int64_t b, int64_t t, int64_t h) {
   float y;
   read_row(x, b, t, h, 0, 1, 1, &y);

@@ -3,6 +3,8 @@
 // CHANNELS channels: K numbers of state per channel, channels side by side in registers.
 //
 //     S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t        y_t = sum_k C_t S_t
+//
+// The letters in the shapes are those of `Scan` in `problem.h`; LANES channels share a register.
 #pragma once
 #include "rows.h"
 
@@ -11,8 +13,10 @@ namespace FLA_ISA {
 struct ScanTask {
   const Scan& p;
   const int64_t n, batch, begin, end, first;
-  const int K, count, width;  // channels, and those filled up to PAD
-  float *A, *S, *x, *dt, *B, *C;
+  const int K, count, width;  // count: channels; width: filled up to PAD
+  float *A, *S;               // [K, CHANNELS]
+  float *x, *dt;              // [tokens, CHANNELS]
+  float *B, *C;               // [tokens, K]
 
   ScanTask(const Scan& problem, Task task, Arena& arena, int tokens)
       : p(problem), n(task.sequence), batch(batch_of(p, n)), begin(begin_of(p, n)),
@@ -27,18 +31,24 @@ struct ScanTask {
     C = arena.take(tokens * K);
   }
 
-  // K rows of these channels out of [.., K, D], number i, or zeros; and back
-  void get(const float* rows, int64_t i, float* out) const {
+  // K rows of these channels, or zeros; and back.
+  void get(const float* rows,    // [.., K, D], or null
+           int64_t i,
+           float* out) const {   // [K, CHANNELS]
     for (int k = 0; k < K; k++)
       for (int c = 0; c < width; c++)
         out[k * CHANNELS + c] = rows && c < count ? rows[(i * K + k) * p.D + first + c] : 0;
   }
-  void put(float* rows, int64_t i, const float* from) const {
+  void put(float* rows,               // [.., K, D]
+           int64_t i,
+           const float* from) const {  // [K, CHANNELS]
     for (int k = 0; k < K; k++)
       std::memcpy(rows + (i * K + k) * p.D + first, from + k * CHANNELS, sizeof(float) * count);
   }
 
-  void read(const View& from, int64_t t, float* out) const {
+  void read(const View& from,    // [B, T, D]
+            int64_t t,
+            float* out) const {  // [CHANNELS]
     read_row(from, batch, begin + t, 0, first, count, width, out);
   }
   void load_token(int64_t t, int row) {
@@ -49,7 +59,8 @@ struct ScanTask {
   }
 };
 
-static int64_t scan_forward(const Scan& p, Task task, float* workspace) {
+static int64_t scan_forward(const Scan& p, Task task,
+                            float* workspace) {  // null: only counts its floats
   Arena arena{workspace};
   ScanTask scan(p, task, arena, 1);
   float* row = arena.take(CHANNELS);
@@ -65,7 +76,8 @@ static int64_t scan_forward(const Scan& p, Task task, float* workspace) {
       vf y = vf{};
       for (int k = 0; k < scan.K; k++) {
         float* at = scan.S + k * CHANNELS + c;
-        const vf s = exponential(dt * load(scan.A + k * CHANNELS + c)) * load(at) + write * scan.B[k];
+        const vf f = exponential(dt * load(scan.A + k * CHANNELS + c));
+        const vf s = f * load(at) + write * scan.B[k];
         store(at, s);
         y += s * scan.C[k];
       }
@@ -77,10 +89,15 @@ static int64_t scan_forward(const Scan& p, Task task, float* workspace) {
   return arena.used;
 }
 
-// Block by block from the last to the first, a block's states formed again from its first one. Z is
-// the gradient of the state behind a token.
+// Block by block from the last to the first, a block's states formed again from its first one, one
+// register of channels at a time. Z is the gradient of the state after a token.
 struct ScanBackward : ScanTask {
-  float *dy, *Z, *factors, *states, *dA, *total, *dB, *dC;
+  float* dy;          // [BLOCK, CHANNELS]; dx takes its place
+  float* Z;           // [K, CHANNELS]
+  float* factors;     // [BLOCK, K, LANES]: exp(dt A)
+  float* states;      // [BLOCK + 1, K, LANES]: before the block, and after each of its tokens
+  float *dA, *total;  // [K, CHANNELS]: of a block, and the sum over blocks
+  float *dB, *dC;     // [BLOCK, K, LANES]: sums over registers of channels, lane by lane
 
   ScanBackward(const Scan& problem, Task task, Arena& arena)
       : ScanTask(problem, task, arena, BLOCK) {
@@ -94,7 +111,8 @@ struct ScanBackward : ScanTask {
     dC = arena.take(BLOCK * K * LANES);
   }
 
-  void again(int tokens, int c) {  // the states of a register of channels
+  // The block's states of the register of channels that begins with c.
+  void again(int tokens, int c) {
     for (int k = 0; k < K; k++) store(states + k * LANES, load(S + k * CHANNELS + c));
     for (int t = 0; t < tokens; t++) {
       const vf step = load(dt + t * CHANNELS + c), write = step * load(x + t * CHANNELS + c);
@@ -107,6 +125,7 @@ struct ScanBackward : ScanTask {
     }
   }
 
+  // Token t backward, for the same register.
   void token(int t, int c) {
     const vf grad = load(dy + t * CHANNELS + c), step = load(dt + t * CHANNELS + c);
     const vf in = load(x + t * CHANNELS + c), write = step * in;
@@ -127,6 +146,7 @@ struct ScanBackward : ScanTask {
     store(dt + t * CHANNELS + c, dstep + written * in);
   }
 
+  // The block of `tokens` tokens from t on.
   void block(int64_t t, int tokens) {
     get(p.states, first_block(p, n) + t / BLOCK, S);
     for (int i = 0; i < tokens; i++) {
@@ -151,12 +171,13 @@ struct ScanBackward : ScanTask {
       p.dB[at + i] = sum(load(dB + i * LANES));
       p.dC[at + i] = sum(load(dC + i * LANES));
     }
+    // block by block: one sum over all tokens would lose more digits
     for (int i = 0; i < K * CHANNELS; i++) total[i] += dA[i];
   }
 };
 
-// `y` is its gradient.
-static int64_t scan_backward(const Scan& p, Task task, float* workspace) {
+static int64_t scan_backward(const Scan& p, Task task,
+                             float* workspace) {  // null: only counts its floats
   Arena arena{workspace};
   ScanBackward scan(p, task, arena);
   if (!workspace) return arena.used;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // One register of floats as a compiler vector type, whatever the instruction set. No fast-math:
 // decays may be -inf.
+//
+// Shapes are [rows, columns]; ld.. is the distance between rows in floats. Loads need no alignment.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -27,6 +29,7 @@ FLA_INLINE vf load(const float* x) { return *(const vf*)x; }
 FLA_INLINE void store(float* x, vf y) { *(vf*)x = y; }
 FLA_INLINE vf splat(float x) { return vf{} + x; }
 
+// In halves, the same order for every compiler.
 FLA_INLINE float sum(vf x) {
   float y[LANES];
   store(y, x);
@@ -60,11 +63,15 @@ FLA_INLINE vf sigmoid(vf x) { return 1.f / (1.f + exponential(-x)); }
 // what a product is added to: nothing, C, or C times a factor of each row or of each column
 enum Start { ZERO, KEEP, BY_ROW, BY_COLUMN };
 
-// C[rows, VECTORS registers] (+)= A B; A(i, k) = a[i * a_row + k * a_col]. C is added last: sums of
-// products are short, and rounded once into what may be a large state.
+// C[ROWS, VECTORS registers] (+)= A B. C is added last: sums of products are short, and rounded
+// once into what may be a large state. The loops are unrolled so that acc stays in registers.
 template <int ROWS, int VECTORS, Start START>
-FLA_INLINE void tile(int inner, const float* a, int64_t a_row, int64_t a_col, const float* b,
-                     int64_t ldb, float* c, int64_t ldc, const float* factor) {
+FLA_INLINE void tile(int inner,
+                     const float* a,                // A(i, k) = a[i a_row + k a_col], [ROWS, inner]
+                     int64_t a_row, int64_t a_col,
+                     const float* b, int64_t ldb,   // [inner, VECTORS registers]
+                     float* c, int64_t ldc,         // [ROWS, VECTORS registers]
+                     const float* factor) {         // [ROWS] or [VECTORS registers], by START
   vf acc[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++)
@@ -91,11 +98,14 @@ FLA_INLINE void tile(int inner, const float* a, int64_t a_row, int64_t a_col, co
     }
 }
 
+// The last, fewer than TILE_ROWS rows: the tile of as many rows, found by recursion, since a tile's
+// height must be known to the compiler. Arguments as in `tile`.
 template <int ROWS, int VECTORS, Start START>
-struct Rest {  // the last, fewer than TILE_ROWS rows
+struct Rest {
   static void run(int rows, int inner, const float* a, int64_t a_row, int64_t a_col, const float* b,
                   int64_t ldb, float* c, int64_t ldc, const float* factor) {
-    if (rows == ROWS) return tile<ROWS, VECTORS, START>(inner, a, a_row, a_col, b, ldb, c, ldc, factor);
+    if (rows == ROWS)
+      return tile<ROWS, VECTORS, START>(inner, a, a_row, a_col, b, ldb, c, ldc, factor);
     Rest<ROWS - 1, VECTORS, START>::run(rows, inner, a, a_row, a_col, b, ldb, c, ldc, factor);
   }
 };
@@ -105,6 +115,7 @@ struct Rest<0, VECTORS, START> {
                   const float*) {}
 };
 
+// All rows of VECTORS registers of columns. Arguments as in `tile`, with `rows` rows.
 template <int VECTORS, Start START>
 static void columns(int rows, int inner, const float* a, int64_t a_row, int64_t a_col,
                     const float* b, int64_t ldb, float* c, int64_t ldc, const float* factor) {
@@ -117,13 +128,17 @@ static void columns(int rows, int inner, const float* a, int64_t a_row, int64_t 
                                            c + i * ldc, ldc, factor + i * step);
 }
 
-constexpr int INNER = 128;  // products of a sum, at most
+constexpr int INNER = 128;  // products of one sum at most: longer sums lose more digits
 
-// C[rows, width] (+)= A B for width a multiple of PAD.
+// C (+)= A B for width a multiple of PAD. A may be read by rows or by columns (transposed), B and C
+// have their columns side by side.
 template <Start START>
-static void product(int rows, int width, int inner, const float* a, int64_t a_row, int64_t a_col,
-                    const float* b, int64_t ldb, float* c, int64_t ldc,
-                    const float* factor = nullptr) {
+static void product(int rows, int width, int inner,
+                    const float* a,                   // A(i, k) = a[i a_row + k a_col]
+                    int64_t a_row, int64_t a_col,     // [rows, inner]
+                    const float* b, int64_t ldb,      // [inner, width]
+                    float* c, int64_t ldc,            // [rows, width]
+                    const float* factor = nullptr) {  // [rows] or [width], for BY_ROW, BY_COLUMN
   if (inner > INNER) {
     product<START>(rows, width, INNER, a, a_row, a_col, b, ldb, c, ldc, factor);
     return product<KEEP>(rows, width, inner - INNER, a + INNER * a_col, a_row, a_col,
@@ -138,7 +153,7 @@ static void product(int rows, int width, int inner, const float* a, int64_t a_ro
     columns<1, START>(rows, inner, a, a_row, a_col, b + j, ldb, c + j, ldc, factor + j * step);
 }
 
-// below, n is a multiple of PAD
+// Below, x and y are [n], n a multiple of PAD.
 FLA_INLINE float dot(const float* x, const float* y, int n) {
   vf acc = vf{};
   for (int i = 0; i < n; i += LANES) acc += load(x + i) * load(y + i);
@@ -149,15 +164,18 @@ FLA_INLINE void axpy(float a, const float* x, float* y, int n) {  // y += a x
   for (int i = 0; i < n; i += LANES) store(y + i, load(y + i) + a * load(x + i));
 }
 
-FLA_INLINE void scale_into(float a, const float* x, float* y, int n) {
+FLA_INLINE void scale_into(float a, const float* x, float* y, int n) {  // y = a x
   for (int i = 0; i < n; i += LANES) store(y + i, a * load(x + i));
 }
 
-FLA_INLINE void multiply_into(const float* a, const float* x, float* y, int n) {
+FLA_INLINE void multiply_into(const float* a, const float* x, float* y, int n) {  // y = a x, a [n]
   for (int i = 0; i < n; i += LANES) store(y + i, load(a + i) * load(x + i));
 }
 
-static void transpose(int rows, int cols, const float* x, int64_t ldx, float* y, int64_t ldy) {
+// In stripes of 8 rows, of which a column fills half a cache line of y.
+static void transpose(int rows, int cols,
+                      const float* x, int64_t ldx,  // [rows, cols]
+                      float* y, int64_t ldy) {      // [cols, rows]
   for (int i0 = 0; i0 < rows; i0 += 8)
     for (int j = 0; j < cols; j++)
       for (int i = i0; i < i0 + 8 && i < rows; i++) y[j * ldy + i] = x[i * ldx + j];
