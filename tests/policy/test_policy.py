@@ -44,7 +44,7 @@ def module_of(path: Path) -> str:
 
 
 def layer(module: str) -> int | None:
-    if module == "fla.cli":
+    if module == "fla.cli" or module.startswith("fla.cli."):
         return len(ORDER) + 1
     if any(module == top or module.startswith(top + ".") for top in TOPS):
         return len(ORDER)
