@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Timing; and the machine a figure comes from, of `fla.utils`."""
+"""Timing, fresh processes, and the machine a figure comes from, of `fla.utils`."""
 
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from fla.utils import machine
 
-__all__ = ["alternate", "machine"]
+__all__ = ["alternate", "environment", "machine", "python"]
 
 
 def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -25,3 +29,18 @@ def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - begun)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The environment of a process that finds this checkout, wherever it is started."""
+    path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))} | variables
+
+
+def python(*arguments: str) -> str:
+    """What a fresh Python process prints."""
+    done = subprocess.run(
+        [sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True,
+        env=environment(),
+    )  # fmt: skip
+    return done.stdout
