@@ -1,4 +1,5 @@
 # Two commands: `make demo` trains a small model on this machine, `make test` runs the tests.
+# `make wheel` writes a source distribution and a wheel to dist/.
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
@@ -6,7 +7,7 @@ LINEARIZED ?= runs/linearize
 TASKS ?= runs/tasks
 PY := $(VENV)/bin/python
 
-.PHONY: demo linearize-demo tasks-demo test check sanitize kernels docs bench clean
+.PHONY: demo linearize-demo tasks-demo test check sanitize kernels docs bench wheel clean
 
 demo: $(VENV)/.ready
 	$(PY) -m fla.cli train --config examples/demo.yaml --output_dir $(RUN)
@@ -39,6 +40,10 @@ docs: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(PY) -m benchmarks.ops
 
+# The wheel is built from the source distribution, so every file it needs is in there.
+wheel: $(VENV)/.ready
+	$(PY) -m build --outdir dist
+
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard fla/ops/engine/native/src/*)
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing packages into $(VENV) (a few minutes the first time)"
@@ -46,4 +51,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard fla/ops/engin
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Timing, memory, and the machine a figure comes from (`fla.utils`)."""
+"""Timing, memory, fresh processes, and the machine a figure comes from (`fla.utils`)."""
 
+import os
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +14,7 @@ import torch
 
 from fla.utils import machine
 
-__all__ = ["alternate", "machine", "resident_memory"]
+__all__ = ["alternate", "environment", "machine", "python", "resident_memory"]
 
 
 def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -36,3 +39,18 @@ def resident_memory(which: str) -> int:
         line = next(x for x in status.read_text().splitlines() if x.startswith(which))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The environment of a process that finds this checkout, wherever it is started."""
+    path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))} | variables
+
+
+def python(*arguments: str) -> str:
+    """What a fresh Python process prints."""
+    done = subprocess.run(
+        [sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True,
+        env=environment(),
+    )  # fmt: skip
+    return done.stdout

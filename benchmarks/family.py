@@ -9,7 +9,6 @@ a fresh process per operator.
 
 import ctypes
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common import alternate, machine, resident_memory
+from benchmarks.common import alternate, machine, python, resident_memory
 from fla.ops.registry import OPS, OpCase
 
 TOKENS, HEADS, WIDTH = 2048, 4, 64
@@ -85,8 +84,7 @@ def step(title: str) -> Callable[[], Any] | None:
 
 def peak_memory(title: str) -> int:
     code = f"from benchmarks.family import memory_probe; print(memory_probe({title!r}))"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    return int(done.stdout)
+    return int(python("-c", code))
 
 
 def memory_probe(title: str) -> int:

@@ -169,6 +169,8 @@ def model_rows(device: str) -> dict[str, Callable[[], float]]:
 
 
 def first_call(device: str) -> float:
+    from benchmarks.common import environment
+
     code = (
         "import time, torch; from benchmarks import gpu;"
         "from fla.ops.gated_delta_rule import chunk_gated_delta_rule as f;"
@@ -178,7 +180,7 @@ def first_call(device: str) -> float:
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120,
-        env=os.environ | {"TRITON_CACHE_DIR": f"/tmp/triton-first-{os.getpid()}"},
+        env=environment(TRITON_CACHE_DIR=f"/tmp/triton-first-{os.getpid()}"),
     )  # fmt: skip
     return float(done.stdout.split()[-1])
 
@@ -325,6 +327,7 @@ def main() -> int:
     if args.operators:  # also inside a peer's process, where this file is all there is of us
         print(json.dumps(measure(operator_rows(args.device))))
         return 0
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file too, from anywhere
     from benchmarks.common import machine
 
     own = operator_rows(args.device) | own_rows(args.device)
@@ -335,6 +338,7 @@ def main() -> int:
     print(report(result))
     if args.out:
         path = Path(args.out) / f"gpu-{result['machine']['date']}"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
         path.with_suffix(".md").write_text(report(result))
     return 0

@@ -21,6 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # as a file too, from anywhere
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -28,7 +31,7 @@ from rich.console import Console
 from torch import Tensor
 
 import fla.models
-from benchmarks.common import alternate, machine, resident_memory
+from benchmarks.common import alternate, environment, machine, python, resident_memory
 from fla.distributed import sequence_parallel
 from fla.ops.block_sparse_attention import block_sparse_attention, local_window
 from fla.ops.dilated_attention import dilated_attention, geometric_schedule
@@ -90,8 +93,7 @@ def measure_ops(lengths: list[int], repeats: int, console: Console) -> dict[str,
 
 def peak_memory(name: str, T: int) -> int:
     code = f"from benchmarks.long_context import memory_probe; print(memory_probe({name!r}, {T}))"
-    command = [sys.executable, "-c", code]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return int(python("-c", code))
 
 
 def memory_probe(name: str, T: int) -> int:
@@ -234,8 +236,8 @@ def measure_ranks(T: int, console: Console) -> dict[str, Any]:
             file = Path(folder) / "result.json"
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc_per_node", str(size), "-m", "benchmarks.long_context"]
-            environment = os.environ | dict(FLA_RESULT=str(file), OMP_NUM_THREADS="1")
-            subprocess.run([*command, "--rank", str(T)], check=True, env=environment)
+            variables = environment(FLA_RESULT=str(file), OMP_NUM_THREADS="1")
+            subprocess.run([*command, "--rank", str(T)], check=True, env=variables)
             found[str(size)] = json.loads(file.read_text())
     return found
 

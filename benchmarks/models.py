@@ -7,8 +7,12 @@ holds.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # as a file too, from anywhere
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from rich.console import Console

@@ -11,10 +11,12 @@ take turns in one process and the median counts; peak memory is measured in a pr
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+if __name__ == "__main__":  # as a file too, from anywhere
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from benchmarks.common import alternate, machine, resident_memory
+from benchmarks.common import alternate, machine, python, resident_memory
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
 HEADS, WIDTH = 8, 128
@@ -90,11 +92,7 @@ def time_step(repeats: int) -> dict[str, float]:
 def peak_memory(name: str, T: int) -> int:
     """Bytes by which forward and backward raise the peak resident memory of a fresh process."""
     code = f"from benchmarks.ops import memory_probe; print(memory_probe({name!r}, {T}))"
-    return int(
-        subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True
-        ).stdout
-    )
+    return int(python("-c", code))
 
 
 def memory_probe(name: str, T: int) -> int:

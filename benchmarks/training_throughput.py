@@ -8,16 +8,18 @@ parameter and token (MFU; embeddings left out, attention and recurrence not coun
 """
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # as a file too, from anywhere
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 from rich.console import Console
 
-from benchmarks.common import alternate, machine, resident_memory
+from benchmarks.common import alternate, machine, python, resident_memory
 from benchmarks.family import write_table
 from benchmarks.language import build, sizes, tokens
 
@@ -36,9 +38,8 @@ def peak_flops(device: str) -> float:
 def peak_memory(args: argparse.Namespace, name: str, length: int) -> int:
     """Bytes that a step takes at most on top of the model and its optimizer, in a fresh process."""
     options = [f"--{n}={getattr(args, n)}" for n in PROBED]
-    command = [sys.executable, "-m", "benchmarks.training_throughput", "--models", name, *options]
-    command += ["--lengths", str(length), "--probe"]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    own = ["--models", name, *options, "--lengths", str(length), "--probe"]
+    return int(python("-m", "benchmarks.training_throughput", *own))
 
 
 def memory_probe(args: argparse.Namespace) -> int:

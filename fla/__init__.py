@@ -2,22 +2,24 @@
 """fla: sequence models whose cost grows linearly with length, on any machine.
 
 `import fla` imports neither torch nor Triton and touches no device; every name is loaded when first
-asked for. Layers and models are here (`fla.GatedDeltaNet`, `fla.GatedDeltaNetForCausalLM`), and the
-operators that transformers looks up; configs are in `fla.models`, everything else in its module.
+asked for. All layers and models are here (`fla.GatedDeltaNet`, `fla.GatedDeltaNetForCausalLM`), and
+the operators that transformers looks up; configs are in `fla.models`, everything else in its
+module.
 """
 
-import importlib
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from fla import layers, models
 from fla._lazy import lazy_names
 from fla._register import register_with_transformers
 
 __version__ = "1.0.0"
 
-# The operator names are those transformers resolves on the top-level package.
-_getter, __all__ = lazy_names(
+__getattr__, __all__ = lazy_names(
     __name__,
     {
+        # The operators are those that transformers resolves on the top-level package.
         "fla.ops": [
             "chunk_gated_delta_rule",
             "fused_recurrent_gated_delta_rule",
@@ -26,23 +28,25 @@ _getter, __all__ = lazy_names(
         "fla.core.stage": ["explain", "use_backend"],
         "fla.ops.engine.recurrence.recurrence": ["overwrite_states"],
         "fla.models.swap": ["accelerate"],
-        "fla.layers": ["Attention", "DeltaNet", "GatedDeltaNet"],
+        "fla.layers": layers.__all__,
         "fla.models": [
-            "DeltaNetForCausalLM",
-            "DeltaNetModel",
-            "GatedDeltaNetForCausalLM",
-            "GatedDeltaNetModel",
-            "TransformerForCausalLM",
-            "TransformerModel",
+            f"{name}{kind}" for name in models.MODELS.values() for kind in ("Model", "ForCausalLM")
         ],
+        "fla.utils": [],
     },
+    submodules=[file.parent.name for file in Path(__file__).parent.glob("*/__init__.py")],
 )
 
+if TYPE_CHECKING:  # what editors and type checkers see
+    from fla.core.stage import explain, use_backend
+    from fla.layers import *
+    from fla.models import *
+    from fla.models.swap import accelerate
+    from fla.ops import (
+        chunk_gated_delta_rule,
+        fused_recurrent_gated_delta_rule,
+        recurrent_gated_delta_rule,
+    )
+    from fla.ops.engine.recurrence.recurrence import overwrite_states
 
-def __getattr__(name: str) -> Any:
-    if name in ("ops", "modules", "layers", "models", "utils"):
-        return importlib.import_module(f"{__name__}.{name}")
-    return _getter(name)
-
-
-register_with_transformers()
+register_with_transformers(models.MODELS)

@@ -115,6 +115,7 @@ class Stage:
         sharded: `(op, parallel, local, *args)` inside `sequence_parallel`, where `local(*args)` is
             the stage on this rank alone; None where there is no such form.
         problem: the arguments of a small call with given facts, for the self-check.
+        example: the facts of an ordinary call, for `fla doctor`.
         kind: what kernels are compiled for, of facts: one check per kind.
         differentiable: whether the self-check compares gradients too.
     """
@@ -124,6 +125,7 @@ class Stage:
     facts: Callable[..., Any]
     sharded: Callable[..., Any] | None = None
     problem: Callable[[Any], tuple[Any, ...]] | None = None
+    example: Callable[[torch.device, torch.dtype], Any] = Facts
     kind: Callable[[Any], Any] = lambda facts: facts
     differentiable: bool = True
 

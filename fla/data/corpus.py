@@ -26,7 +26,7 @@ def load_corpus(source: str, column: str = "text", streaming: bool = False) -> C
     """`"stdlib"`, a text file, a table (.json, .jsonl, .csv, .parquet), a folder of text files, or
     `"hf:NAME"` or `"hf:NAME::CONFIG"` for a Hugging Face dataset; `"recall"` for made-up texts that
     ask for what they say (`fla.data.probes`), and `"stdlib+recall"` for both; `"tokens:FOLDER"`
-    for what `scripts.preprocess` wrote. Raises `UsageError` where nothing is there.
+    for what `fla preprocess` wrote. Raises `UsageError` where nothing is there.
     """
     if source.startswith("tokens:"):
         folder = Path(source.removeprefix("tokens:")).expanduser()

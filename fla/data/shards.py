@@ -148,7 +148,7 @@ def load_index(folder: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise UsageError(
             f"--data: {str(folder)!r} holds no whole shards (no index.json); run the same "
-            "`python -m scripts.preprocess` again, which goes on"
+            "`fla preprocess` again, which goes on"
         )
     return json.loads(path.read_text())
 

@@ -3,6 +3,8 @@
 `mixer.py`'s.
 """
 
+from typing import TYPE_CHECKING
+
 from fla._lazy import lazy_names
 
 __getattr__, __all__ = lazy_names(
@@ -51,3 +53,40 @@ __getattr__, __all__ = lazy_names(
         "fla.layers.simple_gla": ["SimpleGatedLinearAttention"],
     },
 )
+
+if TYPE_CHECKING:  # what editors and type checkers see
+    from fla.layers.abc import *
+    from fla.layers.attn import *
+    from fla.layers.based import *
+    from fla.layers.bitattn import *
+    from fla.layers.block_sparse_attn import *
+    from fla.layers.comba import *
+    from fla.layers.delta_net import *
+    from fla.layers.deltaformer import *
+    from fla.layers.dilated_attn import *
+    from fla.layers.gated_deltanet import *
+    from fla.layers.gated_deltaproduct import *
+    from fla.layers.gdn2 import *
+    from fla.layers.gla import *
+    from fla.layers.gsa import *
+    from fla.layers.hgrn import *
+    from fla.layers.kda import *
+    from fla.layers.lightnet import *
+    from fla.layers.linear_attn import *
+    from fla.layers.linearized import *
+    from fla.layers.log_linear_mamba2 import *
+    from fla.layers.mamba import *
+    from fla.layers.mamba2 import *
+    from fla.layers.mamba3 import *
+    from fla.layers.mesa_net import *
+    from fla.layers.mla import *
+    from fla.layers.mom import *
+    from fla.layers.multiscale_retention import *
+    from fla.layers.precond_gated_deltanet import *
+    from fla.layers.precond_kda import *
+    from fla.layers.raven import *
+    from fla.layers.rodimus import *
+    from fla.layers.rwkv4 import *
+    from fla.layers.rwkv6 import *
+    from fla.layers.rwkv7 import *
+    from fla.layers.simple_gla import *

@@ -2,171 +2,97 @@
 """Hugging Face-compatible language models: one decoder (`decoder.py`), one small file per
 architecture.
 
-Importing this package registers every architecture with transformers' Auto classes.
+An architecture is imported, and registers with transformers' Auto classes, when one of its names or
+its model type is first asked for.
 """
 
-from fla.models.abc import ABCConfig, ABCForCausalLM, ABCModel
-from fla.models.bitnet import BitNetConfig, BitNetForCausalLM, BitNetModel
-from fla.models.comba import CombaConfig, CombaForCausalLM, CombaModel
-from fla.models.delta_net import DeltaNetConfig, DeltaNetForCausalLM, DeltaNetModel
-from fla.models.deltaformer import DeltaFormerConfig, DeltaFormerForCausalLM, DeltaFormerModel
-from fla.models.gated_deltanet import (
-    GatedDeltaNetConfig,
-    GatedDeltaNetForCausalLM,
-    GatedDeltaNetModel,
-)
-from fla.models.gated_deltanet2 import (
-    GatedDeltaNet2Config,
-    GatedDeltaNet2ForCausalLM,
-    GatedDeltaNet2Model,
-)
-from fla.models.gated_deltaproduct import (
-    GatedDeltaProductConfig,
-    GatedDeltaProductForCausalLM,
-    GatedDeltaProductModel,
-)
-from fla.models.gla import GLAConfig, GLAForCausalLM, GLAModel
-from fla.models.gsa import GSAConfig, GSAForCausalLM, GSAModel
-from fla.models.hgrn import HGRNConfig, HGRNForCausalLM, HGRNModel
-from fla.models.hgrn2 import HGRN2Config, HGRN2ForCausalLM, HGRN2Model
-from fla.models.hybrid import HybridConfig, HybridForCausalLM, HybridModel
-from fla.models.kda import KDAConfig, KDAForCausalLM, KDAModel
-from fla.models.lightnet import LightNetConfig, LightNetForCausalLM, LightNetModel
-from fla.models.linear_attn import (
-    LinearAttentionConfig,
-    LinearAttentionForCausalLM,
-    LinearAttentionModel,
-)
-from fla.models.log_linear_mamba2 import (
-    LogLinearMamba2Config,
-    LogLinearMamba2ForCausalLM,
-    LogLinearMamba2Model,
-)
-from fla.models.longnet import LongNetConfig, LongNetForCausalLM, LongNetModel
-from fla.models.mamba import MambaConfig, MambaForCausalLM, MambaModel
-from fla.models.mamba2 import Mamba2Config, Mamba2ForCausalLM, Mamba2Model
-from fla.models.mamba3 import Mamba3Config, Mamba3ForCausalLM, Mamba3Model
-from fla.models.mesa_net import MesaNetConfig, MesaNetForCausalLM, MesaNetModel
-from fla.models.mla import MLAConfig, MLAForCausalLM, MLAModel
-from fla.models.mom import MomConfig, MomForCausalLM, MomModel
-from fla.models.precond_gated_deltanet import (
-    PrecondGatedDeltaNetConfig,
-    PrecondGatedDeltaNetForCausalLM,
-    PrecondGatedDeltaNetModel,
-)
-from fla.models.precond_kda import PrecondKDAConfig, PrecondKDAForCausalLM, PrecondKDAModel
-from fla.models.raven import RavenConfig, RavenForCausalLM, RavenModel
-from fla.models.retnet import RetNetConfig, RetNetForCausalLM, RetNetModel
-from fla.models.rodimus import RodimusConfig, RodimusForCausalLM, RodimusModel
-from fla.models.rwkv4 import RWKV4Config, RWKV4ForCausalLM, RWKV4Model
-from fla.models.rwkv6 import RWKV6Config, RWKV6ForCausalLM, RWKV6Model
-from fla.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM, RWKV7Model
-from fla.models.samba import SambaConfig, SambaForCausalLM, SambaModel
-from fla.models.transformer import TransformerConfig, TransformerForCausalLM, TransformerModel
-from fla.models.utils import Cache
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "ABCConfig",
-    "ABCForCausalLM",
-    "ABCModel",
-    "BitNetConfig",
-    "BitNetForCausalLM",
-    "BitNetModel",
-    "Cache",
-    "CombaConfig",
-    "CombaForCausalLM",
-    "CombaModel",
-    "DeltaFormerConfig",
-    "DeltaFormerForCausalLM",
-    "DeltaFormerModel",
-    "DeltaNetConfig",
-    "DeltaNetForCausalLM",
-    "DeltaNetModel",
-    "GLAConfig",
-    "GLAForCausalLM",
-    "GLAModel",
-    "GSAConfig",
-    "GSAForCausalLM",
-    "GSAModel",
-    "GatedDeltaNet2Config",
-    "GatedDeltaNet2ForCausalLM",
-    "GatedDeltaNet2Model",
-    "GatedDeltaNetConfig",
-    "GatedDeltaNetForCausalLM",
-    "GatedDeltaNetModel",
-    "GatedDeltaProductConfig",
-    "GatedDeltaProductForCausalLM",
-    "GatedDeltaProductModel",
-    "HGRN2Config",
-    "HGRN2ForCausalLM",
-    "HGRN2Model",
-    "HGRNConfig",
-    "HGRNForCausalLM",
-    "HGRNModel",
-    "HybridConfig",
-    "HybridForCausalLM",
-    "HybridModel",
-    "KDAConfig",
-    "KDAForCausalLM",
-    "KDAModel",
-    "LightNetConfig",
-    "LightNetForCausalLM",
-    "LightNetModel",
-    "LinearAttentionConfig",
-    "LinearAttentionForCausalLM",
-    "LinearAttentionModel",
-    "LogLinearMamba2Config",
-    "LogLinearMamba2ForCausalLM",
-    "LogLinearMamba2Model",
-    "LongNetConfig",
-    "LongNetForCausalLM",
-    "LongNetModel",
-    "MLAConfig",
-    "MLAForCausalLM",
-    "MLAModel",
-    "Mamba2Config",
-    "Mamba2ForCausalLM",
-    "Mamba2Model",
-    "Mamba3Config",
-    "Mamba3ForCausalLM",
-    "Mamba3Model",
-    "MambaConfig",
-    "MambaForCausalLM",
-    "MambaModel",
-    "MesaNetConfig",
-    "MesaNetForCausalLM",
-    "MesaNetModel",
-    "MomConfig",
-    "MomForCausalLM",
-    "MomModel",
-    "PrecondGatedDeltaNetConfig",
-    "PrecondGatedDeltaNetForCausalLM",
-    "PrecondGatedDeltaNetModel",
-    "PrecondKDAConfig",
-    "PrecondKDAForCausalLM",
-    "PrecondKDAModel",
-    "RWKV4Config",
-    "RWKV4ForCausalLM",
-    "RWKV4Model",
-    "RWKV6Config",
-    "RWKV6ForCausalLM",
-    "RWKV6Model",
-    "RWKV7Config",
-    "RWKV7ForCausalLM",
-    "RWKV7Model",
-    "RavenConfig",
-    "RavenForCausalLM",
-    "RavenModel",
-    "RetNetConfig",
-    "RetNetForCausalLM",
-    "RetNetModel",
-    "RodimusConfig",
-    "RodimusForCausalLM",
-    "RodimusModel",
-    "SambaConfig",
-    "SambaForCausalLM",
-    "SambaModel",
-    "TransformerConfig",
-    "TransformerForCausalLM",
-    "TransformerModel",
-]
+from fla._lazy import lazy_names
+
+# Model type, which is also the name of its file -> the name that its classes begin with: ABCConfig,
+# ABCModel, ABCForCausalLM.
+MODELS = {
+    "abc": "ABC",
+    "bitnet": "BitNet",
+    "comba": "Comba",
+    "delta_net": "DeltaNet",
+    "deltaformer": "DeltaFormer",
+    "gated_deltanet": "GatedDeltaNet",
+    "gated_deltanet2": "GatedDeltaNet2",
+    "gated_deltaproduct": "GatedDeltaProduct",
+    "gla": "GLA",
+    "gsa": "GSA",
+    "hgrn": "HGRN",
+    "hgrn2": "HGRN2",
+    "hybrid": "Hybrid",
+    "kda": "KDA",
+    "lightnet": "LightNet",
+    "linear_attn": "LinearAttention",
+    "log_linear_mamba2": "LogLinearMamba2",
+    "longnet": "LongNet",
+    "mamba": "Mamba",
+    "mamba2": "Mamba2",
+    "mamba3": "Mamba3",
+    "mesa_net": "MesaNet",
+    "mla": "MLA",
+    "mom": "Mom",
+    "precond_gated_deltanet": "PrecondGatedDeltaNet",
+    "precond_kda": "PrecondKDA",
+    "raven": "Raven",
+    "retnet": "RetNet",
+    "rodimus": "Rodimus",
+    "rwkv4": "RWKV4",
+    "rwkv6": "RWKV6",
+    "rwkv7": "RWKV7",
+    "samba": "Samba",
+    "transformer": "Transformer",
+}
+
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "fla.models.utils": ["Cache"],
+        **{
+            f"fla.models.{model_type}": [f"{name}Config", f"{name}Model", f"{name}ForCausalLM"]
+            for model_type, name in MODELS.items()
+        },
+    },
+)
+
+if TYPE_CHECKING:  # what editors and type checkers see
+    from fla.models.abc import *
+    from fla.models.bitnet import *
+    from fla.models.comba import *
+    from fla.models.delta_net import *
+    from fla.models.deltaformer import *
+    from fla.models.gated_deltanet import *
+    from fla.models.gated_deltanet2 import *
+    from fla.models.gated_deltaproduct import *
+    from fla.models.gla import *
+    from fla.models.gsa import *
+    from fla.models.hgrn import *
+    from fla.models.hgrn2 import *
+    from fla.models.hybrid import *
+    from fla.models.kda import *
+    from fla.models.lightnet import *
+    from fla.models.linear_attn import *
+    from fla.models.log_linear_mamba2 import *
+    from fla.models.longnet import *
+    from fla.models.mamba import *
+    from fla.models.mamba2 import *
+    from fla.models.mamba3 import *
+    from fla.models.mesa_net import *
+    from fla.models.mla import *
+    from fla.models.mom import *
+    from fla.models.precond_gated_deltanet import *
+    from fla.models.precond_kda import *
+    from fla.models.raven import *
+    from fla.models.retnet import *
+    from fla.models.rodimus import *
+    from fla.models.rwkv4 import *
+    from fla.models.rwkv6 import *
+    from fla.models.rwkv7 import *
+    from fla.models.samba import *
+    from fla.models.transformer import *
+    from fla.models.utils import *

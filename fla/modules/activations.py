@@ -66,6 +66,7 @@ SWIGLU_GRADIENT = Stage(
     },
     _facts,
     tokenwise,
+    example=lambda device, dtype: GateFacts(device, dtype, None),
 )
 SWIGLU = Stage(
     "swiglu with gradients",
@@ -77,6 +78,7 @@ SWIGLU = Stage(
     },
     _facts,
     tokenwise,
+    example=lambda device, dtype: GateFacts(device, dtype, None),
 )
 
 

@@ -175,6 +175,7 @@ CONVOLUTION = Stage(
     _facts,
     _over_ranks,
     _problem,
+    lambda device, dtype: Taps(device, dtype, 4, True),
 )
 
 

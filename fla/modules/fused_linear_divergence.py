@@ -191,6 +191,7 @@ DIVERGENCE_ROWS = Stage(
     _facts,
     tokenwise,
     _problem,
+    lambda device, dtype: DivergenceFacts(device, dtype, "forward_kl"),
     differentiable=False,
 )
 

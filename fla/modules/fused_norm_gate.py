@@ -157,6 +157,7 @@ RMS_NORM_GATED = Stage(
     _facts,
     tokenwise,
     _problem,
+    lambda device, dtype: GatedFacts(device, dtype, 128, "swish", None),
     lambda facts: facts._replace(misfit=None),
 )
 

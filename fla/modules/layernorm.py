@@ -87,6 +87,7 @@ RMS_NORM = Stage(
     },
     _facts,
     tokenwise,
+    example=lambda device, dtype: RowFacts(device, dtype, None),
 )
 
 

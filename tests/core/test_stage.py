@@ -15,19 +15,10 @@ from fla.modules.losses import Divergence
 from fla.ops import block_sparse_attention as sparse
 from fla.ops import chunk_gated_delta_rule, dilated_attention, ttt
 from fla.ops.engine.native import library
-from fla.ops.engine.recurrence.terms import Point
 from fla.ops.registry import OPS
 
 CPU = torch.device("cpu")
 X = torch.randn(5, 8)
-POINTS = {
-    "recurrence.chunk": Point(CPU, torch.float32, "scalar", "beta", False, False, False, 8, 8),
-    "recurrence.token": Point(CPU, torch.float32, "vector", "a b", False, False, False, 8, 8),
-    "recurrence.token with gradients": Point(
-        CPU, torch.float32, "none", "beta", False, False, False, 8, 8
-    ),
-    "recurrence.columns": Point(CPU, torch.float32, "none", "none", True, False, False, 8, 8),
-}
 
 
 def public_calls():
@@ -66,19 +57,7 @@ def public_calls():
 
 
 def facts_of(name):
-    if name in POINTS:
-        return POINTS[name]
-    if name == "convolution":
-        return fla.modules.convolution.Taps(CPU, torch.float32, 4, True)
-    if name == "scan.selective":
-        from fla.ops.engine.scan.stages import SelectiveFacts
-
-        return SelectiveFacts(CPU, torch.float32, 4)
-    if name == "rms_norm_gated":
-        return fla.modules.fused_norm_gate.GatedFacts(CPU, torch.float32, 8, "silu", None)
-    if name == "linear_divergence":
-        return fused_linear_divergence.DivergenceFacts(CPU, torch.float32, "forward_kl")
-    return Facts(CPU, torch.float32)
+    return STAGES[name].example(CPU, torch.float32)
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def test_a_model_trains_on_shards_and_a_killed_run_goes_on(tmp_path):
         (tmp_path / "texts").mkdir(exist_ok=True)
         (tmp_path / "texts" / f"{i}.py").write_text(text)
     command = [
-        sys.executable, "-m", "scripts.preprocess", str(tmp_path / "texts"), str(tmp_path / "tok"),
+        sys.executable, "-m", "fla.cli", "preprocess", str(tmp_path / "texts"), str(tmp_path / "tok"),
         "--characters", "300", "--workers", "1",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The download script, with a hub that is a folder."""
+"""`fla download`, with a hub that is a folder."""
 
 import shutil
 
+import huggingface_hub
 import pytest
 from transformers import GPT2Config, Qwen3Config
 
-from scripts import download_model
+from fla import cli
 
 
 @pytest.mark.parametrize(
@@ -20,8 +21,8 @@ def test_it_tells_what_came(config, tmp_path, monkeypatch, capsys):
         asked.update(name=name, **options)
         shutil.copytree(tmp_path / "hub", options["local_dir"])
 
-    monkeypatch.setattr(download_model, "snapshot_download", download)
-    assert download_model.main(["some/model", str(tmp_path / "here")]) == 0
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert cli.main(["download", "some/model", str(tmp_path / "here")]) == 0
     out = capsys.readouterr().out
     assert asked["name"] == "some/model" and "*.safetensors" in asked["allow_patterns"]
     assert (
@@ -40,6 +41,6 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch, capsys):
     def download(name, **options):
         raise OSError("no network\nlong story")
 
-    monkeypatch.setattr(download_model, "snapshot_download", download)
-    assert download_model.main(["some/model", str(tmp_path)]) == 1
-    assert "'some/model' cannot be had: no network\n" in capsys.readouterr().err
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert cli.main(["download", "some/model", str(tmp_path)]) == 1
+    assert "'some/model' cannot be downloaded: no network\n" in capsys.readouterr().err

@@ -187,7 +187,7 @@ def test_experts_keep_their_load_balancing_loss():
 def test_the_command_there_and_back(tmp_path):
     theirs = build("llama")
     theirs.save_pretrained(tmp_path / "llama")
-    run = [sys.executable, "-m", "scripts.convert"]
+    run = [sys.executable, "-m", "fla.cli", "convert"]
     subprocess.run([*run, tmp_path / "llama", tmp_path / "ours"], check=True)
     back = [tmp_path / "ours", tmp_path / "back", "--like", tmp_path / "llama"]
     subprocess.run([*run, *back], check=True)

@@ -209,11 +209,19 @@ def test_importing_fla_registers_its_models(imports, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_registered_model_types_are_all_of_them():
-    from fla._register import MODEL_TYPES
-    from fla.training.run import architectures
-
-    assert set(MODEL_TYPES) == set(architectures())
+def test_every_model_type_is_found_by_its_name_and_imports_one_architecture():
+    code = (
+        "import sys, fla\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "AutoConfig.for_model('gla')\n"
+        "assert 'fla.models.gla' in sys.modules and 'fla.models.kda' not in sys.modules\n"
+        "for name in fla.models.MODELS:\n"
+        "    config = AutoConfig.for_model(name)\n"
+        "    assert (config.model_type, type(config).__module__) == (name, f'fla.models.{name}')\n"
+        "    model = AutoModelForCausalLM._model_mapping[type(config)]\n"
+        "    assert model is getattr(fla, fla.models.MODELS[name] + 'ForCausalLM')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

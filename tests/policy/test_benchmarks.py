@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import fla
 from benchmarks import compare
+from benchmarks.common import python
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--hidden_size", "32", "--head_dim", "16", "--layers", "1", "--repeats", "1"]
@@ -33,6 +35,43 @@ def test_it_measures_models_side_by_side(name, options, figure, tmp_path):
     assert [row["model"] for row in rows] == models
     assert all(row[figure] > 0 for row in rows)
     assert "| hf:llama |" in file.with_suffix(".md").read_text()
+
+
+def test_every_benchmark_runs_as_a_file_from_anywhere(tmp_path):
+    """One process for all of them, which starts each as `python FILE --help` does."""
+    files = [p for p in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in p.read_text()]
+    assert {"ops.py", "gpu.py", "peer_transformers.py", "compare.py"} <= {p.name for p in files}
+    code = (
+        "import runpy, sys\n"
+        "path = sys.path[1:]\n"
+        "for file in sys.argv[1:]:\n"
+        "    sys.path[:] = [file.rpartition('/')[0], *path]\n"
+        "    sys.argv[:] = [file, '--help']\n"
+        "    for name in [n for n in sys.modules if n.split('.')[0] == 'benchmarks']:\n"
+        "        del sys.modules[name]\n"
+        "    try:\n"
+        "        runpy.run_path(file, run_name='__main__')\n"
+        "    except SystemExit as done:\n"
+        "        assert done.code == 0, file\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, files)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [done.stdout.count(f"usage: {p.name}") for p in files] == [1] * len(files)
+
+
+def test_no_benchmark_hides_an_installed_package():
+    """Python puts a file's folder first on its path."""
+    code = "import importlib.util, sys; print(*(n for n in sys.argv[1:] if importlib.util.find_spec(n)))"
+    names = [p.stem for p in (ROOT / "benchmarks").glob("*.py")]
+    run = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-I", "-c", code, *names]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.split() == []
+
+
+def test_a_fresh_process_finds_this_checkout_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert python("-c", "import fla, benchmarks; print(fla.__file__)") == f"{fla.__file__}\n"
 
 
 def test_figures_of_two_results_meet_by_name():

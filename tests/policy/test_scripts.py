@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Scripts and examples that have no test of their own run, or say what is wrong."""
+"""Commands and examples that have no test of their own run, or say what is wrong."""
 
 from pathlib import Path
 
 import pytest
 
+from fla import cli
 from fla.data.tokens import load_tokenizer
 from fla.studies import load
 from fla.studies.run import config_of
-from scripts import warm_up
 
 STUDIES = sorted((Path(__file__).parents[2] / "examples" / "studies").glob("*.yaml"))
 
 
 def test_warm_up_runs_a_step_of_each_length(capsys):
     sizes = ["--hidden_size", "32", "--head_dim", "16", "--lengths", "1", "20"]
-    assert warm_up.main(["gated_deltanet", *sizes, "--dtypes", "float32"]) == 0
+    assert cli.main(["warm-up", "gated_deltanet", *sizes, "--dtypes", "float32"]) == 0
     said = capsys.readouterr().out
     assert "float32, 1 tokens" in said and "float32, 20 tokens" in said
-    assert warm_up.main(["gated_deltnet", *sizes]) == 2
+    assert cli.main(["warm-up", "gated_deltnet", *sizes]) == 2
     assert "did you mean 'gated_deltanet'" in capsys.readouterr().err
 
 

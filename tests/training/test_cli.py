@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import fla
 from fla import cli
 from fla.training.callbacks import FlaTrainer
 from fla.training.checkpoints import damage, newest_whole
@@ -315,7 +316,7 @@ def test_doctor_tells_versions_operators_and_consumers(capsys, no_interpreter):
     out = capsys.readouterr().out
     for part in (
         "torch",
-        "chunk_gated_delta_rule",
+        "recurrence.chunk",
         "not triton: the Triton kernels are for GPU tensors, not for cpu",
         "qwen3_next",
         "fla (fla.ops.gated_delta_rule",
@@ -470,8 +471,34 @@ def test_wrong_usage_is_one_message_and_exit_code_2(argv, message, text, trained
     assert message in capsys.readouterr().err
 
 
-def test_help_and_entry_point():
-    out = subprocess.run(
-        [sys.executable, "-m", "fla.cli", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    assert all(verb in out for verb in ("train", "generate", "eval", "doctor"))
+def test_help_is_a_line_per_command_and_loads_nothing():
+    code = "import sys; from fla.cli import main; main(['--help']); print('torch' in sys.modules)"
+    run = [sys.executable, "-c", code]
+    *lines, loaded = subprocess.run(run, capture_output=True, text=True).stdout.splitlines()
+    listed = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert listed == list(cli.COMMANDS) and loaded == "False"
+    assert all(line == line.rstrip() and len(line) < 80 for line in lines)
+    whole = subprocess.run([sys.executable, "-m", "fla.cli"], capture_output=True, text=True)
+    assert whole.returncode == 0 and whole.stdout.splitlines() == lines
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    said = []
+    for argv in ([command, "--help"], ["help", command]):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(argv)
+        assert exit.value.code == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].startswith(f"usage: fla {command} [-h]")
+
+
+def test_the_version_is_told(capsys):
+    assert cli.main(["--version"]) == cli.main(["version"]) == 0
+    assert capsys.readouterr().out == f"fla {fla.__version__}\n" * 2
+
+
+def test_an_unknown_command_is_one_line(capsys):
+    assert cli.main(["lineraize"]) == cli.main(["help", "lineraize"]) == 2
+    line = "fla: 'lineraize' is not a command; did you mean 'linearize'? fla --help lists them all"
+    assert capsys.readouterr().err == f"{line}\n" * 2

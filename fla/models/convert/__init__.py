@@ -45,8 +45,8 @@ def convert_config(config: Any) -> Any:
         )
     values = {name: getattr(config, name) for name in layout.same}
     values |= {ours: getattr(config, theirs) for theirs, ours in layout.fields.items()}
-    classes = {c.model_type: c for n, c in vars(fla.models).items() if n.endswith("Config")}
-    return classes[layout.model_type](**values | layout.check(config))
+    config_class = getattr(fla.models, f"{fla.models.MODELS[layout.model_type]}Config")
+    return config_class(**values | layout.check(config))
 
 
 def convert_state_dict(state: StateDict, config: Any, back: bool = False) -> StateDict:

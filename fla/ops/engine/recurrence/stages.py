@@ -49,15 +49,16 @@ def problem(kind: Point) -> tuple[Any, ...]:
     return terms, Switches(K**-0.5, read_before=kind.read_before), None, None
 
 
-def _stage(name: str, forms: dict[str, Form], differentiable: bool = True) -> Stage:
+def _stage(
+    name: str, forms: dict[str, Form], columns: bool = False, differentiable: bool = True
+) -> Stage:
+    decay, erase = ("none", "none") if columns else ("scalar", "beta")
+
+    def example(device: torch.device, dtype: torch.dtype) -> Point:
+        return Point(device, dtype, decay, erase, columns, False, False, 64, 64)
+
     return Stage(
-        name,
-        forms,
-        point,
-        sharded.recurrence,
-        problem,
-        Point.rounded,
-        differentiable=differentiable,
+        name, forms, point, sharded.recurrence, problem, example, Point.rounded, differentiable
     )
 
 
@@ -81,6 +82,7 @@ COLUMNS = _stage(
         "native": Form(native.chunk, _CHUNK_IN_CPP, (library.runs,)),
         "torch": Form(chunk_columns, _CHUNK_IN_TORCH),
     },
+    columns=True,
 )
 # token by token, where no gradient is wanted
 TOKEN = _stage(

@@ -81,4 +81,5 @@ SELECTIVE_SCAN = Stage(
     _selective_facts,
     sharded.selective,
     _selective_problem,
+    lambda device, dtype: SelectiveFacts(device, dtype, 16),
 )  # fmt: skip

@@ -1,36 +1,38 @@
 # SPDX-License-Identifier: MIT
-"""Convert a checkpoint folder of transformers' Llama, Mistral, Qwen2, Qwen3, OLMo-2, Qwen3-Next,
-Qwen3.5 (text), OLMo-Hybrid, Kimi-Linear, Mamba, Mamba-2 or RWKV-4:
+"""Turn a checkpoint folder of transformers' Llama, Mistral, Qwen2, Qwen3, OLMo-2, Qwen3-Next,
+Qwen3.5 (text), OLMo-Hybrid, Kimi-Linear, Mamba, Mamba-2 or RWKV-4 into ours, and back:
 
-python -m scripts.convert SOURCE TARGET          # to ours
-python -m scripts.convert OURS TARGET --like SOURCE    # back, with the config of SOURCE
+    fla convert SOURCE TARGET
+    fla convert OURS TARGET --like SOURCE    # back, with the config of SOURCE
 """
 
-import argparse
+from __future__ import annotations
+
 import json
-import sys
 from pathlib import Path
 
+from fla.cli.common import command_parser
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+
+def main(argv: list[str]) -> int:
+    parser = command_parser("convert", __doc__)
     parser.add_argument("source", type=Path, help="a checkpoint folder")
     parser.add_argument("target", type=Path, help="the folder to write")
     parser.add_argument("--like", type=Path, help="back to the layout of this folder's config")
     args = parser.parse_args(argv)
+
+    from fla.core.errors import UsageError
+
     try:
         convert(args.source, args.target, args.like)
     except (ValueError, OSError) as error:
-        print(f"convert: {error}", file=sys.stderr)
-        return 2
+        raise UsageError(str(error)) from error
     print(f"wrote {args.target}")
     return 0
 
 
 def convert(source: Path, target: Path, like: Path | None) -> None:
-    """`main` without the command line."""
+    """Read `source` and write `target`: ours, or the layout of the config in `like`."""
     import transformers
 
     from fla.models.convert import LAYOUTS, convert_model, convert_state_dict
@@ -54,7 +56,3 @@ def convert(source: Path, target: Path, like: Path | None) -> None:
     model = theirs(theirs.config_class.from_pretrained(like))
     model.load_state_dict(convert_state_dict(ours.state_dict(), model.config, back=True))
     model.save_pretrained(target)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

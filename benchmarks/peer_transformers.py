@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""transformers' own models on a CPU, without and with us: `python -m benchmarks.transformers`.
+"""transformers' own models on a CPU, without and with us: `python -m benchmarks.peer_transformers`.
 
 Random weights in fp32, batch 1, real widths with the number of layers (and of experts, and the
 vocabulary) cut to fit: Qwen3.5 0.8B with 4 layers, Kimi-Linear with 4 layers of a quarter of its
@@ -10,11 +10,13 @@ the package, "fla" is the package installed, "accelerate" also calls `fla.accele
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # as a file too, from anywhere
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 WAYS = ("without", "fla", "accelerate")
 VOCABULARY = 8192
@@ -95,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     from rich.console import Console
 
-    from benchmarks.common import machine
+    from benchmarks.common import machine, python
     from benchmarks.family import write_table
 
     console, result, table = Console(), {}, []
@@ -104,9 +106,8 @@ def main(argv: list[str] | None = None) -> None:
         for i in range(args.rounds):
             for way in WAYS:
                 console.print(f"measuring {model}, {way}, {i + 1} of {args.rounds}")
-                command = [sys.executable, "-m", "benchmarks.transformers", "--measure", model, way]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                runs[way].append(json.loads(done.stdout.splitlines()[-1]))
+                command = ["-m", "benchmarks.peer_transformers", "--measure", model, way]
+                runs[way].append(json.loads(python(*command).splitlines()[-1]))
         result[model] = {
             way: {row: statistics.median(r[row] for r in rows) for row in ROWS}
             for way, rows in runs.items()

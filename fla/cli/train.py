@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""Train a language model. Flags are the fields of `fla.training.run.RunArguments` and of
+transformers' `TrainingArguments`; the defaults fit a small run on this machine. `--config FILE`
+(YAML or JSON, names as the flags) sets any of them; flags win over the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: list[str]) -> int:
+    from transformers import HfArgumentParser, TrainingArguments
+
+    from fla.core.errors import UsageError
+    from fla.training import run
+
+    kinds: Any = (run.RunArguments, TrainingArguments)
+    parser = HfArgumentParser(kinds, prog="fla train", description=__doc__)
+    parser.set_defaults(
+        output_dir="runs/train",
+        report_to=["tensorboard"],
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        weight_decay=0.1,
+        logging_steps=10,
+        save_total_limit=3,
+    )
+    try:
+        arguments, training = parser.parse_args_into_dataclasses(from_file(argv))
+    except (ValueError, ImportError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(str(error)) from error
+    run.train(arguments, training)
+    return 0
+
+
+def from_file(argv: list[str]) -> list[str]:
+    """Replace `--config FILE` (YAML or JSON, names as the flags) by its flags, before the others so
+    that these win.
+    """
+    import yaml
+
+    from fla.core.errors import UsageError
+
+    if "--config" not in argv:
+        return argv
+    at = argv.index("--config")
+    if at + 1 == len(argv) or argv[at + 1].startswith("--"):
+        raise UsageError("--config needs a file")
+    path, rest = Path(argv[at + 1]), argv[:at] + argv[at + 2 :]
+    if not path.is_file():
+        raise UsageError(f"--config: {str(path)!r} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config: {path} is not YAML or JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(
+            f"--config: {path} must hold names and values, as in 'learning_rate: 1e-3'"
+        )
+    flags: list[str] = []
+    for name, value in values.items():
+        items = value if isinstance(value, list) else [value]
+        flags += [f"--{name}", *map(str, items)]
+    return flags + rest
