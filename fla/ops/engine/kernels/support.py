@@ -15,7 +15,11 @@ OLDEST = "3.5"
 
 def _missing() -> str | None:
     """Why Triton cannot be used, or None."""
-    if find_spec("triton") is None:
+    try:
+        there = find_spec("triton") is not None
+    except ImportError:  # something that hooks into imports keeps it out
+        there = False
+    if not there:
         return f"Triton is not installed; pip install 'triton>={OLDEST}'"
     found = version("triton")
     if tuple(map(int, found.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
