@@ -289,7 +289,7 @@ class ImprovedMultiheadDilatedAttention(MultiheadDilatedAttention):
     def _dropout(self, share: float) -> dict[str, float]:
         return {"dropout": share}
 
-    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         o = super().forward(query, *args, **kwargs)
         return o if isinstance(o, tuple) else (o, None)
 

@@ -95,7 +95,7 @@ class LongNetLM(nn.Module):
 
     def __init__(self, num_tokens: int, d_model: int = 768, *args: Any, **kwargs: Any):
         super().__init__()
-        made = {name: kwargs.get(name) for name in ("device", "dtype")}
+        made: dict[str, Any] = {name: kwargs.get(name) for name in ("device", "dtype")}
         self.token_embedding = nn.Embedding(num_tokens, d_model, **made)
         self.long_net = LongNet(d_model, *args, **kwargs)
         self.out = nn.Linear(d_model, num_tokens, **made)

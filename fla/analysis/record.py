@@ -74,7 +74,9 @@ class Trace:
         """M_t = diag(exp(g_t)) + a_t b_t^T, `[B, T, H, K, K]`."""
         decay = torch.ones_like(self.k) if self.g is None else self.g.exp().expand_as(self.k)
         M = torch.diag_embed(decay)
-        return M if self.a is None else M + self.a[..., :, None] * self.b[..., None, :]
+        if self.a is None or self.b is None:  # they come together
+            return M
+        return M + self.a[..., :, None] * self.b[..., None, :]
 
     def states(self, v: Tensor | None = None) -> Iterator[Tensor]:
         """S_0, S_1, ... `[B, H, K, V]`, of other values where v `[B, T, H, V]` is given."""
@@ -85,7 +87,7 @@ class Trace:
         yield S
         for t in range(T):
             new = S if self.g is None else self.g[:, t, :, :, None].exp() * S
-            if self.a is not None:
+            if self.a is not None and self.b is not None:
                 read = torch.einsum("bhk,bhkv->bhv", self.b[:, t], S)
                 new = new + self.a[:, t, :, :, None] * read[:, :, None]
             S = new + self.k[:, t, :, :, None] * v[:, t, :, None]
@@ -132,7 +134,8 @@ def _trace(layer: str, op: str, options: engine.Options, x: dict[str, Any]) -> T
     g = Terms(*(x[n] for n in ("q", "k", "v", "g", "gk"))).merged().g
     g = g if g is None else promote_to_fp32(g if g.dim() == 4 else g.unsqueeze(-1))
     beta = x["beta"]
-    v, a, b = (y if y is None else promote_to_fp32(y) for y in (x["v"], x["a"], x["b"]))
+    v = promote_to_fp32(x["v"])
+    a, b = (y if y is None else promote_to_fp32(y) for y in (x["a"], x["b"]))
     if beta is not None:
         beta = promote_to_fp32(beta)
         v, a = beta[..., None] * v, -beta[..., None] * k

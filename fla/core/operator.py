@@ -32,14 +32,14 @@ class Schema(NamedTuple):
     saves_state: bool = False
 
     @property
-    def count(self) -> int:
+    def arity(self) -> int:
         """The number of inputs."""
         return self.inputs.count(",") + 1
 
     @property
     def taken(self) -> int:
         """The number of inputs that the backward takes."""
-        return self.count - (self.state and not self.saves_state)
+        return self.arity - (self.state and not self.saves_state)
 
     def forward(self) -> str:
         return f"({_joined(self.inputs, self.rest)}) -> {_tensors(self.returns)}"
@@ -48,7 +48,7 @@ class Schema(NamedTuple):
         grads = "Tensor d0" + "".join(f", Tensor? d{i}" for i in range(1, self.differentiable))
         saved = ", ".join(f"Tensor saved{i}" for i in self.saved)
         inputs = ", ".join(self.inputs.split(", ")[: self.taken])
-        return f"({_joined(grads, saved, inputs, self.rest)}) -> {_tensors(self.count)}"
+        return f"({_joined(grads, saved, inputs, self.rest)}) -> {_tensors(self.arity)}"
 
 
 def _joined(*parts: str) -> str:
@@ -83,7 +83,7 @@ def define(
         device_types: where it runs, as in "cpu"; everywhere if None.
     """
     kind: Any = dict(mutates_args=(), device_types=device_types)
-    n, d, s = schema.count, schema.differentiable, len(schema.saved)
+    n, d, s = schema.arity, schema.differentiable, len(schema.saved)
 
     def gradient(*args: Any) -> tuple[Tensor, ...]:
         inputs = args[d + s : d + s + schema.taken]

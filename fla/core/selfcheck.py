@@ -56,7 +56,7 @@ def _results(
         if gradients:
             moving = {n: x for n, x in leaves.items() if x.requires_grad}
             total = sum(out.float().sum() for out in outputs)
-            grads = torch.autograd.grad(total, list(moving.values()))  # type: ignore[arg-type]
+            grads = torch.autograd.grad(total, list(moving.values()))
             found |= {f"the gradient of {n}": x for n, x in zip(moving, grads, strict=True)}
     return found
 

@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard
 
@@ -128,10 +128,10 @@ class Stage:
     example: Callable[[torch.device, torch.dtype], Any] = Facts
     kind: Callable[[Any], Any] = lambda facts: facts
     differentiable: bool = True
+    _decided: dict[Any, str] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         STAGES[self.name] = self
-        object.__setattr__(self, "_decided", {})
 
     def __call__(self, op: str, backend: str | None, *args: Any, facts: Any = None) -> Any:
         """Run the stage for the public function `op`; `facts` where the caller has them already."""
@@ -159,11 +159,11 @@ class Stage:
         if torch.compiler.is_compiling():
             return self._first(op, names, origin, facts)[0]
         key = (facts, names)
-        found = self._decided.get(key)  # type: ignore[attr-defined]
+        found = self._decided.get(key)
         if found is None:
             found, lasting = self._first(op, names, origin, facts)
             if lasting:
-                self._decided[key] = found  # type: ignore[attr-defined]
+                self._decided[key] = found
         return found
 
     def order(self, names: tuple[str, ...] | None, facts: Any) -> tuple[str, ...]:
@@ -279,7 +279,7 @@ def forget_choices() -> None:
     than its first call.
     """
     for stage in STAGES.values():
-        stage._decided.clear()  # type: ignore[attr-defined]
+        stage._decided.clear()
     _checks.clear()
     _warned.clear()
 

@@ -93,11 +93,13 @@ class DeltaFormerAttention(RecurrentMixer):
             parts = zip(*(y.split(lengths, 1) for y in (q, k, v, beta)), strict=True)
             rows = [list(part) for part in parts]
         outs, finals = [], []
-        for i, row in enumerate(rows):
+        for i, (q_i, k_i, v_i, beta_i) in enumerate(rows):
             state = None
             if past[i]:
                 state = tuple(y[i : i + 1, y.shape[1] - past[i] :] for y in old[:2])
-            o, final = deltaformer_attn(*row, initial_state=state, output_final_state=True)
+            o, final = deltaformer_attn(
+                q_i, k_i, v_i, beta_i, initial_state=state, output_final_state=True
+            )
             outs.append(o)
             finals.append(final)
         longest = max(keys.shape[1] for keys, _ in finals)

@@ -132,8 +132,7 @@ class Mixer(nn.Module):
             raise ValueError(
                 f"{name}: use_cache needs past_key_values; pass a fla.models.utils.Cache"
             )
-        if past_key_values is not None and self.layer_idx is None:
-            raise ValueError(f"{name}: a cache needs layer_idx; pass layer_idx to the constructor")
+        past = 0 if past_key_values is None else past_key_values.get_seq_length(self.cache_index())
         if layout is not None:
             if attention_mask is not None or cu_seqlens is not None:
                 raise ValueError(
@@ -142,7 +141,6 @@ class Mixer(nn.Module):
                 )
             o = self.mix(hidden_states, layout, past_key_values, shared)
             return o, None, past_key_values
-        past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
         layout = SequenceLayout.resolve(
             *hidden_states.shape[:2],
             attention_mask=attention_mask,
@@ -158,6 +156,14 @@ class Mixer(nn.Module):
         """x `[B, T, D]`, or `[1, total, D]` where `layout.packed`."""
         raise NotImplementedError
 
+    def cache_index(self) -> int:
+        """The layer's place in a cache, or `ValueError`."""
+        if self.layer_idx is None:
+            raise ValueError(
+                f"{type(self).__name__}: a cache needs layer_idx; pass layer_idx to the constructor"
+            )
+        return self.layer_idx
+
     def initial_values(self) -> dict[str, Tensor]:
         """Fresh values of the parameters that do not start like weights and norms."""
         return {}
@@ -172,10 +178,12 @@ class RecurrentMixer(Mixer):
     def mix(
         self, x: Tensor, layout: SequenceLayout, cache: StateCache | None, shared: dict[str, Any]
     ) -> Tensor:
-        state = None if cache is None else cache.read_state(self.layer_idx)
-        o, state = self.recur(x, Context(layout, state, cache is not None, shared))
-        if cache is not None:
-            cache.write_state(self.layer_idx, state)
+        if cache is None:
+            return self.recur(x, Context(layout, None, False, shared))[0]
+        place = self.cache_index()
+        o, state = self.recur(x, Context(layout, cache.read_state(place), True, shared))
+        assert state is not None  # `Context.after` gives one where it is kept
+        cache.write_state(place, state)
         return o
 
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
@@ -247,9 +255,9 @@ def heads_and_ratio(
     name: str, hidden_size: int, num_heads: int | None, expand_ratio: int | None
 ) -> tuple[int, int]:
     """(heads, key channels of a head): the one not given makes the key as wide as the input."""
-    if expand_ratio is None and num_heads is None:
-        raise ValueError(f"{name}: give expand_ratio or num_heads")
     if num_heads is None:
+        if expand_ratio is None:
+            raise ValueError(f"{name}: give expand_ratio or num_heads")
         num_heads = multiple(name, "hidden_size", hidden_size, "expand_ratio", expand_ratio)
     width = multiple(name, "hidden_size", hidden_size, "num_heads", num_heads)
     return num_heads, width if expand_ratio is None else expand_ratio

@@ -111,7 +111,8 @@ class MomAttention(RecurrentMixer):
         lengths = context.layout.lengths()
         flat, q = x.flatten(0, 1), self.q_proj(x).flatten(0, 1)
         owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(x.device)
-        o, states, convs = None, [], []
+        o: Tensor | None = None
+        states, convs = [], []
         for m in range(self.num_memories + self.shared_mem):
             shared = m == self.num_memories
             share = torch.ones_like(weights[..., 0]) if shared else weights[..., m]
@@ -126,6 +127,7 @@ class MomAttention(RecurrentMixer):
             o = (empty if o is None else o).index_add(0, index, part)
             states.append(state)
             convs += conv
+        assert o is not None  # there is a memory
         o = o.view(*x.shape[:2], *o.shape[1:])
         gate = [self.g_proj(x).view_as(o)] if self.use_output_gate else []
         y = self.o_proj(self.o_norm(o, *gate).flatten(-2))
@@ -140,7 +142,7 @@ class MomAttention(RecurrentMixer):
 
     def _memory(
         self, x: Tensor, q: Tensor, m: int, bounds: Tensor, context: Context
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """(o `[tokens, H, V]`, state, conv states) of one memory over the tokens that chose it."""
         qkv = [q[None], self._map("k", m)(x)[None], self._map("v", m)(x)[None]]
         old, conv = context.state, []

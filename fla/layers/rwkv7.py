@@ -70,8 +70,12 @@ class RWKV7Attention(RecurrentMixer):
         name, D = "RWKV7Attention", hidden_size
         self.mode, self.layer_idx = check_mode(name, mode), layer_idx
         if num_heads is None:
+            if head_dim is None:
+                raise ValueError(f"{name}: give head_dim or num_heads")
             num_heads = multiple(name, "hidden_size", D, "head_dim", head_dim)
         if isinstance(value_dim, list):
+            if layer_idx is None:
+                raise ValueError(f"{name}: value_dim holds one width per layer; give layer_idx")
             value_dim = value_dim[layer_idx]
         value_dim = D if value_dim is None else value_dim
         self.num_heads, self.head_dim = (

@@ -35,7 +35,7 @@ from fla.modules.fused_linear_divergence import fused_linear_divergence
 from fla.modules.losses import Divergence, Head
 from fla.training.callbacks import FlaTrainer, say
 from fla.training.checkpoints import newest_whole
-from fla.training.run import make_trainer, run_trainer
+from fla.training.run import make_trainer, output_folder, run_trainer
 
 LAST, LOW = 0.15, 0.1  # of the steps a cosine takes at the end, and of the rate it ends at
 
@@ -84,10 +84,10 @@ class InOrder(FlaTrainer):
         return super().create_optimizer(model) if model is not None else super().create_optimizer()
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, **kwargs: Any
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs = {n: x for n, x in inputs.items() if n != "places"}
-        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
 class Distiller(InOrder):
@@ -108,7 +108,7 @@ class Distiller(InOrder):
         self.divergence = Divergence(d.divergence, d.temperature, 0.5, d.kl_weight, d.ce_weight)
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, **kwargs: Any
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         ids, bounds = inputs["input_ids"], inputs["cu_seqlens"]
         output = model(
@@ -187,7 +187,7 @@ def train_stage(
     """Train a student from its newest whole checkpoint on and save it in its folder; False where
     the user stopped it.
     """
-    folder = Path(args.output_dir)
+    folder = output_folder(args)
     student.requires_grad_(True).train()
     blocks = Ordered(text, args.max_steps * args.gradient_accumulation_steps * args.world_size)
     trainer, interruption = make_trainer(

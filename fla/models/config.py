@@ -96,10 +96,15 @@ class DecoderConfig(PretrainedConfig):
         self.sliding_window = next(iter(windows), None)
         super().__post_init__(**kwargs)
 
-    def _specs(self) -> list[dict]:
+    def layer_type(self, layer_idx: int) -> str:
+        """The entry of `layer_types` for a layer."""
+        assert self.layer_types is not None  # resolved when the config is made
+        return self.layer_types[layer_idx]
+
+    def _specs(self) -> list[dict[str, Any]]:
         """`attn` as a list of dictionaries, checked."""
-        name, specs = type(self).__name__, self.attn if isinstance(self.attn, list) else [self.attn]
-        specs = [spec for spec in specs if spec is not None]
+        name, given = type(self).__name__, self.attn if isinstance(self.attn, list) else [self.attn]
+        specs: list[dict[str, Any]] = [spec for spec in given if spec is not None]
         for spec in specs:
             if "kind" in spec and spec["kind"] not in ATTENTIONS:
                 raise ValueError(
@@ -177,7 +182,7 @@ class DecoderConfig(PretrainedConfig):
             values |= {name: getattr(self, name, None) for name in of_config}
         values |= {name: value for name, value in spec.items() if name not in ("layers", "kind")}
         self._check_attention(layer_idx, values)
-        if self.layer_types[layer_idx] == "full_attention" and "window_size" in values:
+        if self.layer_type(layer_idx) == "full_attention" and "window_size" in values:
             values["window_size"] = None
         return attention, values
 
@@ -189,7 +194,7 @@ class DecoderConfig(PretrainedConfig):
                 f"{name}: attention layer {layer_idx} has num_heads={heads}, which does not "
                 f"divide hidden_size={self.hidden_size}; give attn={{'num_heads': ...}}"
             )
-        if self.layer_types[layer_idx] == "sliding_attention" and not values.get("window_size"):
+        if self.layer_type(layer_idx) == "sliding_attention" and not values.get("window_size"):
             raise ValueError(
                 f"{name}: layer {layer_idx} is sliding_attention without a window; "
                 "give attn={'window_size': ...}"

@@ -10,7 +10,7 @@ layer receives the same `SequenceLayout`, and the result is unpacked at the end.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn as nn
@@ -42,7 +42,7 @@ IGNORE = -100
 
 def build_mixer(config: DecoderConfig, layer_idx: int) -> Mixer:
     """What `layer_types` names at a layer: the architecture's own mixer, or attention."""
-    if config.layer_types[layer_idx] == "linear_attention":
+    if config.layer_type(layer_idx) == "linear_attention":
         if config.mixer is None:
             raise ValueError(
                 f"{type(config).__name__} has no linear attention; layer_types[{layer_idx}] "
@@ -76,7 +76,7 @@ class Block(GradientCheckpointingLayer):
                 config.hidden_act,
                 config.fuse_swiglu,
             )
-        self.norm_after = config.layer_types[layer_idx] in (config.norm_after or ())
+        self.norm_after = config.layer_type(layer_idx) in (config.norm_after or ())
 
     def forward(
         self,
@@ -135,7 +135,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
             past_length=past,
         )
         whole = attention_mask is not None and attention_mask.shape[1] == past + tokens.shape[1]
-        if past and cache.padded and not whole:
+        if cache is not None and past and cache.padded and not whole:
             raise ValueError(
                 "the cache holds padding, so every further call needs the whole attention_mask "
                 f"[B, {past} + T]; pass it with ones for the new tokens"
@@ -185,8 +185,8 @@ class DecoderModel(DecoderPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = cast(nn.Embedding, value)
 
     def forward(
         self,
@@ -274,8 +274,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.get_decoder().embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.get_decoder().embeddings = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.get_decoder().set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
@@ -395,16 +395,16 @@ def next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:
     """
     if layout.shard is not None:
         return sharded_next_tokens(labels, layout, IGNORE)
-    if not layout.packed:
+    if layout.cu_seqlens is None:
         return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
     packed = layout.pack(labels.unsqueeze(-1)).squeeze(-1)
     targets = torch.nn.functional.pad(packed[:, 1:], (0, 1), value=IGNORE)
     ends = layout.cu_seqlens[1:].long() - 1
     targets = targets.index_fill(1, ends[ends >= 0].to(labels.device), IGNORE)
-    if not layout.padded:
+    if layout.indices is None:
         return targets
-    spread = torch.full_like(labels, IGNORE).flatten()
-    return spread.index_copy(0, layout.indices, targets.flatten()).view_as(labels)
+    unpacked = torch.full_like(labels, IGNORE).flatten()
+    return unpacked.index_copy(0, layout.indices, targets.flatten()).view_as(labels)
 
 
 def register(

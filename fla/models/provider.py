@@ -75,7 +75,7 @@ def report() -> list[Use]:
             values = inspect.getclosurevars(inspect.unwrap(function, stop=_is_wrapper)).nonlocals
             implementation = values.get("implementation")
             home = getattr(implementation, "__module__", "")
-            if home.startswith("fla."):
+            if implementation is not None and home.startswith("fla."):
                 uses.append(Use(model, name, "fla", f"{home}.{implementation.__name__}"))
             else:
                 wanted = values.get("func_name", name)

@@ -74,7 +74,7 @@ class Acceleration:
             kind = type(module)
             theirs = kind.__module__ in homes and kind.__name__.endswith("RMSNormGated")
             if theirs and hasattr(module, "variance_epsilon") and hasattr(module, "activation"):
-                module.forward = MethodType(_gated_norm, module)  # type: ignore[method-assign]
+                module.forward = MethodType(_gated_norm, module)
                 self._norms.append(module)
                 self.replaced.append(f"{path} ({kind.__name__})")
 

@@ -27,14 +27,15 @@ class RecurrentLayer(LinearAttentionLayer):
         if not self.has_previous_state[0]:
             return None
         conv = tuple(
-            self.conv_states[i]
+            x
             for i in range(self.number_of_states)
-            if self.is_conv_states_initialized[i]
+            if self.is_conv_states_initialized[i] and (x := self.conv_states[i]) is not None
         )
         several = tuple(
-            self.recurrent_states[i]
+            x
             for i in range(self.number_of_states)
             if self.is_recurrent_states_initialized[i]
+            and (x := self.recurrent_states[i]) is not None
         )
         return State(several if self.several else several[0], conv)
 

@@ -50,6 +50,7 @@ def _gradient(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 def _native_gradient(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     dup, dgate, *_ = native.backward(dy, up, gate, None, None, "silu", None)
+    assert dgate is not None  # there is a gate
     return dgate, dup
 
 

@@ -223,7 +223,7 @@ class ShortConvolution(nn.Conv1d):
         """Numbers held in the cache per sequence."""
         return self.hidden_size * self.kernel_size[0]
 
-    def forward(
+    def forward(  # type: ignore[override]  # it also returns a state
         self,
         x: Tensor,
         residual: Tensor | None = None,

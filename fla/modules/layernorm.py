@@ -183,7 +183,11 @@ def group_norm(
             f"group_norm: num_groups is {num_groups}, which does not divide the {x.shape[-1]} "
             "channels of x; pass a divisor"
         )
-    parts, rest = (None if t is None else t.unflatten(-1, (num_groups, -1)) for t in (x, residual))
+    groups = (num_groups, -1)
+    parts, rest = (
+        x.unflatten(-1, groups),
+        None if residual is None else residual.unflatten(-1, groups),
+    )
     y, total = layer_norm(parts, None, None, rest, eps, True, residual_in_fp32, is_rms_norm)
     wide = torch.promote_types(y.dtype, torch.float32)
     y = y.flatten(-2).to(wide)

@@ -586,6 +586,7 @@ def _flex(
         q, k, v, score_mod=weigh, block_mask=mask, scale=scale, enable_gqa=groups > 1,
         return_aux=AuxRequest(lse=True),
     )  # fmt: skip
+    assert aux.lse is not None  # `return_aux` asks for it
     o, found = o.transpose(1, 2), aux.lse.transpose(1, 2)
     nothing = found == -torch.inf
     o = o.masked_fill(nothing.unsqueeze(-1), 0.0)

@@ -76,8 +76,10 @@ def naive_chunk_comba(
     """The recurrence's chunk form, differentiable by autograd. Note the order g, beta."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     g, beta = g[..., None], beta[..., None]
-    form = dict(scale=scale, state=initial_state, chunk_size=chunk_size)
-    o, S = chunk_form(q, k, beta * v, g, -beta * k, p, **form)  # type: ignore[arg-type]
+    o, S = chunk_form(
+        q, k, beta * v, g, -beta * k, p,
+        scale=scale, state=initial_state, chunk_size=chunk_size,
+    )  # fmt: skip
     return o, S if output_final_state else None
 
 

@@ -157,8 +157,9 @@ def deltaformer_attn(
         )
         if layout.indices is not None:
             beta = v.new_ones(v.shape[:3]) if beta is None else beta
-            packed: Any = (layout.pack(x) for x in (q, k, v, beta))
-            o: Any = deltaformer_attn(*packed, cu_seqlens=layout.cu_seqlens, C=C, backend=backend)
+            q, k, v, beta = (layout.pack(x) for x in (q, k, v, beta))
+            bounds = layout.cu_seqlens
+            o: Any = deltaformer_attn(q, k, v, beta, cu_seqlens=bounds, C=C, backend=backend)
             return layout.unpack(o)
     ones = promote_to_fp32(v).new_ones(v.shape[:3])
     rows: Any = [

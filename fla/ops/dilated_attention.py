@@ -211,7 +211,7 @@ def plan(
                 yield from _problems(places, tokens, at, counts[1:], causal)
 
 
-Edges = tuple[int, int, int, int, int]  # of a segment: its length; where queries and keys lie in it
+Edges = tuple[int, ...]  # a segment's length, then begin and end of its queries and of its keys
 
 
 def _segments(

@@ -122,7 +122,7 @@ def _gates(
         check_shapes(
             op, v=(v, "B T HV V"), g=(g, "B T HV"), A_log=(A_log, "HV"), dt_bias=(dt_bias, "HV")
         )
-    if use_gate:
+    if g is not None and A_log is not None:  # A_log comes with use_gate alone
         g = naive_gdn_gate(g, A_log, dt_bias)
     if beta is None:
         beta = v.new_ones(v.shape[:3])

@@ -74,8 +74,10 @@ def naive_chunk_gdn2(
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence's chunk form, differentiable by autograd."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    form = dict(scale=scale, state=initial_state, chunk_size=chunk_size)
-    o, S = chunk_form(q, k, w * v, g, -k, g.exp() * b * k, **form)  # type: ignore[arg-type]
+    o, S = chunk_form(
+        q, k, w * v, g, -k, g.exp() * b * k,
+        scale=scale, state=initial_state, chunk_size=chunk_size,
+    )  # fmt: skip
     return o, S if output_final_state else None
 
 

@@ -139,7 +139,9 @@ def _gsa(
     s, g, state, last = _slots(s, g, initial_state, cu_seqlens)
     groups = sizes["HV"] // sizes["H"]
     expanded = [x.repeat_interleave(groups, 2) if groups > 1 else x for x in (k, v, s, g)]
-    starts = [x.repeat_interleave(groups, 1) for x in state] or [None, None]
+    starts: list[Tensor | None] = [None, None]
+    if state:
+        starts = [x.repeat_interleave(groups, 1) for x in state]
     k, v, s, g = expanded
     scale = sizes["K"] ** -0.5 if options.scale is None else options.scale
     logits, S = recurrence(

@@ -83,8 +83,10 @@ def naive_chunk_kda(
     """The recurrence's chunk form, differentiable by autograd."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     beta = beta[..., None]
-    form = dict(scale=scale, state=initial_state, chunk_size=chunk_size)
-    o, S = chunk_form(q, k, beta * v, g, -beta * k, g.exp() * k, **form)  # type: ignore[arg-type]
+    o, S = chunk_form(
+        q, k, beta * v, g, -beta * k, g.exp() * k,
+        scale=scale, state=initial_state, chunk_size=chunk_size,
+    )  # fmt: skip
     return o, S if output_final_state else None
 
 

@@ -275,8 +275,10 @@ def _exact(
 
     def form(state: Tensor, **rows: Any) -> tuple[Tensor, Tensor]:
         A, S = state[..., :K], state[..., K:]
-        o, A, S = naive_mesa_net_exact(**rows, lamb=promote_to_fp32(lamb), h_kk_init=A, h_kv_init=S)
-        return o, torch.cat([A, S], -1)
+        o, *final = naive_mesa_net_exact(
+            **rows, lamb=promote_to_fp32(lamb), h_kk_init=A, h_kv_init=S
+        )
+        return o, torch.cat([x for x in final if x is not None], -1)
 
     tensors = dict(q=q, k=k, v=v, g=g, beta=beta)
     rows = {name: promote_to_fp32(x) for name, x in tensors.items()}

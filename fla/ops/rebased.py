@@ -80,11 +80,12 @@ def _rebased(
 ) -> tuple[Tensor, Tensor | None]:
     check_tensors(op, q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T HV V"))
     check_same(op, q=q, k=k, v=v)
+    scale = 1.0 if options.scale is None else options.scale
     values = torch.cat([promote_to_fp32(v), promote_to_fp32(v).new_ones(*v.shape[:-1], 1)], -1)
     o, final = recurrence(
         op,
         options._replace(scale=1.0),
-        Terms(pairs(promote_to_fp32(q) * options.scale), pairs(promote_to_fp32(k)), values),
+        Terms(pairs(promote_to_fp32(q) * scale), pairs(promote_to_fp32(k)), values),
         initial_state,
         cu_seqlens,
     )

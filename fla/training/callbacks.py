@@ -57,8 +57,7 @@ class FlaTrainer(Trainer):
 class LossGuard(TrainerCallback):
     """Raises `TrainingDiverged` before anything of a broken run is saved."""
 
-    def __init__(self) -> None:
-        self.trainer: FlaTrainer | None = None
+    trainer: FlaTrainer  # set by `make_trainer`
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         self._check(args, state, will_save=False)
@@ -73,7 +72,9 @@ class LossGuard(TrainerCallback):
         on_cpu = args.device.type == "cpu"
         if (on_cpu or will_save) and self.trainer.is_broken():
             raise TrainingDiverged(f"the loss is not a number at step {state.global_step + 1}")
-        if will_save and not all(p.isfinite().all() for p in self.trainer.model.parameters()):
+        model = self.trainer.model
+        assert model is not None  # a trainer that runs has one
+        if will_save and not all(p.isfinite().all() for p in model.parameters()):
             raise TrainingDiverged(f"the weights are not numbers after step {state.global_step}")
 
 
@@ -122,9 +123,10 @@ class LiveProgress(TrainerCallback):
     terminal.
     """
 
+    trainer: FlaTrainer  # set by `make_trainer`
+
     def __init__(self, console: Console):
         self.console = console
-        self.trainer: FlaTrainer | None = None
         self.bar: Progress | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:

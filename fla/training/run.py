@@ -150,7 +150,7 @@ def train(run: RunArguments, args: TrainingArguments) -> Result | None:
     `torchrun` the first process does what is not training, and the others return None.
     """
     console = Console(highlight=False, soft_wrap=True, quiet=args.process_index > 0)
-    folder = Path(args.output_dir)
+    folder = output_folder(args)
     torch.manual_seed(args.seed)
     model, tokenizer = build_model(run)
     corpus = load_corpus(run.data, run.data_column, run.streaming)
@@ -186,6 +186,12 @@ def train(run: RunArguments, args: TrainingArguments) -> Result | None:
     result = finish(run, args, trainer, corpus, tokenizer, console)
     (folder / "results.json").write_text(json.dumps(vars(result), indent=2) + "\n")
     return result
+
+
+def output_folder(args: TrainingArguments) -> Path:
+    """Where a run saves."""
+    assert args.output_dir is not None  # transformers fills in a default
+    return Path(args.output_dir)
 
 
 def check_sharded(args: TrainingArguments) -> None:
@@ -256,8 +262,8 @@ def make_trainer(
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False
     transformers_logging.disable_progress_bar()
-    if "tensorboard" in args.report_to:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "logs"))
+    if "tensorboard" in (args.report_to or ()):
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output_folder(args) / "logs"))
     args.prediction_loss_only = True
     guard, progress = LossGuard(), LiveProgress(console)
     interruption = Interruption(max_minutes, say)
@@ -277,7 +283,7 @@ def run_trainer(trainer: FlaTrainer, interruption: Interruption, resume_from: Pa
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except TrainingDiverged as error:
-        last = newest_whole(Path(trainer.args.output_dir))
+        last = newest_whole(output_folder(trainer.args))
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved"
         raise TrainingDiverged(
             f"{error}; {kept}. A smaller --learning_rate or --max_grad_norm may help"
@@ -364,7 +370,7 @@ def finish(
 ) -> Result:
     """Score, compare, plot, sample; prints what a newcomer wants to see."""
     model: Any = trainer.model
-    folder = Path(args.output_dir)
+    folder = output_folder(args)
     scored = evaluate(model, tokenizer, corpus, run.seq_len, console=console)
     packed = compressed_bits_per_byte(corpus.held_out)
     table = Table(title=f"held-out text of {corpus.name}")

@@ -47,8 +47,10 @@ class ShardedTrainer(FlaTrainer):
         with sequence_parallel(lengths=split_evenly(total, self.args.world_size)):
             return super().training_step(model, inputs | own, *args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs: Any) -> Any:
-        found: Any = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, *rest = found if return_outputs else (found,)
         times = self.args.world_size
         loss = times * loss - (times - 1) * loss.detach()

@@ -237,8 +237,8 @@ class LocalSequences(NamedTuple):
         where = {n: j for j, n in enumerate(self.own.numbers)}
         for n, (a, b) in enumerate(pairwise(bounds)):
             if a == b:  # no tokens: it keeps its first state
-                there = shard.rank == 0 and starts is not None
-                rows.append(starts[n : n + 1].to(like.dtype) if there else like)  # type: ignore[index]
+                kept = starts if shard.rank == 0 else None
+                rows.append(like if kept is None else kept[n : n + 1].to(like.dtype))
             else:
                 here = n in where and b <= shard.end
                 rows.append(ends[where[n]][None] if here else like)

@@ -6,7 +6,7 @@ time: `TILES` holds the launch parameters.
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -141,12 +141,18 @@ class System(NamedTuple):
     below: Tensor | None
 
 
+# q, k, v, g, beta, a, b of the chunk form, and q, k, v, g, beta, gv, a, b of the token form
+Maybe = Tensor | None
+ChunkTensors = tuple[Tensor, Tensor, Tensor, Maybe, Maybe, Maybe, Maybe]
+TokenTensors = tuple[Tensor, Tensor, Tensor, Maybe, Maybe, Maybe, Maybe, Maybe]
+
+
 class Call:
     """The tensors of a call of the chunk form, its sizes and switches, and its stages in order."""
 
     def __init__(
         self,
-        tensors: tuple[Tensor | None, ...],
+        tensors: ChunkTensors,
         cu_seqlens: Tensor | None,
         scale: float,
         l2norm: bool,
@@ -156,13 +162,14 @@ class Call:
         q, k, v, g, beta, a, b = tensors
         self.backward = backward
         self.shape, self.scale, self.cuts = v.shape, scale, cuts(q, cu_seqlens)
-        self.H, self.K, self.HV, self.V = *q.shape[2:], *v.shape[2:]
+        self.H, self.K = q.shape[2:]
+        self.HV, self.V = v.shape[2:]
         self.raw, self.l2norm = dict(q=flat(q), k=flat(k)), l2norm
         q, k = (_unit(x) if l2norm else x for x in self.raw.values())
         self.q, self.k, self.v = q, k, flat(v)
         self.g, self.beta = flat(g), flat(beta)
         self.a, self.own_b = flat(a, v.dtype), flat(b, v.dtype)
-        self.kind = dict(
+        self.kind: dict[str, Any] = dict(
             ERASE=LOW_RANK if a is not None else NO_ERASE if beta is None else DELTA,
             READ_BEFORE=read_before,
             ERASE_BEFORE=b is not None,
@@ -170,7 +177,7 @@ class Call:
             PRECISION="ieee" if v.dtype == torch.float32 else "tf32",
         )
         self.decay = NO_DECAY if g is None else SCALAR if g.dim() == 3 else VECTOR
-        self.b = self.k if b is None else self.own_b
+        self.b = self.k if self.own_b is None else self.own_b
         self.sequences, self.chunks = len(self.cuts.first_chunks), len(self.cuts.starts)
         self.width = 2 if self.erase == LOW_RANK else 1
 
@@ -198,12 +205,12 @@ class Call:
         """Rows that read and write across the chunk's edges: times their decay where that is per
         channel.
         """
-        raw = dict(q=self.q, k=self.k, b=self.b, a=self.a)
+        raw = dict(q=self.q, k=self.k, b=self.b)
+        if self.a is not None:
+            raw["a"] = self.a
         if self.decay != VECTOR:
             return raw | dict(last=self.q)
-        out = {
-            name: self.new(len(self.v), self.HV, self.K) for name, x in raw.items() if x is not None
-        }
+        out = {name: self.new(len(self.v), self.HV, self.K) for name in raw}
         out["last"] = self.new(self.chunks, self.HV, self.K, dtype=torch.float32)
         sizes = self.tiles("edges", "BK")
         kind = {name: self.kind[name] for name in ("ERASE", "READ_BEFORE", "ERASE_BEFORE", "C")}
@@ -302,7 +309,7 @@ class Call:
     ) -> dict[str, Tensor]:
         """In fp32 and per value head those of q, k, b, a; those of g and beta."""
         wide, HV, plane = torch.float32, self.HV, len(self.v) * self.HV
-        vectors, scalar = self.decay == VECTOR, self.decay == SCALAR
+        vectors = self.decay == VECTOR
         sizes = self.tiles("gradients", "BK", "BV")
         tiles = triton.cdiv(self.K, sizes["BK"])
         dg = None
@@ -314,8 +321,8 @@ class Call:
         rate = None if self.beta is None else torch.empty_like(self.beta, dtype=wide)
         gradients.score_gradient_kernel[self.grid()](
             do, self.v, self.beta, written, solved, self.system.attention, self.system.below,
-            scores_grad, rate, dg[0] if scalar else None, *where, self.scale, HV, self.V,
-            self.decay, **self.kind, **self.tiles("gradients", "BV"),
+            scores_grad, rate, None if dg is None or vectors else dg[0], *where, self.scale,
+            HV, self.V, self.decay, **self.kind, **self.tiles("gradients", "BV"),
         )  # fmt: skip
         names = ["q", "k", *(["b"] if height == 2 else []), *(["a"] if self.width == 2 else [])]
         out = {name: self.new(len(self.v), HV, self.K, dtype=wide) for name in names}
@@ -325,8 +332,9 @@ class Call:
         gradients.edge_kernel[self.grid(tiles)](
             rows["q"], rows["k"], rows["b"], rows.get("a"), do, self.v, self.g, self.beta,
             rows["last"], states, states_grad, written, solved, *sinks,
-            dg[1:] if scalar else None, dlast, *where, self.scale, plane, rows["k"].shape[1],
-            rows["b"].shape[1], HV, self.K, self.V, self.decay, **self.kind, **sizes,
+            None if dg is None or vectors else dg[1:], dlast, *where, self.scale, plane,
+            rows["k"].shape[1], rows["b"].shape[1], HV, self.K, self.V, self.decay,
+            **self.kind, **sizes,
         )  # fmt: skip
         sizes = self.tiles("vector" if vectors else "rows", "BK")
         tiles = triton.cdiv(self.K, sizes["BK"])
@@ -345,7 +353,7 @@ class Call:
             )
         if dg is not None:
             out["g"] = dg if vectors else dg.sum(0)
-        if rate is not None:
+        if rate is not None and dbeta is not None:
             out["beta"] = rate + dbeta.sum(0)
         return out
 
@@ -374,7 +382,7 @@ class Call:
 
 
 def tokens(
-    tensors: tuple[Tensor | None, ...],
+    tensors: TokenTensors,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
@@ -385,10 +393,12 @@ def tokens(
     """o and the final state, token by token: a new tensor, or `initial` itself, overwritten."""
     q, k, v, g, beta, gv, a, b = tensors
     where = cuts(q, cu_seqlens)
-    H, K, HV, V = *q.shape[2:], *v.shape[2:]
+    (H, K), (HV, V) = q.shape[2:], v.shape[2:]
     o = v.new_empty(v.shape)
     N = len(where.first_chunks)
-    final = initial if overwrite else v.new_empty(N, HV, K, V, dtype=torch.float32)
+    final = initial if overwrite else None
+    if final is None:
+        final = v.new_empty(N, HV, K, V, dtype=torch.float32)
     tiles = TILES["token"]
     BV = _power(V, tiles.values)
     token.token_kernel[(N * HV, triton.cdiv(V, BV))](

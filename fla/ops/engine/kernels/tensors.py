@@ -17,6 +17,10 @@ def flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     return None if x is None else x.to(dtype or x.dtype).flatten(0, 1).contiguous()
 
 
+@overload
+def fp32(x: Tensor) -> Tensor: ...
+@overload
+def fp32(x: None) -> None: ...
 def fp32(x: Tensor | None) -> Tensor | None:
     """A state, as the kernels hold it."""
     return None if x is None else x.to(torch.float32).contiguous()

@@ -81,9 +81,7 @@ _templates: dict[tuple, Problem] = {}
 TEMPLATES = 1024
 
 
-def _template(
-    tensors: list[Tensor | None], sequences: int, options: tuple[float, bool, bool]
-) -> Problem:
+def _template(tensors: list[Any], sequences: int, options: tuple[float, bool, bool]) -> Problem:
     q, _, v, g, beta, _, a, _ = tensors
     _, T, H, K = q.shape
     o = torch.empty_like(v, memory_format=torch.contiguous_format)

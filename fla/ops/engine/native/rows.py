@@ -46,8 +46,9 @@ def _view(x: Tensor | None) -> View:
 
 
 def _parameter(x: Tensor | None) -> Tensor | None:
-    plain = x is None or (x.dtype == torch.float32 and x.is_contiguous())
-    return x if plain else x.float().contiguous()
+    if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
+        return x
+    return x.float().contiguous()
 
 
 def _problem(
@@ -85,7 +86,7 @@ def backward(
     """Gradients of x, g, weight and bias, each in its dtype."""
     p, alive = _problem(x, g, weight, bias, activation, eps)
     rows = _rows(dy)
-    dx, dg = (None if y is None else y.new_empty(y.shape) for y in (x, g))
+    dx, dg = x.new_empty(x.shape), None if g is None else g.new_empty(g.shape)
     p.y, p.dx = _view(rows), _view(dx.view(-1, p.D))
     p.dg = _view(None if dg is None else dg.view(-1, p.D))
     sums = torch.empty(2, -(-p.N // BLOCK), p.D, dtype=torch.float32, device="cpu")

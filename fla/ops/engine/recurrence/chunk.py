@@ -111,11 +111,11 @@ class _Call:
         return 1 << (step.size - 1).bit_length() if self.vector else step.size
 
     def decay(self, step: Step) -> ScalarDecay | VectorDecay:
-        if not self.vector:
-            G = None if self.g is None else step.read(self.g).mT.cumsum(-1).flatten(0, 1)
-            return ScalarDecay(self.ws, G, self.reads, self.like, step.size)
-        factors = self.ws.load("factors", step.read(self.g), self.size(step))
-        return VectorDecay(self.ws, factors.exp_(), self.reads)
+        if self.g is not None and self.g.dim() == 4:
+            factors = self.ws.load("factors", step.read(self.g), self.size(step))
+            return VectorDecay(self.ws, factors.exp_(), self.reads)
+        G = None if self.g is None else step.read(self.g).mT.cumsum(-1).flatten(0, 1)
+        return ScalarDecay(self.ws, G, self.reads, self.like, step.size)
 
     def rows(self, step: Step) -> Rows:
         """The rows of one step. Where the erase key is the key, `right` is a view of `left`."""
@@ -135,7 +135,7 @@ class _Call:
             if self.a is not None:
                 self._load(right[:, :, n:], step, self.a, None)
         beta = None
-        if self.beta is not None:
+        if self.beta is not None and self.erase == DELTA:
             beta = self.ws.load("beta", step.read(self.beta).unsqueeze(-1), n)
         return Rows(self.erase, left.flatten(0, 1), right.flatten(0, 1), beta)
 
@@ -152,7 +152,9 @@ class _Call:
             torch.mul(tokens.to(out.dtype).expand_as(real), norm, out=real)
         out[:, :, :, step.size :].zero_()
 
-    def gradient(self, step: Step, rows: Tensor, grad: Tensor, x: Tensor, norm) -> Tensor:
+    def gradient(
+        self, step: Step, rows: Tensor, grad: Tensor, x: Tensor, norm: Tensor | None
+    ) -> Tensor:
         """`[R, n, K]` to `[rows, C, heads of x, K]`: summed over groups, and taken back through the
         norm; `rows` are what was loaded.
         """
@@ -215,9 +217,9 @@ def _forward(
             saved[0][step.first : step.first + step.rows] = final[: step.rows]
         rows = call.rows(step)
         values = ws.load("values", step.read(v), rows.right.shape[1])
-        out, *solved = forward(ws, call.decay(step), rows, values, S)
-        if save and call.erase != NONE:
-            _store(saved[1:], solved, step)
+        out, solution, inverse = forward(ws, call.decay(step), rows, values, S)
+        if save and solution is not None and inverse is not None:
+            _store(saved[1:], [solution, inverse], step)
         step.write(o, _tokens(out.mul_(scale), step))
     return o, plan.unsort(final), *saved
 
@@ -278,7 +280,7 @@ def _backward(
                 inverse,
             )
             _write_gradients(call, step, rows, grads, *results)
-    if call.g is not None and not call.vector:
+    if g is not None and g.dim() == 3:
         # a decay that was clamped is a factor of exactly zero, and so is its gradient
         grads[3].masked_fill_(g <= LOG_ZERO, 0)
     return *grads, plan.unsort(dstate)

@@ -75,8 +75,6 @@ def channel_gate(
         return g
     if safe_gate and lower_bound is None:
         raise ValueError(f"{op}: safe_gate needs lower_bound, the least log decay; pass it")
-    if lower_bound is None and A_log is None:
-        raise ValueError(f"{op}: use_gate_in_kernel needs A_log, the log of the rates; pass it")
     for name, x, size in (
         ("A_log", A_log, g.shape[2]),
         ("dt_bias", dt_bias, g.shape[2:].numel()),
@@ -87,6 +85,8 @@ def channel_gate(
                 f"{list(g.shape)}"
             )
     if lower_bound is None:
+        if A_log is None:
+            raise ValueError(f"{op}: use_gate_in_kernel needs A_log, the log of the rates; pass it")
         return softplus_gate(g, A_log, dt_bias)
     if not lower_bound < 0:
         raise ValueError(f"{op}: lower_bound is {lower_bound}; a log decay below 0 was expected")

@@ -21,21 +21,22 @@ class Step:
         first: row of this step's first chunk in buffers that hold all chunks.
         rows: sequences still running.
         size: tokens of the longest chunk of this step.
-        begin: first token, where the chunks are slices of the rows of the input; else None.
-        index: token of every (row, position) `[rows, size]`, shorter chunks padded; else None.
+        begin: first token, where the chunks are slices of the rows of the input.
+        index: token of every (row, position) `[rows, size]`, shorter chunks padded; None where the
+            chunks are slices.
         padding: True at the padding of `index`, or None where there is none.
     """
 
     first: int
     rows: int
     size: int
-    begin: int | None = None
+    begin: int = 0
     index: Tensor | None = None
     padding: Tensor | None = None
 
     def read(self, x: Tensor) -> Tensor:
         """This step's tokens of x `[B, T, ...]` as `[rows, size, ...]`; padding reads as zero."""
-        if self.begin is not None:
+        if self.index is None:
             return x[:, self.begin : self.begin + self.size]
         tokens = x[0].index_select(0, self.index.flatten()).view(self.rows, self.size, *x.shape[2:])
         if self.padding is not None:
@@ -44,7 +45,7 @@ class Step:
 
     def write(self, x: Tensor, tokens: Tensor) -> None:
         """The inverse of `read`, into x; padding is dropped."""
-        if self.begin is not None:
+        if self.index is None:
             x[:, self.begin : self.begin + self.size].copy_(tokens)
         elif self.padding is None:
             x[0].index_copy_(0, self.index.flatten(), tokens.flatten(0, 1).to(x.dtype))

@@ -116,20 +116,19 @@ def recurrence(
     if options.reverse or _overwriting:
         what = "reverse=True" if options.reverse else "overwrite_states()"
         refuse_sharded(op, f"{what} is not possible there")
-    overwrite = _overwriting and options.output_final_state and initial_state is not None
-    if overwrite:
-        _check_overwritten(op, compute_dtype(terms.q.dtype), terms, initial_state)
-    given = initial_state
+    overwritten = initial_state if _overwriting and options.output_final_state else None
+    if overwritten is not None:
+        _check_overwritten(op, compute_dtype(terms.q.dtype), terms, overwritten)
     if options.state_v_first and initial_state is not None:
         initial_state = initial_state.mT
     if options.reverse:
-        terms = Terms(*(x if x is None else x.flip(1) for x in terms))
+        terms = Terms._make(x if x is None else x.flip(1) for x in terms)
         cu_seqlens = None if cu_seqlens is None else terms.q.shape[1] - cu_seqlens.flip(0)
         initial_state = _flip_packed(initial_state, cu_seqlens)
     stage = _stage(op, terms, initial_state)
     call: tuple[Any, ...] = (terms, _switches(op, options, terms), initial_state, cu_seqlens)
-    if overwrite and stage is TOKEN:
-        call = (*call, initial_state is given and given.is_contiguous())
+    if overwritten is not None and stage is TOKEN:
+        call = (*call, initial_state is overwritten and overwritten.is_contiguous())
     autocast = torch.is_autocast_enabled(terms.q.device.type)  # which is not for this arithmetic
     with torch.autocast(terms.q.device.type, enabled=False) if autocast else nullcontext():
         o, final = stage(op, options.backend, *call, facts=where)
@@ -138,7 +137,9 @@ def recurrence(
     if not options.output_final_state:
         return o, None
     final = final.mT.contiguous() if options.state_v_first else final
-    return o, given.copy_(final) if overwrite and final is not given else final
+    if overwritten is None or final is overwritten:
+        return o, final
+    return o, overwritten.copy_(final)
 
 
 def _stage(op: str, terms: Terms, initial_state: Tensor | None) -> Stage:
@@ -182,7 +183,7 @@ def _checked_point(
     found = None if kinds is None else _checked.get(kinds)
     if found is None or cu_seqlens is not None or checks_inputs():
         _check(op, options, terms, initial_state, cu_seqlens, names)
-        found = point(terms, options)  # type: ignore[arg-type]
+        found = point(terms, options)
         if kinds is not None and len(_checked) < CHECKED:
             _checked[kinds] = found
     return found

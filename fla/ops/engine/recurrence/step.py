@@ -30,14 +30,14 @@ from torch import Tensor
 
 from fla.ops.engine.recurrence.decay.scalar import ScalarDecay
 from fla.ops.engine.recurrence.decay.vector import VectorDecay
-from fla.ops.engine.recurrence.terms import DELTA, LOW_RANK
+from fla.ops.engine.recurrence.terms import LOW_RANK
 from fla.ops.engine.recurrence.workspace import Workspace
 
 
 @dataclass
 class Rows:
-    """What one chunk reads and writes with: `left` `[R, l C, K]`, `right` `[R, r C, K]`, beta
-    `[R, C, 1]` where the erase is a delta.
+    """What one chunk reads and writes with: `left` `[R, l C, K]`, `right` `[R, r C, K]`, and beta
+    `[R, C, 1]` exactly where the erase is a delta.
     """
 
     erase: str
@@ -67,7 +67,7 @@ def forward(
     scores = decay.scores(rows.left, rows.right)
     inter = decay.enter(rows.left, S)
     solution = inverse = None
-    if rows.erase == DELTA:
+    if rows.beta is not None:
         inverse = _solve(ws, torch.mul(scores[:, n:], rows.beta.mT, out=ws("system", R, n, n)))
         solution = torch.bmm(inverse, values.sub_(inter[:, n:]), out=ws("y", R, n, V))
         torch.mul(solution, rows.beta, out=values)
@@ -92,7 +92,7 @@ def backward(
     inverse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dleft, dright, dv, dg, dbeta) of one chunk; Z becomes the gradient of its first state in
-    place. `values` is v, y or [v; u].
+    place. `values` is v, y or [v; u]; without an erase there is no inverse.
     """
     R, n, V = do.shape
     scores = decay.scores(rows.left, rows.right)
@@ -101,13 +101,13 @@ def backward(
     X = ws("X", R, rows.left.shape[1], V)
     X[:, :n] = do
     dv, dbeta, W = m, None, values
-    if rows.erase == DELTA:
+    if inverse is not None and rows.beta is not None:
         torch.bmm(inverse.mT, torch.mul(m, rows.beta, out=do), out=X[:, n:])
         dv = do.copy_(X[:, n:])
         X[:, n:].neg_()
         dbeta = torch.mul(m.baddbmm_(scores[:, n:].mT, X[:, n:]), values, out=m).sum(-1)
         W = values.mul_(rows.beta)
-    elif rows.erase == LOW_RANK:
+    elif inverse is not None:
         torch.bmm(inverse.mT, m[:, n:], out=X[:, n:])
         dv = m[:, :n].baddbmm_(scores[:, n:, :n].mT, X[:, n:])
     dleft, dright, dg = decay.backward(rows.left, rows.right, scores, X, W, S, Z)

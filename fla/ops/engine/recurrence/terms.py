@@ -10,7 +10,7 @@ torch, C++ and Triton say the same of where the decay stands between two reads o
                     and reads the decayed state
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -104,7 +104,14 @@ class Point(NamedTuple):
         return self._replace(K=K, V=V)
 
 
-def point(terms: Terms, switches: Switches, *_: Any) -> Point:
+class ReadsState(Protocol):
+    """What has a `read_before`: `Switches`, and the options of a public function."""
+
+    @property
+    def read_before(self) -> bool: ...
+
+
+def point(terms: Terms, switches: ReadsState, *_: Any) -> Point:
     """Where the call lies in the family."""
     q, beta, g = terms.q, terms.beta, terms.g
     vector = terms.gk is not None or (g is not None and g.dim() == 4)

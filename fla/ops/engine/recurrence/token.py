@@ -101,7 +101,9 @@ def _segments(
         return _loop(state, scale, before, **inputs)
     outs = []
     for first in range(0, T, SEGMENT):
-        part = {n: x if x is None else x[:, first : first + SEGMENT] for n, x in inputs.items()}
+        part: dict[str, Any] = {
+            n: x if x is None else x[:, first : first + SEGMENT] for n, x in inputs.items()
+        }
         o, state = checkpoint(_loop, state, scale, before, use_reentrant=False, **part)
         outs.append(o)
     return torch.cat(outs, 1), state
@@ -115,7 +117,9 @@ def _loop(S: Tensor, scale: float, before: bool, **inputs: Any) -> tuple[Tensor,
         return v, S
     S = S.view(R, *shape[2:]) if S.is_contiguous() else S.flatten(0, 1)
     if T == 1:
-        now = {n: x if x is None else x.reshape(R, 1, -1) for n, x in inputs.items()}
+        now: dict[str, Any] = {
+            n: x if x is None else x.reshape(R, 1, -1) for n, x in inputs.items()
+        }
         o, S = _step(S, before, **now)
         return (o * scale).view(v.shape), S.view(shape)
     outs = []
@@ -125,7 +129,8 @@ def _loop(S: Tensor, scale: float, before: bool, **inputs: Any) -> tuple[Tensor,
         if x is not None
     }
     for t in range(T):
-        o, S = _step(S, before, **{n: rows[n][t] if n in rows else None for n in inputs})
+        now = {n: rows[n][t] if n in rows else None for n in inputs}
+        o, S = _step(S, before, **now)
         outs.append(o)
     o = (torch.cat(outs, 1) * scale).view(B, HV, T, -1).transpose(1, 2)
     return o, S.view(shape)
@@ -152,14 +157,14 @@ def _step(
         decay = column if decay is None else decay * column
     read = None if b is None else torch.bmm(b, S)
     if beta is not None:
-        if read is None:
-            # k reads the decayed state; where the decay is one number per head it is applied to
-            # the short vector
-            scalar = decay is not None and decay.shape[1:] == (1, 1)
-            read = torch.bmm(k, S if decay is None or scalar else S * decay)
-            read = read * decay if scalar else read
+        if read is None and decay is not None and decay.shape[1:] == (1, 1):
+            # k reads the decayed state; one number per head decays the short vector instead
+            read = torch.bmm(k, S) * decay
+        elif read is None:
+            read = torch.bmm(k, S if decay is None else S * decay)
         v = (v - read) * beta
     if a is not None:
+        assert read is not None  # a comes with b
         erased = torch.bmm(a.mT, read)
         erased = erased.add_(S) if decay is None else erased.addcmul_(S, decay)
         S = erased.baddbmm_(k.mT, v)

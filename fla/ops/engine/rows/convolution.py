@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What the kernels of the short convolution share as torch operators."""
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,10 @@ SCHEMA = Schema(
 )
 
 
+@overload
+def rows(x: Tensor) -> Tensor: ...
+@overload
+def rows(x: None) -> None: ...
 def rows(x: Tensor | None) -> Tensor | None:
     """`[.., D, W]` as contiguous fp32 rows `[.., W, D]`, as kernels read filters and states."""
     return None if x is None else x.mT.to(torch.float32).contiguous()
