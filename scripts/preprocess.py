@@ -3,7 +3,7 @@
 
 python -m scripts.preprocess my_texts/ runs/tokens --tokenizer gpt2 --workers 8
 
-The same command goes on where it was stopped.
+The same command resumes where it was stopped.
 """
 
 import argparse

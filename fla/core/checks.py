@@ -187,7 +187,7 @@ def check_boundaries(op: str, batch: int, cu_seqlens: Tensor) -> None:
         )
 
 
-def refuse(op: str, name: str, value: object, mend: str) -> None:
+def refuse(op: str, name: str, value: object, fix: str) -> None:
     """Raise `ValueError` when an argument this implementation cannot honour was given."""
     if value is not None:
-        raise ValueError(f"{op}: {name} is not supported here (got {type(value).__name__}); {mend}")
+        raise ValueError(f"{op}: {name} is not supported here (got {type(value).__name__}); {fix}")

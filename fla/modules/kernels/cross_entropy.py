@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The rows of `fused_cross_entropy.py` and their gradient: one program a row, which goes over its
+"""The rows of `fused_cross_entropy.py` and their gradient: one program per row, which reads its
 logits once for the sums and once for the gradient. The gradient may be written over the logits.
 """
 
@@ -96,8 +96,8 @@ def _switches(shape: LogitShape) -> dict[str, float]:
 
 
 class Rows(NamedTuple):
-    """Of every row: loss, z-loss (0 where ignored), log of the sum of exponentials, and the number
-    of the largest logit.
+    """Per row: loss, z-loss (0 where ignored), log of the sum of exponentials, and the index of the
+    largest logit.
     """
 
     loss: Tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The rows of `fused_linear_divergence.py`: one program a row, which goes over the logits of both
+"""The rows of `fused_linear_divergence.py`: one program per row, which reads the logits of both
 models for the sums, for the divergences, and for the gradient, which it writes over the student's.
 """
 
