@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Reading a prompt and writing after it: `python -m benchmarks.generation [--models ...]`.
 
-Any saved model, or small ones of a size: tokens a second of the prompt into a cache (one forward
+Any saved model, or small ones of a size: tokens per second of the prompt into a cache (one forward
 pass), and of the tokens after it, one pass each, greedily, models in turn; and the bytes of the
 cache. The Python between the passes counts, `generate` and its sampling do not.
 """
@@ -21,11 +21,11 @@ from benchmarks.common import alternate, machine
 from benchmarks.family import write_table
 from benchmarks.language import build, sizes, tokens
 
-HEADER = ("model", "prompt", "batch", "prompt tokens/s", "written tokens/s", "a token", "cache")
+HEADER = ("model", "prompt", "batch", "prompt tokens/s", "written tokens/s", "per token", "cache")
 
 
 def cache_bytes(cache: Any) -> int:
-    """Of all tensors a cache holds."""
+    """The bytes of all tensors that a cache holds."""
     seen: dict[int, int] = {}
 
     def look(x: Any) -> None:

@@ -5,7 +5,7 @@ bf16, K = V = 128: the gated delta rule forward and backward at the shapes the l
 KDA, the decode step, every stage beside what its bytes and flops would take, and the first call of
 a fresh process. Times are medians of CUDA events. FOLDER holds another package called `fla`
 (`pip install --no-deps --target FOLDER WHEEL...`); it runs the same shapes in a process of its own.
-What fails is reported in its row, and the rest goes on.
+A measurement that fails is reported in its row, and the others continue.
 """
 
 import argparse
@@ -197,7 +197,9 @@ PEAKS = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.0e12, 3
 
 
 def stages(device: str) -> tuple[dict[str, Stage], int]:
-    """Those of one forward and backward at 16/64 heads, 8,192 tokens; chunks times heads."""
+    """The stages of one forward and backward at 16/64 heads and 8,192 tokens, and chunks times
+    heads.
+    """
     from fla.ops.engine.kernels.launch import CHUNK as C
     from fla.ops.engine.kernels.launch import Call
 
@@ -245,7 +247,7 @@ def stages(device: str) -> tuple[dict[str, Stage], int]:
 
 
 def roofline(device: str) -> list[str]:
-    """Of every stage: its time, what it moves and computes in it, and the least time that takes."""
+    """Per stage: its time, the bytes it moves, its flops, and the least time that those take."""
     name = torch.cuda.get_device_name() if device == "cuda" else ""
     peak = next((p for known, p in PEAKS.items() if known in name), None)
     lines = [
@@ -305,7 +307,7 @@ def report(result: dict) -> str:
 
 
 def guarded(function: Callable[[], Any]) -> Any:
-    """What it gives, or what went wrong."""
+    """The result of `function`, or the message of the error it raised."""
     try:
         return function()
     except Exception as error:

@@ -6,7 +6,7 @@ ops      attention of several kinds and the gated delta rule at growing T, 4 hea
 models   a training step of small language models at growing T
 huge     dilated attention over a million tokens; random rows against the definition in fp64
 ranks    1, 2 and 4 processes on this machine: time, and the bytes a rank sends beside the formula
-plan     a billion tokens, computed from those formulas: nothing of it was run
+plan     a billion tokens, computed from those formulas and not run
 """
 
 import argparse
@@ -107,8 +107,8 @@ def memory_probe(name: str, T: int) -> int:
 
 
 def memory_formula(T: int) -> int:
-    """Of dilated attention, in bytes: o, its gradient, those of q, k and v, the log-sum-exp; what
-    is gathered at a time comes to it: rows of q, k, v, o and its gradient, and their gradients.
+    """The bytes that dilated attention allocates: o, its gradient, the gradients of q, k and v, and
+    the log-sum-exp; and the rows of q, k, v, o and all gradients that are gathered at a time.
     """
     gathered = 4 * T * HEADS * 10 * WIDTH
     return 4 * T * HEADS * (5 * WIDTH + 1) + min(gathered, 3 * pieces.BYTES)
@@ -184,7 +184,7 @@ def fetched(lengths: list[int], b: dict[str, list[int]]) -> int:
 
 
 def rank_cases(T: int, size: int) -> dict[str, tuple[Callable[[dict[str, Tensor]], Any], int]]:
-    """What runs on the ranks, and the bytes that one sends at most, forward, by the formula."""
+    """The functions that run on the ranks, and the most bytes that a rank sends forward."""
     lengths, number = [T // size] * size, 4 * HEADS * WIDTH
     b, g = branches(T), torch.full((1, T // size, HEADS), -0.1)
 
@@ -254,10 +254,10 @@ def plan(T: int = 2**30, heads: int = 12, width: int = 64, memory: int = 80 * 10
     return [
         f"{T:,} tokens, {heads} heads of {width}, {len(rates)} branches: segments {segments[0]:,} "
         f"to {segments[-1]:,}, rates 1 to {rates[-1]:,}",
-        f"{each:,} bytes a token, {T * each / 1e12:.2f} TB: {devices} devices of "
+        f"{each:,} bytes per token, {T * each / 1e12:.2f} TB: {devices} devices of "
         f"{memory / 1e9:.0f} GB, {local:,} tokens and {local * each / 1e9:.1f} GB on each",
-        f"a device fetches {rows:,} rows a head at most, {rows * heads * width * 2 / 1e6:.1f} MB; "
-        f"the ring of dense attention would send {dense / 1e12:.2f} TB",
+        f"a device fetches {rows:,} rows per head at most, {rows * heads * width * 2 / 1e6:.1f} "
+        f"MB; the ring of dense attention would send {dense / 1e12:.2f} TB",
         f"a state of the gated delta rule of these heads is {heads * width**2 * 4 / 1e6:.2f} MB, "
         "whatever the length",
     ]

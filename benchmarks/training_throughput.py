@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """A training step of language models: `python -m benchmarks.training_throughput [--models ...]`.
 
-Forward, loss, backward and an AdamW step, models in turn: tokens a second, the memory it takes on
+Forward, loss, backward and an AdamW step, models in turn: tokens per second, the memory it takes on
 top of the model and its optimizer (in a process of its own), and the share of the machine's
-arithmetic, which is what a large matrix product reaches in the same run, that goes into 6 flops a
+arithmetic, which is what a large matrix product reaches in the same run, that goes into 6 flops per
 parameter and token (MFU; embeddings left out, attention and recurrence not counted).
 """
 

@@ -29,11 +29,11 @@ def no_pool(owner: str, **arguments: tuple[Any, Any]) -> None:
     no_effect(owner, "torch's own allocator reuses memory; leave it out", **arguments)
 
 
-def refuse(owner: str, mend: str, **arguments: Any) -> None:
+def refuse(owner: str, fix: str, **arguments: Any) -> None:
     """`ValueError` for an argument that is set and cannot be honoured."""
     for name, value in arguments.items():
         if value not in (None, False):
-            raise ValueError(f"{owner}: {name}={value!r} cannot be honoured; {mend}")
+            raise ValueError(f"{owner}: {name}={value!r} cannot be honoured; {fix}")
 
 
 def choose(owner: str, argument: str, name: str, among: Iterable[str]) -> str:
@@ -77,8 +77,8 @@ def rows_apart(
     if mask.shape != q.shape[:2] or mask.dtype.is_floating_point:
         raise ValueError(
             f"{owner}: the mask is {mask.dtype} {list(mask.shape)}; expected bool "
-            f"{list(q.shape[:2])}, one value a token. Masks of pairs of tokens cannot be honoured: "
-            "the pattern is the mask, with is_causal"
+            f"{list(q.shape[:2])}, one value per token. Masks of pairs of tokens cannot be "
+            "honoured: the pattern is the mask, with is_causal"
         )
     o = q.new_zeros(*q.shape[:3], v.shape[3])
     for b, own in enumerate(mask.bool()):

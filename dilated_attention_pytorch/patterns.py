@@ -35,7 +35,7 @@ class SparsePatternConfig:
         sparsity_ratio: the share of pairs of tokens kept at most: the pattern's reach grows until
             one step more would keep more (one step is kept in any case). Where absent, the sizes
             below decide, and `density` of the module says what came out.
-        local_window_size: tokens on each side, for local_window and global_local; 512 where absent.
+        local_window_size: tokens on each side, for local_window and global_local; 512 if absent.
         global_tokens: tokens that all see and that see all, for global_local; at least one block.
         stride: blocks between those that strided and hierarchical keep.
         seed: of random.
@@ -72,21 +72,21 @@ class PatternConfig(SparsePatternConfig):
 
 
 def _window(c: PatternConfig, n: int, reach: int | None, **options: Any) -> BlockPattern:
-    return ours.local_window(n, _tokens(c, reach), **options)
+    return ours.local_window(n, _window_size(c, reach), **options)
 
 
 def _global_local(c: PatternConfig, n: int, reach: int | None, **options: Any) -> BlockPattern:
-    return ours.global_local(n, c.global_tokens, _tokens(c, reach), **options)
+    return ours.global_local(n, c.global_tokens, _window_size(c, reach), **options)
 
 
-def _tokens(c: PatternConfig, reach: int | None) -> int:
-    """Of a window: those that `reach` blocks hold in any case, or those of the config."""
+def _window_size(c: PatternConfig, reach: int | None) -> int:
+    """The tokens of a local window: as many as `reach` blocks always hold, else the config's."""
     return (c.local_window_size or 512) if reach is None else (reach - 1) * c.block_size + 1
 
 
 def _branches(c: PatternConfig, n: int, reach: int | None, **options: Any) -> BlockPattern:
-    """For a branch (w, r) the blocks whose distance is a multiple of r and holds fewer than w
-    tokens; with `reach` the longest w is that many blocks, and others keep their share of it.
+    """Each branch (w, r) keeps the blocks whose distance is a multiple of r and below w tokens;
+    with `reach` the longest w is that many blocks, and others keep their share of it.
     """
     size, longest = c.block_size, max(c.segment_lengths)
     share = 1.0 if reach is None else reach * size / longest

@@ -46,8 +46,8 @@ DECAYS, ERASES = ("none", "scalar", "vector"), ("none", "delta", "low rank")
 
 @dataclass
 class Kernel:
-    """What one kernel takes on one target: registers of a thread, bytes it spills, bytes of shared
-    memory of a program, and the seconds its compilation took.
+    """The resources of one kernel on one target: registers of a thread, bytes it spills, bytes of
+    shared memory of a program, and the seconds its compilation took.
     """
 
     target: str
@@ -61,7 +61,7 @@ class Kernel:
 
 
 class Target:
-    """In the place of a driver: a device that is not there."""
+    """Takes the place of a driver: describes a device that is not there."""
 
     def __init__(self, target: GPUTarget):
         self.target = target

@@ -24,7 +24,7 @@ def poisoned_memory():
 
 @pytest.fixture
 def no_interpreter(monkeypatch):
-    """As where nobody turned Triton's interpreter on."""
+    """Triton's interpreter is off, whatever the environment says."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 

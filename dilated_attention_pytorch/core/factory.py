@@ -59,7 +59,7 @@ def create_dilated_attention(
     dilation_rates: Sequence[int] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """The class of that name, with these branches ([2048, 4096, 8192], [1, 2, 4] where absent) and
+    """The class of that name, with these branches ([2048, 4096, 8192], [1, 2, 4] if absent) and
     its further arguments; "auto" is `DilatedAttention`.
 
     Example:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Pictures of `fla.analysis.state`: a panel a layer, a line a head. Each returns a matplotlib
-figure; `figure.savefig(path)` writes it.
+"""Pictures of `fla.analysis.state`: one panel per layer, one line per head. Each function
+returns a matplotlib figure; `figure.savefig(path)` writes it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a model's recurrences are given, written down as the one equation:
+"""Records what a model's recurrences are given, as tensors of the one equation:
 
     S_t = diag(exp(g_t)) S_{t-1} + a_t (b_t^T S_{t-1}) + k_t v_t^T          o_t = scale S_t^T q_t
 
@@ -59,11 +59,11 @@ class Trace:
             'linear_attn'
         """
         if op.equation is None:
-            raise ValueError(f"Trace.of: {op.name} is no point of the one equation")
+            raise ValueError(f"Trace.of: {op.name} is not a point of the one equation")
         found = dict(op.equation(op.without_groups(inputs)))
         if found.pop("steps", 1) != 1:
             raise ValueError(
-                f"Trace.of: {op.name} takes several steps a token; pass its substeps to the "
+                f"Trace.of: {op.name} takes several steps per token; pass its substeps to the "
                 "gated delta rule"
             )
         rows = {n: x for n, x in found.items() if isinstance(x, Tensor)}

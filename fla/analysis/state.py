@@ -72,9 +72,9 @@ def memory(trace: Trace) -> Tensor:
 
 
 def state_sizes(trace: Trace, every: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """After every so many tokens: their numbers `[n]`, the state's Frobenius norm and its effective
-    rank `[n, B, H]`: the exponential of the entropy of its singular values, from 1 to min(K, V)
-    (Roy, Vetterli, 2007).
+    """The size of the state after every `every` tokens: the tokens' numbers `[n]`, and the state's
+    Frobenius norm and effective rank, both `[n, B, H]`. The effective rank is the exponential of
+    the entropy of the singular values, from 1 to min(K, V) (Roy, Vetterli, 2007).
     """
     at, norms, ranks = [], [], []
     for t, S in enumerate(trace.states()):
@@ -109,7 +109,9 @@ def gates(trace: Trace) -> dict[str, Tensor]:
 
 
 def eigenvalues(trace: Trace, tokens: int = 16) -> Tensor:
-    """Of the transitions M_t, complex `[B, tokens, H, K]`, at so many tokens of the row."""
+    """Eigenvalues of the transitions M_t, complex `[B, tokens, H, K]`, at `tokens` tokens spread
+    evenly over the row.
+    """
     T = trace.k.shape[1]
     at = torch.linspace(0, T - 1, min(tokens, T)).round().long().to(trace.k.device)
     return torch.linalg.eigvals(trace.transitions()[:, at])

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What every other package of fla stands on; it imports nothing of fla."""
+"""The foundation of every other package of fla; it imports nothing of fla."""

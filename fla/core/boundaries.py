@@ -9,7 +9,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def count_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Those of x `[B, T, ...]`: its rows, or the packed ones of its one row."""
+    """The number of sequences in x `[B, T, ...]`: its rows, or those packed in its one row."""
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 

@@ -3,8 +3,8 @@
 
 
 class UsageError(ValueError):
-    """What the user asked for cannot be done: exit code 2."""
+    """The user asked for something that cannot be done: exit code 2."""
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number: exit code 1."""
+    """The loss became NaN or infinite: exit code 1."""

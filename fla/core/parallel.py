@@ -24,10 +24,12 @@ from fla.core.boundaries import boundaries_to_list
 
 @dataclass
 class SequenceParallel:
-    """Fields:
-    group: the processes; rank, size: this one among them.
-    lengths: tokens of every rank; learnt from the first operator where not given.
-    sent: bytes that this rank sent, forward and backward.
+    """Processes that hold every sequence together.
+
+    Fields:
+        group: the processes; rank, size: this one among them.
+        lengths: tokens of every rank; learnt from the first operator where not given.
+        sent: bytes that this rank sent, forward and backward.
     """
 
     group: dist.ProcessGroup
@@ -46,7 +48,7 @@ class SequenceParallel:
             dist.all_gather(every, count, group=self.group)
             self.lengths = tuple(int(x) for x in every)
         mine = self.lengths[self.rank]
-        steps = T // mine if mine else 1  # an operator may take several a token
+        steps = T // mine if mine else 1  # an operator may take several steps per token
         if mine * steps != T or (T and not steps):
             raise ValueError(
                 f"{op}: {T} tokens on rank {self.rank}, but sequence_parallel holds "
@@ -87,7 +89,7 @@ class Shard:
         return self.ends[-1]
 
     def bounds(self, op: str, cu_seqlens: Tensor | None) -> list[int]:
-        """Of the whole row, on the host; one sequence where there are none."""
+        """The boundaries of the whole row, on the host; without cu_seqlens it is one sequence."""
         if cu_seqlens is None:
             return [0, self.total]
         return boundaries_to_list(cu_seqlens, self.total, op)
@@ -109,10 +111,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Own:
-    """Fields:
-    cuts: boundaries of this rank's pieces of sequences, from 0.
-    numbers: which sequences they are of; empty where there are no tokens.
-    continued: whether the first one began on an earlier rank, or would have where there are none.
+    """The parts of sequences that a rank holds.
+
+    Fields:
+        cuts: their boundaries, from 0.
+        numbers: the sequences they belong to; empty if the rank has no tokens.
+        continued: whether the first part began on an earlier rank, or would have without tokens.
     """
 
     cuts: list[int]
@@ -124,13 +128,13 @@ _active: SequenceParallel | None = None
 
 
 def current() -> SequenceParallel | None:
-    """The context in force."""
+    """The `SequenceParallel` that is active, or None."""
     return _active
 
 
 @contextmanager
 def using(parallel: SequenceParallel | None) -> Iterator[None]:
-    """Inside the block a context, or none."""
+    """Make `parallel` the active context inside the block; None makes none active."""
     global _active
     previous, _active = _active, parallel
     try:
@@ -140,13 +144,13 @@ def using(parallel: SequenceParallel | None) -> Iterator[None]:
 
 
 def refuse_sharded(op: str, why: str = "it has no sequence-parallel form") -> None:
-    """Raise `ValueError` inside a context."""
+    """Raise `ValueError` inside `sequence_parallel`."""
     if _active is not None:
         raise ValueError(f"{op}: called inside sequence_parallel, but {why}; call it outside")
 
 
 def sharded_by(form: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let `form(parallel, function, *args)` stand for the decorated function inside a context."""
+    """Inside `sequence_parallel`, call `form(parallel, function, *args)` in its place."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
@@ -163,7 +167,7 @@ def exchange(
     sends: Sequence[tuple[Tensor, int]],
     receives: Sequence[tuple[Tensor, int]],
 ) -> None:
-    """Point to point, all at once; ranks are those of the group."""
+    """Send and receive point to point, all at once; ranks are numbered within the group."""
     work = [dist.P2POp(dist.isend, x, parallel.peer(to), parallel.group) for x, to in sends]
     work += [dist.P2POp(dist.irecv, x, parallel.peer(by), parallel.group) for x, by in receives]
     for request in dist.batch_isend_irecv(work) if work else []:
@@ -183,7 +187,7 @@ class _Tie(torch.autograd.Function):
 
 
 def tie(x: Tensor, *others: Tensor | None) -> Tensor:
-    """x, with a gradient of zero for `others`: where a rank does not use what came, or has no
-    tokens, it still has to take part in sending the gradient back.
+    """x, with a gradient of zero for `others`: a rank that does not use what it received, or has no
+    tokens, still has to take part in sending the gradient back.
     """
     return _Tie.apply(x, *others)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""In which dtype things are computed."""
+"""The dtype that things are computed in."""
 
 import torch
 from torch import Tensor
@@ -11,5 +11,5 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def promote_to_fp32(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 where it is fp64."""
+    """x in fp32, or unchanged if it is fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -31,7 +31,7 @@ LANGUAGES = {"triton": "Triton kernel", "native": "native kernel", "torch": "tor
 
 
 class Facts(NamedTuple):
-    """What a choice looks at. Stages whose forms have more limits bring a longer record."""
+    """The facts that a choice looks at. Stages whose forms have more limits use a longer record."""
 
     device: torch.device
     dtype: torch.dtype
@@ -43,7 +43,7 @@ def first_tensor(x: Any, *_: Any) -> Facts:
 
 
 def not_compiled(facts: Any) -> str | None:
-    """The limit of kernels that `torch.compile` does better without."""
+    """A limit: `torch.compile` does better without these kernels."""
     compiling = torch.compiler.is_compiling()
     return "torch.compile fuses torch's form into what stands around it" if compiling else None
 
@@ -232,7 +232,7 @@ class Stage:
         )
 
     def decision(self, op: str, backend: str | None, facts: Any) -> Decision:
-        """What runs a call with these facts, and why."""
+        """The form that runs a call with these facts, and why."""
         names, origin = requested(backend)
         chosen = self.choose(op, backend, facts)
         first = self.order(names, facts).index(chosen) == 0
@@ -262,7 +262,7 @@ def _warn_once(text: str) -> None:
 
 
 def requested(backend: str | None = None) -> tuple[tuple[str, ...] | None, str]:
-    """The explicit choice in force, in order of preference, and where it came from; (None, ...)
+    """The explicit choice that applies, in order of preference, and where it came from; (None, ...)
     where there is none.
     """
     if backend is not None:
@@ -275,8 +275,8 @@ def requested(backend: str | None = None) -> tuple[tuple[str, ...] | None, str]:
 
 
 def forget_choices() -> None:
-    """Choose and check anew: for a process that changes its environment (FLA_TRITON_CHECK) later
-    than its first call.
+    """Forget choices and checks, so that the next call makes them again: for a process that changes
+    its environment (FLA_TRITON_CHECK) after its first call.
     """
     for stage in STAGES.values():
         stage._decided.clear()
@@ -329,8 +329,8 @@ def watch() -> Iterator[list[Decision]]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ran a call, stage by stage; `backend`, `form`, `why` and `rejected` are those of the
-    first stage.
+    """The forms that ran a call, stage by stage; `backend`, `form`, `why` and `rejected` are those
+    of the first stage.
     """
 
     op: str

@@ -81,7 +81,7 @@ PROBES: dict[str, Callable[[random.Random, int], Prompt]] = {
 
 
 def prompts(kind: str, count: int, characters: int, seed: int = 0) -> list[Prompt]:
-    """Prompts of about so many characters.
+    """`count` recall prompts of about `characters` characters each.
 
     Example:
         >>> prompt = prompts("multi", 1, 60)[0]

@@ -38,8 +38,9 @@ def write_shards(
     workers: int = 1,
     progress: Callable[[int, bool], None] = lambda characters, made: None,
 ) -> dict[str, Any]:
-    """Tokenise a corpus into shards of about so many characters, by several processes; returns the
-    index. `progress` is told the characters of each shard, and whether it had to be made.
+    """Tokenise a corpus into shards of about `characters` characters each, in `workers` processes,
+    and return the index. `progress` is told the characters of each shard, and whether it had to be
+    made.
 
     Raises `UsageError` where the folder holds shards of another corpus, tokenizer or size.
     """
@@ -132,7 +133,7 @@ def _write_one(folder: Path, i: int, texts: list[str]) -> None:
 
 
 def _paths(folder: Path, i: int) -> tuple[Path, Path]:
-    """Of the tokens, and of the starts, which are written last."""
+    """The files of a shard's tokens and of its documents' starts; the starts are written last."""
     return folder / f"{i:05}.tokens.npy", folder / f"{i:05}.starts.npy"
 
 
@@ -148,7 +149,7 @@ def load_index(folder: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise UsageError(
             f"--data: {str(folder)!r} holds no whole shards (no index.json); run the same "
-            "`fla preprocess` again, which goes on"
+            "`fla preprocess` again, which resumes"
         )
     return json.loads(path.read_text())
 

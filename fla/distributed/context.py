@@ -39,9 +39,9 @@ def sequence_parallel(
     ranks: Ranks = None, lengths: list[int] | None = None
 ) -> Iterator[SequenceParallel]:
     """Inside the block every sequence lies on the ranks of a process group or a 1-D `DeviceMesh`
-    (all processes where absent): rank p holds the tokens after those of the ranks before it, and
+    (all processes if absent): rank p holds the tokens after those of the ranks before it, and
     operators, layers and models take and return its own. `lengths` are the tokens of each rank;
-    where absent the ranks tell each other once, at the first operator.
+    if absent the ranks tell each other once, at the first operator.
 
     `cu_seqlens` bounds the sequences of the whole row. Initial states are given on every rank, and
     final states come out on every rank. A gradient is this rank's share: sum parameters' over the

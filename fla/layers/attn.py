@@ -29,7 +29,7 @@ class Where:
     Fields:
         queries: `[B, T]`.
         keys: `[B or 1, S]`, below 0 where there is none.
-        real: `[B, T]`, the queries that are no padding; None for all.
+        real: `[B, T]`, the queries that are not padding; None for all.
     """
 
     queries: Tensor

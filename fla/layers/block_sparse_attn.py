@@ -96,7 +96,7 @@ class BlockSparseAttention(Attention):
         return self.pattern == "topk_content"
 
     def pattern_of(self, length: int) -> BlockPattern:
-        """The fixed pattern of so many tokens."""
+        """The fixed pattern for a sequence of `length` tokens."""
         options = dict(block_size=self.block_size, causal=self.causal)
         return PATTERNS[self.pattern](length, **self.options, **options)
 
@@ -123,7 +123,7 @@ class BlockSparseAttention(Attention):
         return tie(torch.cat(parts, 1), k, v)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, own: tuple[int, int] | None = None) -> Tensor:
-        """`own` are the queries whose results are wanted; all where absent."""
+        """`own` are the queries whose results are wanted; all if absent."""
         if self.by_content:
             pattern = page.topk_content(
                 self._asks(q),

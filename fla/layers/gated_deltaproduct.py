@@ -26,7 +26,7 @@ from fla.ops.gated_delta_product import (
 
 class GatedDeltaProduct(RecurrentMixer):
     """Gated DeltaProduct between projections, on `[B, T, hidden_size]`: `num_householder` keys,
-    values and betas a token.
+    values and betas per token.
 
         q, k_j, v_j = silu(conv(W x))        beta_j = sigmoid(W_b x)
         g = -exp(A_log) softplus(W_a x + dt_bias)          (with use_forget_gate)
@@ -90,7 +90,7 @@ class GatedDeltaProduct(RecurrentMixer):
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
 
     def initial_values(self) -> dict[str, Tensor]:
-        """As Gated DeltaNet, with a forget gate."""
+        """A_log and dt_bias start as in Gated DeltaNet, where there is a forget gate."""
         if not self.use_forget_gate:
             return {}
         A = torch.empty(self.num_v_heads).uniform_(1e-3, 16)

@@ -57,7 +57,7 @@ class LinearOptions:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> LinearOptions:
-        """From a config's dictionary; `ValueError` for what is not there."""
+        """The options of a config's dictionary; `ValueError` for unknown fields."""
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:

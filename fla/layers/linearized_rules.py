@@ -54,7 +54,7 @@ class Decay(nn.Module):
         }
 
     def steps(self, half_life: Tensor) -> Tensor:
-        """dt_bias under which heads forget half in so many tokens; steps between 1e-3 and 5."""
+        """dt_bias with which heads forget half in `half_life` tokens; steps from 1e-3 to 5."""
         step = (math.log(2) / half_life).clamp(1e-3, 5.0)
         bias = step + torch.log(-torch.expm1(-step))
         return bias.repeat_interleave(max(1, self.channels))
@@ -100,7 +100,7 @@ class Rule(nn.Module):
         return values
 
     def calibrate(self, half_life: Tensor, rate: Tensor) -> None:
-        """Per head: tokens in which half is forgotten, and beta, where the rule has them."""
+        """Set the half-life of every head in tokens, and beta, where the rule has them."""
         if self.channels is not None:
             self.decay.calibrate(half_life)
         if self.rates and self.b_proj.bias is not None:
@@ -174,7 +174,7 @@ class RetNetRule(Rule):
 
 
 class Mamba2Rule(Rule):
-    """What decays by a step writes by that step too."""
+    """The Mamba-2 rule: one step size scales both the decay and the write."""
 
     def run(self, q, k, v, x, token, sequences):
         form = fused_recurrent_simple_gla if token else chunk_simple_gla
@@ -228,7 +228,7 @@ class GSARule(Rule):
         return {"f_proj.bias": torch.logit(torch.exp2(-1 / half))}
 
     def calibrate(self, half_life: Tensor, rate: Tensor) -> None:
-        """Half-lives from an eighth to eight times a head's."""
+        """Set the slots' half-lives, from an eighth of the head's to eight times it."""
         spread = torch.logspace(-3, 3, self.slots, base=2.0).to(half_life)
         half = (half_life.unsqueeze(-1) * spread).clamp(1.0, 4096.0).flatten()
         self.f_proj.bias.data.copy_(torch.logit(torch.exp2(-1 / half)))

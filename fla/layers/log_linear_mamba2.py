@@ -20,7 +20,7 @@ LEVELS = 15  # of published models: sequences of up to 2^14 tokens
 
 class LogLinearMamba2(Mamba2):
     """Mamba-2 with a weight for every power of two of the distance, on `[B, T, hidden_size]`:
-    beside what `Mamba2` projects, dl of 15 levels a head, and
+    beside what `Mamba2` projects, dl of 15 levels per head, and
 
         lambda = softplus(L * dl)        o = W_out rms_norm(log_linear(C, B, dt x, dt A, lambda), z)
 

@@ -20,10 +20,10 @@ from fla.modules import RMSNorm, RotaryEmbedding
 class MultiheadLatentAttention(SoftmaxMixer):
     """Softmax attention on `[B, T, hidden_size]` whose keys and values are maps of one latent.
 
-    The cache holds the latent and the turned key, `kv_lora_rank + qk_rope_head_dim` numbers a token
-    for all heads. Where the past is longer than what is new, W_uk goes to the query and W_uv
+    The cache holds the latent and the rotated key, `kv_lora_rank + qk_rope_head_dim` numbers per
+    token for all heads. Where the past is longer than what is new, W_uk goes to the query and W_uv
     to the output, and the latents are never expanded. `q_lora_rank=None` projects queries at once,
-    `rope_theta=None` turns nothing. `rope_scaling` is not built.
+    `rope_theta=None` rotates nothing. `rope_scaling` is not built.
 
     Example:
         >>> layer = MultiheadLatentAttention(

@@ -97,7 +97,7 @@ class MomAttention(RecurrentMixer):
         self.o_proj = nn.Linear(widths["v"], hidden_size, bias=False)
 
     def initial_values(self) -> dict[str, Tensor]:
-        """As Gated DeltaNet."""
+        """A_log and dt_bias start as in Gated DeltaNet."""
         A = torch.empty(self.num_heads).uniform_(1e-3, 16)
         return {"A_log": A.log(), "dt_bias": gate_steps(self.num_heads)}
 

@@ -121,7 +121,7 @@ class Raven(RecurrentMixer):
         self.rotary = RotaryEmbedding(head_k, base=rope_theta) if use_rope else None
 
     def initial_values(self) -> dict[str, Tensor]:
-        """As Gated DeltaNet, with the Mamba-2 decay."""
+        """A_log and dt_bias start as in Gated DeltaNet, where the decay is Mamba-2's."""
         if self.decay_type != "Mamba2":
             return {}
         A = torch.empty(self.num_kv_heads).uniform_(1e-3, 16)

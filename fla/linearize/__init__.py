@@ -3,6 +3,6 @@
 
 `surgery.py` carries weights over, `calibrate.py` sets gates from the teacher's attention,
 `align.py` regresses every layer on its teacher's, `select.py` chooses which layers stay softmax,
-`distill.py` trains the whole, `export.py` writes it, `run.py` does all of it and goes on where it
+`distill.py` trains the whole, `export.py` writes it, `run.py` does all of it and resumes where it
 stopped.
 """

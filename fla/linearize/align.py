@@ -257,7 +257,9 @@ class Alignment:
         return True
 
     def resume(self, runs: dict[int, Regression], saved: Path) -> int:
-        """The step to go on with."""
+        """Restore the saved state of these layers, if there is one; returns the step to continue
+        from.
+        """
         if not saved.exists():
             return 0
         state = torch.load(saved, weights_only=True)
@@ -280,8 +282,8 @@ class Alignment:
 
 
 def records(folder: Path) -> dict[int, Record]:
-    """Of the layers that are done: their files are written last, one a layer, so that processes
-    share the folder.
+    """The records of the layers that are done. Each layer's file is written last, so that several
+    processes can share the folder.
     """
     files = sorted(folder.glob("layer_*.json"))
     return {int(file.stem.removeprefix("layer_")): Record(**read_json(file)) for file in files}

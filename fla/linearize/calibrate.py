@@ -33,8 +33,8 @@ SHORTEST = 16  # tokens of a sequence that says something
 
 @dataclass
 class Statistics:
-    """Of one layer, per head: mean look-back without and with the first token, focus, and the
-    root mean square of every channel of y `[H, d]`.
+    """What is measured in one layer, per head: the mean look-back without and with the first token,
+    the focus, and the root mean square of every channel of y `[H, d]`.
     """
 
     look_back: Tensor

@@ -34,7 +34,7 @@ PROMPT = 1024
 
 @dataclass
 class Row:
-    """Of one rule: errors and nats, tokens a second, bytes of a cache by length."""
+    """The results of one rule: errors and nats, tokens per second, bytes of a cache by length."""
 
     rule: str
     error: float
@@ -47,7 +47,7 @@ class Row:
 
 @torch.inference_mode()
 def prompt_speed(model: Any) -> float:
-    """Tokens a second of a prompt of `PROMPT`."""
+    """Tokens per second for a prompt of `PROMPT` tokens."""
     ids = torch.randint(model.config.vocab_size, (1, PROMPT), device=model.device)
     times = []
     for _ in range(4):
@@ -60,7 +60,7 @@ def prompt_speed(model: Any) -> float:
 
 
 def cache_bytes(model: Any) -> list[int]:
-    """At `LENGTHS`: of two short caches, as what grows grows by the token."""
+    """Cache size at `LENGTHS`, extrapolated from two short runs: growth is linear."""
     window = max([model.config.window_size or 0, 64])
     (_, small), (_, large) = (decode_cost(model, n * window) for n in (2, 3))
     return [small + (large - small) * (n - 2 * window) // window for n in LENGTHS]

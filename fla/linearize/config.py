@@ -34,7 +34,7 @@ class Data:
 
 @dataclass
 class Calibrate:
-    """Gates from the teacher's attention over so many tokens; 0 leaves them as they are."""
+    """Sets gates from the teacher's attention over `tokens` tokens; 0 leaves them as they are."""
 
     tokens: int = 4096
 
@@ -172,11 +172,11 @@ class Config:
         choice("export", self.export, EXPORTS)
 
     def distill_bytes(self) -> int:
-        """What the divergence takes at a time."""
+        """Bytes of logits that the divergence computes at a time."""
         return Divergence().chunk_bytes
 
     def steps(self, tokens: int) -> int:
-        """Batches that hold so many tokens."""
+        """The number of batches that hold `tokens` tokens."""
         return -(-tokens // (self.data.seq * self.data.batch))
 
 

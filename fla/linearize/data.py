@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Batches of text by number: the same ones whenever a run goes on."""
+"""Batches of text by number, so that a run that resumes sees the same ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Text:
         return collate([self.blocks[self.index(place)] for place in places])
 
     def held_out_batches(self, tokens: int) -> list[dict[str, Tensor]]:
-        """Held-out text of about so many tokens, at least one block."""
+        """About `tokens` tokens of held-out text, at least one block."""
         count = max(1, min(len(self.held_out), tokens // self.held_out.length))
         chosen = np.linspace(0, len(self.held_out) - 1, count).round().astype(int)
         size = self.data.batch

@@ -41,7 +41,7 @@ LAST, LOW = 0.15, 0.1  # of the steps a cosine takes at the end, and of the rate
 
 
 def collate_with_places(blocks: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """As `collate`, and the number of every block."""
+    """`collate`, and the number of every block as `places`."""
     return collate(blocks) | {"places": torch.tensor([b["place"] for b in blocks])}
 
 
@@ -91,7 +91,7 @@ class InOrder(FlaTrainer):
 
 
 class Distiller(InOrder):
-    """With the divergence from a teacher in the place of the loss."""
+    """The trainer whose loss is the divergence from a teacher."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class Distiller(InOrder):
         return (loss, output) if return_outputs else loss
 
     def taught(self, inputs: dict) -> tuple[Any, Any]:
-        """What the teacher says of a batch, and its hidden states where it ran."""
+        """The teacher's outputs for a batch, and its hidden states if it ran."""
         if self.top is not None:
             return self.top.of(inputs), None
         with torch.no_grad():
@@ -154,7 +154,7 @@ def relative_errors(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Ten
 def arguments(
     config: Config, folder: Path, batches: int, lr: float, warmup: int, batch: int
 ) -> TrainingArguments:
-    """TrainingArguments of a stage of so many batches; `config.trainer` has the last word."""
+    """TrainingArguments of a stage of `batches` batches; `config.trainer` overrides them."""
     accumulated = int(config.trainer.get("gradient_accumulation_steps", 1))
     steps = -(-batches // (accumulated * int(os.environ.get("WORLD_SIZE", "1"))))
     values: dict[str, Any] = dict(
@@ -211,7 +211,7 @@ def distill(
     folder: Path,
     console: Console,
 ) -> bool:
-    """The stage."""
+    """Run the stage; False if the user stopped it."""
     d = config.distill
     if d.top_k and d.hidden_weight:
         raise UsageError(

@@ -23,7 +23,7 @@ def _replace(path: Path, write: Any) -> None:
 
 
 def layer_file(folder: Path, layer: int) -> Path:
-    """Where a stage keeps a layer's weights."""
+    """The file in which a stage keeps a layer's weights."""
     return folder / f"layer_{layer:03}.safetensors"
 
 
@@ -36,7 +36,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Its value, or None where there is none."""
+    """The value of a JSON file, or None if there is no file."""
     return json.loads(path.read_text()) if path.exists() else None
 
 

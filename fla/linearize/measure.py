@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What a conversion report says of a model: how well it predicts, how far it is from its teacher,
-what it recalls, and what a token costs after a long prompt.
+"""What a conversion report measures of a model: how well it predicts, how far it is from its
+teacher, what it recalls, and what a token costs after a long prompt.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ TIMED = 7  # steps of a decode time
 
 @dataclass
 class Measures:
-    """Of one model. Times are seconds of one further token, by tokens before it; bytes are of the
-    cache then.
+    """The measurements of one model. `decode` holds seconds per further token and `cache` bytes,
+    both by the number of tokens before it.
     """
 
     bits_per_byte: float
@@ -59,7 +59,7 @@ def held_out_rows(text: Text, limit: int) -> tuple[list[Tensor], int]:
 
 @torch.no_grad()
 def divergence(model: Any, teacher: Any, text: Text) -> tuple[float, float]:
-    """KL(teacher | model) in nats a token, and how often their likeliest tokens agree."""
+    """KL(teacher | model) in nats per token, and how often their likeliest tokens agree."""
     sums = torch.zeros(2, dtype=torch.float64)
     batches = text.held_out_batches(KL_TOKENS)
     heads = Head(model.lm_head.weight.detach()), Head(teacher.lm_head.weight.detach())
@@ -119,7 +119,7 @@ BRANCHES = ("linear alone", "window alone", "nothing")
 
 @contextmanager
 def without(model: Any, branch: str) -> Iterator[None]:
-    """With one branch of every linear layer left, or with nothing coming out of it at all."""
+    """Inside the block every linear layer has only this branch, or gives zero for "nothing"."""
     layers = [m for m in model.modules() if isinstance(m, LinearizedAttention)]
     hooks = []
     for layer in layers:
@@ -154,6 +154,6 @@ def ablate(model: Any, text: Text, options: Report) -> dict[str, float]:
 
 
 def from_dict(saved: dict[str, Any]) -> Measures:
-    """Of what JSON made of `asdict`."""
+    """`Measures` from the JSON of its `asdict`."""
     numbers = {n: {int(k): x for k, x in saved[n].items()} for n in ("decode", "cache")}
     return Measures(**saved | numbers)

@@ -76,7 +76,7 @@ def sizes(teacher: Any, linear: dict[str, Any]) -> Sizes:
 
 
 def stages(teacher: Any, config: Config) -> list[Stage]:
-    """Those of a run, in order."""
+    """The stages of a run, in order."""
     s = sizes(teacher, config.linear)
     batch = config.data.seq * config.data.batch
     shown = 24 * batch * s.width  # bytes of a layer's activations
@@ -105,7 +105,9 @@ def stages(teacher: Any, config: Config) -> list[Stage]:
 
 
 def show(source: str, config: Config, tflops: float, memory: float, console: Console) -> bool:
-    """Print the plan for one device of so many peak TFLOP/s and GB; whether it fits."""
+    """Print the plan for one device with this peak TFLOP/s and memory in GB; returns whether it
+    fits.
+    """
     teacher = read_config(source)
     s = sizes(teacher, config.linear)
     title = (

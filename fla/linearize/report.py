@@ -41,7 +41,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def plot_scores(found: Scores, path: Path) -> None:
-    """A bar a layer: what swapping it alone costs; those that stay softmax darker."""
+    """One bar per layer: the cost of swapping it alone; layers that stay softmax are darker."""
     if not found.scores:
         return
     figure, axes = _axes()
@@ -54,7 +54,7 @@ def plot_scores(found: Scores, path: Path) -> None:
     )
     axes.set_xticks(layers)
     axes.set_xlabel("layer (dark: stays softmax)")
-    axes.set_ylabel("relative error" if found.method == "mse" else "nats a token, swapped alone")
+    axes.set_ylabel("relative error" if found.method == "mse" else "nats per token, swapped alone")
     axes.set_title(f"{found.method}: softmax stays in {found.softmax}", fontsize=10)
     _save(figure, path)
 
@@ -85,7 +85,7 @@ def plot_costs(found: dict[str, Measures], path: Path) -> None:
         lengths = sorted(m.decode)
         left.plot(lengths, [m.decode[n] * 1e3 for n in lengths], marker="o", label=name)
         right.plot(lengths, [m.cache[n] / 2**20 for n in lengths], marker="o", label=name)
-    left.set_ylabel("ms a token")
+    left.set_ylabel("ms per token")
     right.set_ylabel("cache, MiB")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -191,7 +191,9 @@ def write(
     linear = ", ".join(f"{k}={v}" for k, v in asdict(config)["linear"].items()) or "defaults"
     details = [f"method {scores.method}"]
     if scores.agreement is not None:
-        details.append(f"two halves of the data rank layers alike to {scores.agreement:.2f}")
+        details.append(
+            f"two halves of the data rank layers with a correlation of {scores.agreement:.2f}"
+        )
     if scores.gap is not None:
         details.append(f"gap at the cut {scores.gap:.4f}")
     lines = [

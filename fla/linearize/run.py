@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""`fla linearize`: the stages in order, each skipped where it is done and gone on with where it
-stopped.
+"""`fla linearize` runs the stages in order: finished stages are skipped, an interrupted stage
+resumes.
 
-A folder holds one conversion: `state.json` says of which teacher and with which options each stage
-was done, and a stage asked for with others is refused.
+A folder holds one conversion: `state.json` records the teacher and the options of each stage
+that was done, and a stage asked for with other options is refused.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Conversion:
         return state
 
     def asked(self, stage: str) -> dict[str, Any]:
-        """What a stage's results depend on."""
+        """The settings that a stage's results depend on."""
         values = asdict(self.config)
         for name in SCHEDULING:
             del values["align"][name]
@@ -241,7 +241,7 @@ class Conversion:
             )
 
     def errors(self) -> dict[int, float]:
-        """Of the alignment, by layer."""
+        """The errors of the alignment, by layer."""
         return {i: record.error for i, record in records(self.out / "align").items()}
 
     def select(self) -> None:

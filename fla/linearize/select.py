@@ -112,7 +112,7 @@ class Swaps:
         return _Base(layout, mask, inputs[-1], inputs)
 
     def moved(self, base: _Base, layer: int, linear: set[int]) -> float:
-        """The divergence once a layer is changed too."""
+        """The divergence when this layer is changed too."""
         self.put(linear)
         last = self.above(base.inputs[layer], layer, base.layout)[-1]
         teacher = (base.teacher, self.head)
@@ -122,7 +122,7 @@ class Swaps:
 
 @dataclass
 class Scores:
-    """What a selection found. `softmax` is None while it goes on; `rounds` holds, in order, the
+    """What a selection found. `softmax` is None until it is finished; `rounds` holds, in order, the
     layers that became linear, with the scores all candidates had; `halves` scores of each layer on
     two halves of the text, `agreement` the correlation of their ranks, `gap` the distance of the
     scores on both sides of the cut.
@@ -193,7 +193,7 @@ class Selection:
         self.free = [i for i in range(self.count) if i not in options.pin_full]
 
     def bases(self) -> tuple[list[_Base], list[_Base]]:
-        """Of text, and of recall prompts."""
+        """The starting points of the text and of the recall prompts."""
         text = [
             self.swaps.start(b["input_ids"], b["cu_seqlens"], None)
             for b in self.text.held_out_batches(self.options.tokens)
@@ -302,14 +302,14 @@ class Selection:
         return Scores("kl_greedy", softmax, alone, rounds, gap=gap)
 
     def advance(self, linear: set[int], text: list[_Base], recall: list[_Base]) -> None:
-        """What every block reads under the swaps so far."""
+        """Compute what every block reads under the swaps so far."""
         self.swaps.put(linear)
         for base in (*text, *recall):
             base.inputs = self.swaps.above(base.inputs[0], 0, base.layout)
 
 
 def read_scores(folder: Path) -> Scores | None:
-    """Those of a finished selection, or None."""
+    """The scores of a finished selection, or None."""
     saved = read_json(folder / "layer_scores.json")
     if not saved or saved["softmax"] is None:
         return None

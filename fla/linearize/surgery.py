@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From a softmax transformer to a hybrid of the same weights.
+"""Turns a softmax transformer into a hybrid with the same weights.
 
 Keys and values of a group are repeated per head, weights and biases alike; what a linear layer adds
 starts as `LinearizedAttention` starts it. With no linear layer the hybrid is the teacher.

@@ -22,7 +22,7 @@ from fla.modules.losses import TopK
 
 
 def fingerprint(*parts: Any) -> str:
-    """Of tensors, arrays, and whatever has a repr."""
+    """A hash of tensors, arrays, and anything with a repr."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -36,7 +36,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def teacher_fingerprint(teacher: Any) -> str:
-    """Of all its weights, by a few numbers of each."""
+    """A hash of all weights, from a few numbers of each."""
     sample = [(n, x.flatten()[:: max(1, x.numel() // 64)]) for n, x in teacher.state_dict().items()]
     return fingerprint(*(part for pair in sample for part in pair))
 
@@ -82,7 +82,7 @@ class TopTokens:
         return np.lib.format.open_memmap(path, mode, dtype, shape)
 
     def of(self, inputs: dict[str, Tensor]) -> TopK:
-        """Of a batch of blocks whose numbers are its `places`."""
+        """The likeliest tokens for a batch of blocks, whose numbers are its `places`."""
         places = inputs["places"].tolist()
         if not self.done[places].all():
             self.fill(places, inputs)

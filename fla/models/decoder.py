@@ -41,7 +41,7 @@ IGNORE = -100
 
 
 def build_mixer(config: DecoderConfig, layer_idx: int) -> Mixer:
-    """What `layer_types` names at a layer: the architecture's own mixer, or attention."""
+    """The mixer that `layer_types` names for a layer: the architecture's own, or attention."""
     if config.layer_type(layer_idx) == "linear_attention":
         if config.mixer is None:
             raise ValueError(
@@ -314,11 +314,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple:
-        """As `DecoderModel.forward`, and logits `[B, T, vocab_size]` of all tokens, of the last
-        `logits_to_keep`, or
-        of the positions in it. labels `[B, T]` are the tokens themselves (the shift happens here);
-        -100, padding and the first token of every sequence carry no loss. With
-        `fuse_linear_cross_entropy` and labels, logits is None.
+        """`DecoderModel.forward`, and logits `[B, T, vocab_size]` of all tokens, of the last
+        `logits_to_keep` tokens, or of the positions it lists. labels `[B, T]` are the tokens
+        themselves (the shift happens here); -100, padding and the first token of every sequence
+        carry no loss. With `fuse_linear_cross_entropy` and labels, logits is None.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         self.get_decoder()._check_cache(past_key_values)

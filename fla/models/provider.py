@@ -55,7 +55,7 @@ def _module(model: str) -> ModuleType | None:
 
 
 def report() -> list[Use]:
-    """For each transformers model that can use `fla`: what its functions run, and why.
+    """List, for each transformers model that can use `fla`, what its functions run, and why.
 
     Example:
         >>> {use.runs for use in report() if use.model == "qwen3_next"}

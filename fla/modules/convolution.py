@@ -103,8 +103,8 @@ def _convolve(
 
 
 def _slots(cu_seqlens: Tensor, T: int, W: int) -> tuple[Tensor, Tensor]:
-    """Where each token lies once W slots precede every sequence, and where each sequence ends
-    there.
+    """The position of each token once W slots precede every sequence, and the end of each sequence
+    in that row.
     """
     N = cu_seqlens.shape[0] - 1
     owner = torch.arange(N, device=cu_seqlens.device).repeat_interleave(

@@ -80,7 +80,7 @@ class LinearLoss:
     def rows_in_triton(
         self, logits: Tensor, target: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `rows`, without a copy of the logits."""
+        """`rows` in Triton, without a copy of the logits."""
         from fla.modules.kernels import cross_entropy
 
         shape = LogitShape(**{name: getattr(self, name) for name in LogitShape._fields})

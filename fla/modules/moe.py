@@ -75,7 +75,7 @@ class Experts:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Experts:
-        """From a dictionary; `ValueError` for unknown or missing fields."""
+        """`Experts` from a dictionary; `ValueError` for unknown or missing fields."""
         names = [f.name for f in fields(cls)]
         unknown, missing = set(values) - set(names), set(names[:3]) - set(values)
         if unknown or missing:

@@ -13,7 +13,7 @@ arXiv:1904.10509; Zaheer et al. (2020), *Big Bird*, arXiv:2007.14062; chosen by 
 | q | `q` | `[B, T, HQ, K]`, HQ a multiple of H |
 | k, v | `k`, `v` | `[B, T, H, K]`, `[B, T, H, V]` |
 | what is kept | `pattern` | `BlockPattern`, of the functions below; `|` is their union |
-| G | its `gate` | log weights with a gradient, of patterns chosen by content; 0 where absent |
+| G | its `gate` | log weights with a gradient, of patterns chosen by content; 0 if absent |
 
 A pattern's density is measured, not asked for. A token for which nothing is kept gets o = 0. Where
 blocks of queries are smaller than those of keys (`query_block`), each chooses for itself; MoBA is
@@ -80,7 +80,7 @@ class BlockPattern:
             )
 
     def __or__(self, other: "BlockPattern") -> "BlockPattern":
-        """What either keeps."""
+        """The union: a block is kept where either pattern keeps it."""
         for name in ("length", "block_size", "query_block", "causal"):
             mine, its = getattr(self, name), getattr(other, name)
             if mine != its:
@@ -91,7 +91,7 @@ class BlockPattern:
         return replace(self, kept=self.kept | other.kept.to(self.kept.device), gate=gate)
 
     def only(self, first: int, last: int) -> "BlockPattern":
-        """For the blocks of queries that hold the tokens from first to last; nothing for others."""
+        """The pattern of the query blocks that hold tokens first to last; others keep none."""
         begin = torch.arange(self.kept.shape[2], device=self.kept.device) * self.query_block
         rows = (begin < last) & (begin + self.query_block > first)
         return replace(self, kept=self.kept & rows[:, None])
@@ -117,7 +117,7 @@ class BlockPattern:
         return (self.kept * pairs).sum((2, 3)).double().mean().item() / max(1, every)
 
     def to_block_mask(self) -> Any:
-        """As a `BlockMask` of torch's FlexAttention."""
+        """The same pattern as a `BlockMask` of torch's FlexAttention."""
         from torch.nn.attention.flex_attention import BlockMask
 
         kept, size, step, causal, T = (
@@ -125,7 +125,7 @@ class BlockPattern:
         )  # fmt: skip
 
         def seen(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            # rows of the last blocks that are no tokens
+            # rows of the last blocks that are not tokens
             there = kept[b % kept.shape[0], h % kept.shape[1], t.clamp(max=T - 1) // step,
                          s.clamp(max=T - 1) // size] & (s < T)  # fmt: skip
             return there & (s <= t) if causal else there
@@ -214,8 +214,9 @@ def global_local(
 def hierarchical(
     n: int, levels: Sequence[tuple[int, int]], *, block_size: int = 128, causal: bool = False
 ) -> BlockPattern:
-    """For each level (stride, reach) every `stride`-th block up to `reach` blocks away; near ones
-    densely and far ones thinly, as in `[(1, 2), (4, 16), (16, 256)]`. The block itself always.
+    """Keep, for each level (stride, reach), every `stride`-th block up to `reach` blocks away: near
+    blocks densely and far ones thinly, as in `[(1, 2), (4, 16), (16, 256)]`. A block always keeps
+    itself.
     """
     i, j = _blocks(n, block_size)
     kept = i == j
@@ -227,8 +228,8 @@ def hierarchical(
 def random_blocks(
     n: int, count: int, *, seed: int = 0, block_size: int = 128, causal: bool = False
 ) -> BlockPattern:
-    """For every block `count` others, drawn from those it may see; if causal the same ones however
-    long the sequence is.
+    """Keep, for every block, `count` others drawn at random from those it may see. A causal pattern
+    draws the same ones whatever the length of the sequence.
     """
     i, j = _blocks(n, block_size)
     draw = _mixed(_mixed(_mixed(torch.tensor(seed)) + i) + j)
@@ -298,7 +299,7 @@ def choose(scores: Tensor, own: Tensor, count: int, causal: bool) -> Tensor:
 
 
 def _means(x: Tensor, size: int) -> Tensor:
-    """Of blocks of tokens, `[B, H, blocks, D]`."""
+    """The means of blocks of tokens, `[B, H, blocks, D]`."""
     x = x.transpose(1, 2)
     blocks = F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size)).sum(3)
     counts = torch.full((blocks.shape[2], 1), size, device=x.device)
@@ -337,7 +338,7 @@ class _Plan:
 
     @property
     def sub(self) -> int:
-        """Blocks of queries in one of keys."""
+        """The number of query blocks in one key block."""
         return self.block_size // self.step
 
     @property
@@ -346,8 +347,9 @@ class _Plan:
         return torch.arange(self.kept.shape[2], device=self.kept.device) // self.sub
 
     def piece(self, head: Tensor, i: Tensor, j: Tensor, parts: int, **options: Any) -> Piece:
-        """Of heads b H + h `[P]`, blocks of queries `[P, n]` and of keys `[P, m]`, of each of which
-        the first `parts` of `sub` parts count. Gates are those of the only block of keys.
+        """The problems of heads b H + h `[P]`, query blocks `[P, n]` and key blocks `[P, m]`; of
+        each key block the first `parts` of its `sub` parts count. The gate is the one of the only
+        key block.
         """
         queries, count = self.kept.shape[2:]
         padded, head = count * self.sub, head[:, None, None]
@@ -366,7 +368,9 @@ class _Plan:
         return head, i[:, None]
 
     def by_queries(self, kept: Tensor) -> Iterator[Piece]:
-        """A problem a block of queries; those with equally many blocks of keys at once."""
+        """One dense problem per query block, batched over the query blocks that keep the same
+        number of key blocks.
+        """
         counts = kept.sum(-1)
         for count in counts.unique().tolist():
             if count:
@@ -429,14 +433,14 @@ def _unfold(x: Tensor, like: Tensor) -> Tensor:
 def _rows(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, gate: Tensor | None, sizes: Sequence[int],
     causal: bool,
-) -> tuple[pieces.Rows, _Plan]:  # fmt: skip
+) -> tuple[pieces.Blocks, _Plan]:  # fmt: skip
     block_size, step = sizes
     B, T, H = k.shape[:3]
     kept, groups = kept.expand(B, H, -1, -1), q.shape[2] // max(1, H)
     plan = _Plan(kept, T, block_size, step, causal, groups, gate is not None)
     q, k, v = (_fold(x, block_size, step) for x in (q, k, v))
     flat = None if gate is None else pieces.compute(gate).flatten()
-    return pieces.Rows(q, k, v, flat), plan
+    return pieces.Blocks(q, k, v, flat), plan
 
 
 def _forward(

@@ -57,14 +57,14 @@ class OpCase:
         title: the operator in words; paper: its source; family: its row in the README's table.
         chunk, token, naive: the public functions (`naive` is the page's literal loop).
         tensors: axes, and the domain where it is not any number, of each tensor argument. `T*n` is
-            an axis of n steps a token; without T an argument is a parameter.
+            an axis of n steps per token; without T an argument is a parameter.
         state: axes of each state argument; a tuple of them for an argument that is a tuple.
         fixed: keyword arguments that every call passes.
         chunk_fixed: those that calls of chunk and token pass and calls of naive do not.
         grain: tokens of a mini-batch that is part of the operator: it may be split there only, and
             its chunk size is no choice.
         equation: inputs to the arguments q, k, v, g, a, b, bonus of `recurrence/equation.py`, and
-            `steps` where a token is several; None where the operator is no point of it.
+            `steps` where a token takes several; None if the operator is not a point of it.
     """
 
     name: str

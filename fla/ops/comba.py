@@ -14,7 +14,7 @@ recurrent reference reads the decayed state); this page follows the paper's and 
 | q, k, p | `q`, `k`, `p` | `[B, T, H, K]`; the paper's p is k times a rate in [0, 1] |
 | v | `v` | `[B, T, HV, V]`, HV a multiple of H |
 | g | `g` | `[B, T, HV]`, natural log of the decay, any value <= 0 including -inf |
-| beta | `beta` | `[B, T, HV]` in [0, 1]; absent it is 1 |
+| beta | `beta` | `[B, T, HV]` in [0, 1]; 1 if absent |
 | S_0, S_T | `initial_state`, result | `[N, HV, K, V]` fp32 |
 
 `use_qk_l2norm_in_kernel` normalises p as well as q and k, as published: a rate inside p is lost to

@@ -14,9 +14,9 @@ other, and branches are mixed by the denominators of their softmaxes (Eq. 10), w
 |---|---|---|
 | q | `q` | `[B, T, HQ, K]`, HQ a multiple of H |
 | k, v | `k`, `v` | `[B, S, H, K]`, `[B, S, H, V]`; the queries are the last T of the S tokens |
-| w, r | `segment_lengths`, `dilation_rates` | one of each a branch |
-| s(h) | `head_offsets` | one a head of k, or of q and the same within a group; absent h mod r |
-| | `branch_heads` | for each branch the heads of k it has; all where absent |
+| w, r | `segment_lengths`, `dilation_rates` | one of each per branch |
+| s(h) | `head_offsets` | one per head of k, or of q and equal in a group; else h mod r |
+| | `branch_heads` | for each branch the heads of k it has; all if absent |
 
 A key on the grids of several branches counts once for each: Eq. 10 as printed. Segments are fixed
 blocks, so the first tokens of one see little through that branch, and the last may be shorter. A
@@ -113,7 +113,7 @@ class Branches(NamedTuple):
 def _whole(op: str, name: str, values: Sequence[int]) -> list[int]:
     values = list(values)
     if not values or not all(isinstance(x, int) and x > 0 for x in values):
-        raise ValueError(f"{op}: {name} is {values}; expected one positive integer a branch")
+        raise ValueError(f"{op}: {name} is {values}; expected one positive integer per branch")
     return values
 
 
@@ -134,7 +134,7 @@ def branches(
     if len(segments) != len(rates):
         raise ValueError(
             f"{op}: {len(segments)} segment_lengths {segments} and {len(rates)} dilation_rates "
-            f"{rates}; one of each a branch was expected"
+            f"{rates}; expected one segment length and one dilation rate per branch"
         )
     if 1 not in rates:
         warnings.warn(
@@ -149,13 +149,13 @@ def branches(
         if any(len(set(x)) > 1 for x in per_group):
             raise ValueError(
                 f"{op}: head_offsets {offsets} differ within a group of {groups} query heads, "
-                "which share one key; repeat k and v per query head, or give one offset a group"
+                "which share one key; repeat k and v per query head, or give one offset per group"
             )
         offsets = [x[0] for x in per_group]
     if len(offsets) != heads or min(offsets) < 0:
         raise ValueError(
-            f"{op}: head_offsets is {offsets}; expected {heads} numbers of at least 0, one a head "
-            "of k"
+            f"{op}: head_offsets is {offsets}; expected {heads} numbers of at least 0, one per "
+            "head of k"
         )
     chosen = [range(heads)] * len(rates) if branch_heads is None else branch_heads
     if len(chosen) != len(rates) or any(not 0 <= h < heads for row in chosen for h in row):
@@ -167,8 +167,8 @@ def branches(
 
 
 class Places(NamedTuple):
-    """Where tokens lie in the flat rows of q `[B, T, HQ, .]` and k `[B, S, H, .]`; the queries are
-    the T tokens from `first` on, of S.
+    """The places of tokens in the flat rows of q `[B, T, HQ, .]` and k `[B, S, H, .]`; the queries
+    are the T tokens from `first` on, of S.
     """
 
     B: int
@@ -180,7 +180,7 @@ class Places(NamedTuple):
     device: torch.device
 
     def of(self, tokens: Tensor, heads: Tensor, queries: bool) -> Tensor:
-        """Of tokens `[count, h, n]` of heads `[h]` of k, in every row of the batch."""
+        """The flat rows of tokens `[count, h, n]` of heads `[h]` of k, for the whole batch."""
         length, H, groups = (self.T, self.HQ, self.HQ // self.H) if queries else (self.S, self.H, 1)
         tokens = tokens - self.first if queries else tokens
         tokens = tokens.repeat_interleave(groups, 1) if groups > 1 else tokens
@@ -196,8 +196,8 @@ def plan(
     causal: bool,
     keys: tuple[int, int] | None = None,
 ) -> Iterator[Piece]:
-    """The dense problems: for each branch and length of segment, those of the heads that have the
-    same number of tokens on its grid. `keys` are the tokens looked at, all where absent; they hold
+    """The dense problems: for each branch and length of segment, one per set of heads that have the
+    same number of tokens on its grid. `keys` are the tokens looked at, all if absent; they hold
     all queries or none.
     """
     for i, (w, r) in enumerate(zip(b.segments, b.rates, strict=True)):
@@ -244,8 +244,8 @@ def _classes(b: Branches, i: int, edges: Edges) -> list[tuple[list[int], Edges]]
 def _problems(
     places: Places, tokens: Tensor, heads: Tensor, spans: tuple[int, ...], causal: bool
 ) -> Iterator[Piece]:
-    """Of tokens `[count, h, n]` on grids: queries are those from spans[0] to spans[1], keys those
-    from spans[2] to spans[3].
+    """The problems of tokens `[count, h, n]` on grids: the queries are the tokens from spans[0] to
+    spans[1], the keys those from spans[2] to spans[3].
     """
     first, last, begin, end = spans
     q = places.of(tokens[:, :, first:last], heads, True)
@@ -281,7 +281,7 @@ def _forward(
     """o, and the log-sum-exp `[B, T, HQ]`."""
     b = Branches(list(segments), list(rates), list(offsets), list(on))
     problems = _pieces(q, k, cu_seqlens, b, causal)
-    o, lse = pieces.forward(pieces.Rows(_flat(q), _flat(k), _flat(v)), problems, scale)
+    o, lse = pieces.forward(pieces.Blocks(_flat(q), _flat(k), _flat(v)), problems, scale)
     return o.view(*q.shape[:3], v.shape[-1]).to(q.dtype), lse.view(q.shape[:3])
 
 
@@ -297,7 +297,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     b = Branches(list(segments), list(rates), list(offsets), list(on))
     problems = _pieces(q, k, cu_seqlens, b, causal)
-    flat = pieces.Rows(_flat(q), _flat(k), _flat(v))
+    flat = pieces.Blocks(_flat(q), _flat(k), _flat(v))
     grads = pieces.backward(_flat(do), flat, _flat(o), lse.reshape(-1, 1), problems, scale)
     return [g.view(x.shape) for g, x in zip(grads, (q, k, v), strict=True)]
 
@@ -341,7 +341,7 @@ def dilated_attention(
     packages have it, is `branch_heads=[[0, 1], [2, 3], ...]`.
 
     Inside `sequence_parallel` these are a rank's own tokens, and `mode` says what moves: "gather"
-    (where absent) fetches from all ranks at once the keys and values that its queries meet, and no
+    (if absent) fetches from all ranks at once the keys and values that its queries meet, and no
     others; "ring" from one rank after the other, and holds those of one at a time; "heads" turns
     tokens into shares of the heads, which must go up. All give the same.
 
@@ -445,9 +445,9 @@ def dilated_attention_step(
 ) -> Tensor:
     """Causal dilated attention of the last token, q `[B, 1, HQ, K]`, on k `[B, S, H, K]` and v
     `[B, S, H, V]`, which hold it and those before it; o `[B, 1, HQ, V]`. Reads at most sum(w / r)
-    keys a head.
+    keys per head.
 
-    `lengths` `[B]`: the last so many of S are a row's tokens; all where absent.
+    `lengths` `[B]`: a row's tokens are the last `lengths[b]` of S; all if absent.
 
     Example:
         >>> k, v = torch.randn(2, 1, 50, 4, 8).unbind()
@@ -497,12 +497,12 @@ def _grid(b: Branches, i: int, t: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 class Coverage(NamedTuple):
-    """What a choice of branches lets a head see.
+    """What a head sees with a choice of branches.
 
     Fields:
         served: share of (token, head) pairs on each branch's grid.
         keys: keys that a token on it meets in each branch, without causality.
-        pairs: scores a token and head costs, over all branches; dense attention costs T.
+        pairs: scores per token and head, over all branches; dense attention costs T.
         blind: share of (token, head) pairs that no branch serves.
         residues: of each branch's r residues, those that some head serves.
     """
@@ -550,7 +550,7 @@ def geometric_schedule(
     longest: int, first: int = 2048, ratio: int = 2, rate_ratio: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Segment lengths `first ratio^i` up to the first that reaches `longest`, and rates
-    `rate_ratio^i` (`ratio` where absent): then w / r, and with it the cost of a branch, stays or
+    `rate_ratio^i` (`ratio` if absent): then w / r, and with it the cost of a branch, stays or
     falls.
 
     Example:

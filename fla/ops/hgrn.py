@@ -66,7 +66,7 @@ def naive_chunk_hgrn(
 
 
 def point(x: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """The arguments of the one recurrence, a head for each channel."""
+    """The arguments of the one recurrence, with one head per channel."""
     one = torch.ones_like(x).unsqueeze(-1)
     return dict(q=one, k=one, v=x.unsqueeze(-1), g=g.unsqueeze(-1))
 

@@ -19,7 +19,7 @@ bit that is set in t; token s is in the bucket of the highest bit in which s and
 | S, t | `initial_state`, result | `LogLinearAttentionState([N, H, L, K, V] fp32, [N])` |
 
 There is no scale: q comes as it is read. The state holds the buckets of levels 1 .. L and the
-number of tokens seen, so a sequence goes on at any token; t counts from there.
+number of tokens seen, so a sequence can continue at any token; t counts from there.
 
 Numerics: as `simple_gla`.
 

@@ -60,7 +60,7 @@ def naive_recurrent_mamba(
 
 
 def point(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> dict[str, Tensor]:
-    """The arguments of the one recurrence, a head for each channel of x."""
+    """The arguments of the one recurrence, with one head per channel of x."""
     C, B = (y.unsqueeze(2).expand(-1, -1, x.shape[2], -1) for y in (C, B))
     return dict(q=C, k=B, v=(dt * x).unsqueeze(-1), g=dt.unsqueeze(-1) * A)
 

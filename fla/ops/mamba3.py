@@ -47,7 +47,7 @@ State = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def rotate(x: Tensor, theta: Tensor) -> Tensor:
-    """Components 2j and 2j + 1 of x `[..., K]` turned by theta `[..., R]`."""
+    """Components 2j and 2j + 1 of x `[..., K]`, rotated by theta `[..., R]`."""
     R = theta.shape[-1]
     even, odd = x[..., 0 : 2 * R : 2], x[..., 1 : 2 * R : 2]
     cos, sin = theta.cos(), theta.sin()
@@ -163,7 +163,7 @@ def _run(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence on `[B, T, H, M, .]`: M steps a token, read before each write."""
+    """The recurrence on `[B, T, H, M, .]`: M steps per token, read before each write."""
     M, T = inputs[0].shape[3], inputs[0].shape[1]
     q, k, v = (y.transpose(2, 3).flatten(1, 2) for y in inputs[:3])
     g = inputs[3]

@@ -18,7 +18,7 @@ so k reads, k~ writes, and every entry of M lies in (1/x, x).
 | v | `v` | `[B, T, HV, V]`, HV a multiple of H |
 | g, h | `g`, `g_atk` | `[B, T, HV]`, natural logs of the decays, any value <= 0 including -inf |
 | beta, beta' | `beta`, `beta_atk` | `[B, T, HV]` in [0, 1] |
-| x, eps, c | `x`, `eps`, `log_atk_scale` | floats; c also `[HV]`, 0 where absent |
+| x, eps, c | `x`, `eps`, `log_atk_scale` | floats; c also `[HV]`, 0 if absent |
 | S_0, S_T | `initial_state`, result | `[N, HV, K, V]` fp32 (transposed: `transpose_state_layout`) |
 | A_0, A_T | `initial_A_state`, result | `[N, HV, K]` fp32 |
 

@@ -67,7 +67,7 @@ class Span(NamedTuple):
 
 
 def spans_of(lengths: tuple[int, ...], bounds: list[int], order: str) -> list[list[Span]]:
-    """Of every rank."""
+    """The spans of tokens that every rank holds."""
     size = len(lengths)
     if order == "zigzag":
         chunk = lengths[0] // 2

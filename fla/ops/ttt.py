@@ -5,8 +5,8 @@ Sun et al. (2024), *Learning to (Learn at Test Time): RNNs with Expressive Hidde
 arXiv:2407.04620.
 
 The state is a linear model with a bias, S and c. It is trained on `k -> v` through a normalisation
-with a residual, `f(z) = z + LN(z)`, by one gradient step a token, all gradients of a mini-batch of
-`chunk_size` tokens taken at its first state (S_0, c_0):
+with a residual, `f(z) = z + LN(z)`, by one gradient step per token, all gradients of a mini-batch
+of `chunk_size` tokens taken at its first state (S_0, c_0):
 
     z_t = S_0^T k_t + c_0            u_t = d/dz |k_t + LN(z_t) - v_t|^2 / 2
     S_t = S_{t-1} - eta_t k_t u_t^T          c_t = c_{t-1} - eta_t u_t

@@ -31,7 +31,7 @@ class Cell:
     Fields:
         name: of its row; model, fields: of `fla.tasks.models.small_config`.
         tokens: of the training; batch_tokens, seq_len: of a step, and of a block.
-        group: line of a plot that it belongs to, the model's name where absent.
+        group: line of a plot that it belongs to, the model's name if absent.
     """
 
     name: str

@@ -42,7 +42,7 @@ def report(study: Study, rows: dict[str, Row], folder: Path, console: Console) -
     first = next(iter(rows.values()))["bits_per_byte"]
     lengths = study.lengths if study.kind == "long_context" else []
     header = ["model", "parameters", "bits per byte", "to the first", "tokens/s"]
-    header += [f"us a token at {n:,}" for n in lengths]
+    header += [f"us per token at {n:,}" for n in lengths]
     table, lines = Table(*header, title=study.kind), [f"# {study.kind}", ""]
     lines += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name, row in rows.items():
@@ -122,8 +122,8 @@ def _long(study: Study, rows: dict[str, Row], axes: Any) -> None:
         timed = {int(n): 1e6 * x for n, x in row["long"]["seconds_per_token"].items()}
         axes[1].plot(list(timed), list(timed.values()), "o-", label=name)
     axes[0].axvline(study.cells[0].seq_len, color="grey", linestyle=":", linewidth=1)
-    axes[0].set(xlabel="position (dotted: length of the training)", ylabel="bits a token")
-    axes[1].set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds a token")
+    axes[0].set(xlabel="position (dotted: length of the training)", ylabel="bits per token")
+    axes[1].set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds per token")
     axes[0].legend(frameon=False, fontsize=8)
 
 

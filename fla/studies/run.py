@@ -31,9 +31,9 @@ Row = dict[str, Any]
 
 
 def run_study(study: Study, folder: str | Path, console: Console) -> dict[str, Row]:
-    """Every cell in a folder of its own, named by its settings too, then `results.md`,
-    `results.json` and `results.png`. A finished cell is read, an interrupted one gone on with;
-    cells of other settings stay as they are.
+    """Run every cell in a folder of its own, named by its settings, then write `results.md`,
+    `results.json` and `results.png`. A finished cell is read, an interrupted one resumes, and cells
+    with other settings stay as they are.
     """
     folder = Path(folder)
     tokenizer = load_tokenizer(study.tokenizer)
@@ -104,7 +104,7 @@ def _first(texts: list[str], size: int) -> list[str]:
 def _train(
     cell: Cell, corpus: Corpus, tokenizer: Any, folder: Path, console: Console
 ) -> tuple[Any, float, int]:
-    """The model, and the seconds and steps of this run, which may have gone on from another."""
+    """The model, and the seconds and steps of this run, which may have resumed another."""
     torch.manual_seed(cell.seed)
     model = AutoModelForCausalLM.from_config(config_of(cell, tokenizer))
     rows = max(1, cell.batch_tokens // cell.seq_len)
@@ -114,14 +114,14 @@ def _train(
     begun, resume = time.monotonic(), newest_whole(folder)
     run_trainer(trainer, interruption, resume)
     if interruption.asked:
-        console.print("stopped; the same command goes on", style="bold")
+        console.print("stopped; the same command continues", style="bold")
         raise SystemExit(130)
     steps = cell.steps - (step_of(resume) if resume else 0)
     return trainer.model, time.monotonic() - begun, steps
 
 
 def _long(model: Any, documents: list[torch.Tensor], size: int, lengths: list[int]) -> Row:
-    """Bits a token by position in windows of the longest length, and seconds a token at each."""
+    """Bits per token by position in the longest windows, and seconds per token at each length."""
     longest = max(lengths)
     scored: Score = score(
         model, documents, size, length=longest, tokens_per_batch=longest, bucket=longest // 16

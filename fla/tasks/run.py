@@ -29,9 +29,9 @@ class Recipe:
     """How a model is built and learns.
 
     Fields:
-        length: the longest rows of the training, the task's own where absent; rows of a batch are
+        length: the longest rows of the training, the task's own if absent; rows of a batch are
             of one length, drawn between a quarter of it and it.
-        trial_lengths: lengths of the trials; once, twice and four times `length` where absent.
+        trial_lengths: lengths of the trials; once, twice and four times `length` if absent.
         trials: rows of each.
     """
 
@@ -54,7 +54,7 @@ class Recipe:
 
 class _Batches:
     """Collates the numbers of rows into rows: every batch is made from the seed and its first
-    number, so that a run that stops goes on with the same.
+    number, so that a run that resumes sees the same batches.
     """
 
     def __init__(self, task: Task, recipe: Recipe):
@@ -73,7 +73,7 @@ def train_task(
     task: str | Task, model: str, recipe: Recipe, folder: str | Path, console: Console | None = None
 ) -> Scores:
     """Train `NAME:field=value:...` of `small_config` on a task, save it in a folder and score it. A
-    folder with the results of the same recipe is read; one that was interrupted is gone on with.
+    folder with the results of the same recipe is read; an interrupted run resumes.
     """
     task, folder = task_of(task) if isinstance(task, str) else task, Path(folder)
     results = folder / "results.json"
@@ -99,7 +99,7 @@ def train_task(
     )
     run_trainer(trainer, interruption, newest_whole(folder))
     if interruption.asked:
-        say(f"stopped; saved {newest_whole(folder)}. The same command goes on")
+        say(f"stopped; saved {newest_whole(folder)}. The same command continues")
         raise SystemExit(130)
     trainer.save_model(str(folder))
     trained: Any = trainer.model

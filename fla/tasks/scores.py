@@ -50,7 +50,7 @@ def score_task(
     scores = Scores({}, {})
     for length in lengths:
         right, exact, asked = 0, 0, 0
-        # as many tokens a batch whatever the length
+        # equally many tokens per batch, whatever the length
         size = max(1, min(trials, 16384 // length))
         for first in range(0, trials, size):
             count = min(size, trials - first)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What the user sees of a run, and what ends it early: progress, interruption, a time budget, a
-loss that is no number.
+loss that is NaN or infinite.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fla.layers.mixer import Mixer
 
 
 class FlaTrainer(Trainer):
-    """transformers' Trainer that watches the loss and counts tokens. A loss that is no number is
+    """transformers' Trainer that watches the loss and counts tokens. A loss of NaN or infinity is
     noticed at the step it appears on a CPU; on an accelerator before the next checkpoint, so that
     no step waits for the device.
     """
@@ -41,7 +41,9 @@ class FlaTrainer(Trainer):
         return loss
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        """As transformers', without what a mixer initialises itself (decay rates, time steps)."""
+        """The parameters with weight decay: transformers' choice without those that a mixer
+        initialises itself (decay rates, time steps).
+        """
         own = {
             f"{name}.{parameter}"
             for name, module in model.named_modules()
@@ -55,7 +57,7 @@ class FlaTrainer(Trainer):
 
 
 class LossGuard(TrainerCallback):
-    """Raises `TrainingDiverged` before anything of a broken run is saved."""
+    """Raises `TrainingDiverged` before a run whose loss or weights are NaN saves anything."""
 
     trainer: FlaTrainer  # set by `make_trainer`
 
@@ -92,7 +94,7 @@ class Interruption(TrainerCallback):
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._previous[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread: signals are somebody else's
+            except ValueError:  # not the main thread, which alone may handle signals
                 return
 
     def _ask(self, number: int, frame: Any) -> None:
@@ -154,7 +156,7 @@ class LiveProgress(TrainerCallback):
         )
 
     def rates(self, state) -> tuple[float, float]:
-        """(tokens per second, seconds left), of this run."""
+        """(tokens per second, seconds left) of this run."""
         elapsed, done = time.monotonic() - self.begun, state.global_step - self.first
         speed = self.trainer.tokens_done * self.trainer.args.world_size / max(elapsed, 1e-9)
         return speed, elapsed / max(done, 1) * (state.max_steps - state.global_step)

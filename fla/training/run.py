@@ -41,11 +41,11 @@ from fla.training.sharded import ShardedTrainer
 
 @dataclass
 class RunArguments:
-    """What `fla train` adds to transformers' TrainingArguments."""
+    """The arguments that `fla train` adds to transformers' TrainingArguments."""
 
     model: str = field(
         default="gated_deltanet",
-        metadata={"help": "Registered architecture, or a folder to go on from."},
+        metadata={"help": "Registered architecture, or a folder to continue from."},
     )
     model_config: list[str] = field(
         default_factory=list, metadata={"help": "Config overrides: hidden_size=256 num_heads=4 ..."}
@@ -62,12 +62,12 @@ class RunArguments:
         default=None,
         metadata={"help": "'byte' or a Hugging Face tokenizer; else the folder's own, or 'byte'."},
     )
-    seq_len: int = field(default=512, metadata={"help": "Tokens in a block."})
+    seq_len: int = field(default=512, metadata={"help": "Tokens per block."})
     sequence_parallel: bool = field(
         default=False, metadata={"help": "All processes of torchrun hold every sequence together."}
     )
     resume: bool = field(
-        default=False, metadata={"help": "Go on from the newest whole checkpoint in output_dir."}
+        default=False, metadata={"help": "Resume from output_dir's newest complete checkpoint."}
     )
     max_minutes: float | None = field(
         default=None, metadata={"help": "Stop after this time, as if interrupted, and finish up."}
@@ -78,7 +78,7 @@ class RunArguments:
 
 @dataclass
 class Result:
-    """What a run leaves behind beside the model."""
+    """The results that a run saves beside the model."""
 
     bits_per_byte: float
     perplexity: float
@@ -177,7 +177,7 @@ def train(run: RunArguments, args: TrainingArguments) -> Result | None:
         last = newest_whole(folder)
         say(
             f"stopped at step {trainer.state.global_step}; saved {last}. "
-            "The same command with --resume true goes on"
+            "The same command with --resume true continues"
         )
         raise SystemExit(130)
     trainer.save_model(str(folder))
@@ -189,7 +189,7 @@ def train(run: RunArguments, args: TrainingArguments) -> Result | None:
 
 
 def output_folder(args: TrainingArguments) -> Path:
-    """Where a run saves."""
+    """The folder that a run saves in."""
     assert args.output_dir is not None  # transformers fills in a default
     return Path(args.output_dir)
 
@@ -209,14 +209,13 @@ def check_sharded(args: TrainingArguments) -> None:
 
 
 def find_resume_point(run: RunArguments, folder: Path) -> Path | None:
-    """The checkpoint to go on from; refuses to mix a new run into a folder that holds one."""
+    """The checkpoint to resume from. A new run in a folder that holds checkpoints is refused."""
     if run.resume:
         return newest_whole(folder, warn=say)
     if checkpoints(folder):
         raise UsageError(
-            f"--output_dir: {folder} already holds checkpoints; add --resume to go on from them, "
-            "or choose "
-            "another folder"
+            f"--output_dir: {folder} already holds checkpoints; add --resume to continue from "
+            "them, or choose another folder"
         )
     return None
 
@@ -224,8 +223,8 @@ def find_resume_point(run: RunArguments, folder: Path) -> Path | None:
 def short_run(
     folder: Path, steps: int, batch_size: int, learning_rate: float, warmup: float, seed: int
 ) -> TrainingArguments:
-    """Arguments of a cell of `fla task` and `fla study`: a share of the steps warms up, halfway it
-    is saved, and its folder holds no logs.
+    """Arguments of a cell of `fla task` and `fla study`: a share of the steps warms up, a
+    checkpoint is saved halfway, and the folder holds no logs.
     """
     return TrainingArguments(
         output_dir=str(folder),
@@ -253,11 +252,11 @@ def make_trainer(
     max_minutes: float | None = None,
     **more: Any,
 ) -> tuple[FlaTrainer, Interruption]:
-    """The Trainer, of a kind of it, with our callbacks in place of its printers; `more` are
-    arguments of its own.
+    """The Trainer (of class `kind`), with our callbacks in place of its printers. `more` goes to
+    its constructor.
     """
     args.remove_unused_columns = False
-    args.logging_nan_inf_filter = False  # a loss that is no number must be seen, not averaged away
+    args.logging_nan_inf_filter = False  # a NaN loss must be seen, not averaged away
     args.disable_tqdm = True
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False
@@ -278,7 +277,7 @@ def make_trainer(
 
 
 def run_trainer(trainer: FlaTrainer, interruption: Interruption, resume_from: Path | None) -> None:
-    """Train; name the last good checkpoint where the run breaks off."""
+    """Train. If the loss diverges, the error names the last good checkpoint."""
     progress = next(c for c in trainer.callback_handler.callbacks if isinstance(c, LiveProgress))
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -368,7 +367,7 @@ def finish(
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
 ) -> Result:
-    """Score, compare, plot, sample; prints what a newcomer wants to see."""
+    """Score, compare, plot and sample, and print the results."""
     model: Any = trainer.model
     folder = output_folder(args)
     scored = evaluate(model, tokenizer, corpus, run.seq_len, console=console)

@@ -120,7 +120,7 @@ def test_what_cannot_be_traced_is_refused():
     with pytest.raises(ValueError, match="several sequences in a row"), trace(model):
         model(ids(1, 9), cu_seqlens=bounds)
     op = next(op for op in OPS if op.equation is None)
-    with pytest.raises(ValueError, match="no point of the one equation"):
+    with pytest.raises(ValueError, match="not a point of the one equation"):
         Trace.of(op, {})
     with trace(model) as found:
         cache = model(ids(1, 6), use_cache=True).past_key_values

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the ranks of a test run: every check against the same computation in one process, in fp64."""
+"""The checks that the ranks of a test run: each against the same computation in one process, in fp64."""
 
 import json
 import os
@@ -230,7 +230,7 @@ def ring(rank, size):
 
 @check
 def dilated(rank, size):
-    """In all modes, for lengths and segments that do not divide each other."""
+    """Dilated attention in all modes, for lengths and segments that do not divide each other."""
     branches = dict(segment_lengths=[4, 7, 16, 50], dilation_rates=[1, 3, 2, 5])
     generator = torch.Generator().manual_seed(0)
     for causal in (False, True):
@@ -327,8 +327,8 @@ def ring_modules(rank, size):
 
 @check
 def dilated_bytes(rank, size):
-    """Where segments, rates and shards divide each other: sum over w > l of 2 (l / r) (w / l - 1)
-    rows of each head, received; the heads mode 4 l (P - 1) / P.
+    """If segments, rates and shards divide each other, a rank receives, per head, the sum over w > l
+    of 2 (l / r) (w / l - 1) rows; in the heads mode 4 l (P - 1) / P.
     """
     branches = dict(segment_lengths=[8, 16, 32], dilation_rates=[1, 2, 4])
     l, H, D = 8, 4, 3  # noqa: E741

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`fla linearize` as users run it: all of it, a stage, killed and gone on with, compared, planned, and wrong input."""
+"""`fla linearize` as users run it: the whole, one stage, killed and resumed, compared, planned, and wrong input."""
 
 import json
 import os

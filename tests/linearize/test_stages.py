@@ -153,7 +153,7 @@ def test_alignment_reduces_every_error_and_goes_on_where_it_stopped(at_once, tmp
 
 
 def test_layers_do_not_touch_each_other(tmp_path):
-    """Aligned alone a layer gets the weights it gets among others: so they can be split over processes."""
+    """A layer aligned alone gets the weights it gets among others, so layers can be split over processes."""
     parts = make_all(tmp_path)
     whole = align_bank(make_stage(parts, tmp_path / "a"), parts[3])
     other = make_all(tmp_path)[3]

@@ -107,7 +107,7 @@ def test_logits_are_equal_and_the_way_back_is_exact(name):
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
 def test_checkpoints_of_the_same_model_type_load_as_they_are(name, tmp_path):
-    """Where `import fla` has put our class behind a model type of transformers."""
+    """`import fla` has put our class behind a model type of transformers."""
     theirs = build(name)
     theirs.save_pretrained(tmp_path)
     ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()

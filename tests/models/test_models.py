@@ -73,7 +73,7 @@ def test_padded_is_unpadded(name, side):
 @every_model
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_cached_decoding_after_padding(name, side):
-    """Prefill a padded batch, then decode: every row goes on as if it were alone."""
+    """Prefill a padded batch, then decode: every row continues as if it were alone."""
     model, x = make(name), ids(2, 8)
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[0, : 2 if side == "left" else 6] = 0

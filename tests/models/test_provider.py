@@ -70,7 +70,7 @@ def test_transformers_finds_our_operators(name):
 
 
 def test_report_says_why_where_ours_does_not_run(monkeypatch):
-    """As where a later transformers looks up a function that we lack."""
+    """A later transformers may look up a function that we lack."""
     import inspect
 
     real = inspect.getclosurevars

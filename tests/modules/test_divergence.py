@@ -62,7 +62,7 @@ OPTIONS = [
 @pytest.mark.parametrize("V_teacher", [V, 13, 20])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_divergence(kind, options, V_teacher):
-    """In chunks of one to all rows; vocabularies may differ; a mask and labels to leave out."""
+    """Chunks hold one to all rows, vocabularies may differ, and a mask and labels leave rows out."""
     x, labels = make(V_teacher)
     labels[2], mask = -100, torch.arange(M) != 5
     leaves = {n: x[n].requires_grad_() for n in ("x", "weight", "bias")}
@@ -174,7 +174,7 @@ def test_gradcheck_and_a_frozen_head():
 
 
 def test_logits_are_not_rounded():
-    """Of nearly equal models in bf16 a divergence of 4e-4 is found to 1 %."""
+    """A divergence of 4e-4 between nearly equal models in bf16 is found to 1 %."""
     generator = torch.Generator().manual_seed(0)
     head = torch.randn(4096, 64, generator=generator).bfloat16() * 0.3
     x = torch.randn(64, 64, generator=generator).bfloat16()

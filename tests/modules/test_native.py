@@ -108,7 +108,7 @@ def test_what_the_kernels_cannot_read_is_torchs():
     heads = torch.rand(5, 8)
     want = torch.nn.functional.rms_norm(x, (8,), eps=1e-6) * heads * g.sigmoid()
     torch.testing.assert_close(rms_norm_gated(x, g, heads, None, "sigmoid"), want)
-    assert not gated.fits(x, None, torch.rand(7), None)
+    assert not fits(x, None, torch.rand(7), None)
     with pytest.raises(RuntimeError):
         rms_norm(x, torch.rand(7), None)
     assert rms_norm(x[:0], w, None).shape == (0, 5, 8)

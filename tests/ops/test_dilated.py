@@ -218,7 +218,7 @@ def test_what_cannot_be_is_refused():
 
 
 def test_reports_count_what_the_oracle_counts():
-    """The share of served pairs and the scores a token costs, from all M."""
+    """The share of served pairs and the scores per token, from all M."""
     heads, T, branches = 3, 48, dict(segment_lengths=[16, 48], dilation_rates=[2, 4])
     with pytest.warns(RuntimeWarning):
         report = coverage_report(*branches.values(), heads)

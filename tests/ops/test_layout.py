@@ -72,7 +72,7 @@ def test_wrong_descriptions(arguments, message):
 
 
 def test_boundaries_are_read_once(monkeypatch):
-    """From a device, until they change."""
+    """Boundaries on a device are copied to the host once, until they change."""
     monkeypatch.setattr(layout_module, "_waits", lambda x: True)
     bounds, read = torch.tensor([0, 2, 5]), []
     tolist = torch.Tensor.tolist

@@ -233,7 +233,7 @@ def test_a_convolution_that_goes_wrong_is_noticed_and_replaced(monkeypatch, chec
 
 @pytest.mark.parametrize("lengths", [[70], [0, 2, 0, 66, 64], [0]], ids=str)
 def test_vector_scan(lengths):
-    """With resets, a first and a last state."""
+    """The inputs hold resets, a first and a last state."""
     N, T, D = len(lengths), sum(lengths), 70
     generator = torch.Generator().manual_seed(0)
     x, g = torch.randn(2, 1, T, D, generator=generator)
@@ -255,7 +255,7 @@ def test_vector_scan(lengths):
 
 @pytest.mark.parametrize("lengths", [[18], [0, 2, 0, 17], [0]], ids=str)
 def test_selective_scan(lengths):
-    """With resets, a first and a last state."""
+    """The inputs hold resets, a first and a last state."""
     N, T, D, K = len(lengths), sum(lengths), 70, 12
     generator = torch.Generator().manual_seed(0)
     x, dt = torch.randn(2, 1, T, D, generator=generator)
@@ -350,7 +350,7 @@ def test_a_decode_step_is_captured_in_a_graph():
         graph.replay()
         for a, b in zip(captured, step(), strict=True):
             assert torch.equal(a, b)
-        # a state that is overwritten goes on from replay to replay
+        # an overwritten state carries over from replay to replay
         kept = state.clone()
         graph = torch.cuda.CUDAGraph()
         with overwrite_states(), torch.cuda.graph(graph):

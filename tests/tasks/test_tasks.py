@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every task's answers against a reader of its rows; training, trials, and going on."""
+"""Every task's answers against a reader of its rows; training, trials, and resuming."""
 
 import json
 import signal

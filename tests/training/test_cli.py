@@ -152,7 +152,7 @@ def test_interrupted_then_resumed(text, tmp_path, how):
         assert process.returncode == 130, errors
         assert (
             "stopping after this step" in errors
-            and "The same command with --resume true goes on" in errors
+            and "The same command with --resume true continues" in errors
         )
     at = newest_whole(folder)
     step = int(at.name.split("-")[1])

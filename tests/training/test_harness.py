@@ -50,7 +50,7 @@ def test_a_task_of_ones_own(tmp_path):
         run_harness(model, tokenizer, ["nothing"])
 
 
-def test_without_the_package_the_mend_is_named(monkeypatch):
+def test_without_the_package_the_fix_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UsageError, match="pip install lm-eval"):
         run_harness(None, None, ["pins"])

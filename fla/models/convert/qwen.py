@@ -69,7 +69,9 @@ def _qwen(config: Any) -> dict[str, Any]:
 
 
 def _qwen_state(state: StateDict, config: Any, back: bool) -> StateDict:
-    """Its norms hold their weight less one, and its linear layers are fused."""
+    """Names and values between Qwen's and ours: its norms hold their weight less one, and its
+    linear layers are fused.
+    """
     convert = linear_attention_to_qwen if back else linear_attention_of_qwen
     inner, target = ("attn", "linear_attn") if back else ("linear_attn", "attn")
     out = dict(state)
@@ -96,8 +98,9 @@ def _olmo(config: Any) -> dict[str, Any]:
 
 
 def _olmo_state(state: StateDict, config: Any, back: bool) -> StateDict:
-    """Its convolutions are one, and the norms of its attention layers come after, under the names
-    that the linear layers' norms have one place further.
+    """Names and values between OLMo-Hybrid's and ours: its convolutions are one, and the norms of
+    its attention layers come after, under the names that the linear layers' norms have one place
+    further.
     """
     out = dict(state)
     inner, target = ("attn", "linear_attn") if back else ("linear_attn", "attn")

@@ -56,7 +56,9 @@ RWKV = (
 
 
 def _rwkv_state(state: StateDict, config: Any, back: bool) -> StateDict:
-    """Its mixes are `[1, 1, hidden_size]` and weigh the token itself, ours the one before."""
+    """Names and values between RWKV's and ours: its mixes are `[1, 1, hidden_size]` and weigh the
+    token itself, ours weigh the token before.
+    """
     out = {}
     for name, x in state.items():
         mix = name.rsplit(".", 1)[-1].startswith(("time_mix_", "x_"))

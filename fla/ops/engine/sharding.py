@@ -110,7 +110,7 @@ class _Gather(torch.autograd.Function):
 
 
 def _everyone(parallel: SequenceParallel, xs: list[Tensor]) -> Tensor:
-    """What each rank has for this one, of `xs[p]` for rank p."""
+    """all_to_all: sends `xs[p]` to rank p and stacks what the ranks send here."""
     mine = [x.contiguous() for x in xs]
     out = [x.new_zeros(x.shape) for x in mine]
     out[parallel.rank].copy_(mine[parallel.rank])
@@ -177,7 +177,9 @@ def sharded_next_tokens(labels: Tensor, layout: Any, ignore: int) -> Tensor:
 
 
 class LocalSequences(NamedTuple):
-    """Of one call: this rank's shard, its local of sequences, and the boundaries of all."""
+    """The sequences of one call: this rank's shard, the parts of sequences on it, and the
+    boundaries of all sequences.
+    """
 
     shard: Shard
     own: Own
@@ -195,17 +197,18 @@ class LocalSequences(NamedTuple):
 
     @property
     def continued(self) -> bool:
-        """Whether the first piece goes on with what an earlier rank began."""
+        """Whether the first part continues a sequence that an earlier rank began."""
         return self.own.continued if self.packed else self.shard.rank > 0
 
     @property
     def cuts(self) -> Tensor | None:
-        """Boundaries of the local; None for rows that are one piece each."""
+        """Boundaries of the parts on this rank; None for rows that are one part each."""
         return torch.tensor(self.own.cuts) if self.packed else None
 
     def starts(self, states: Tensor | None, like: Tensor) -> Tensor:
-        """States `[N, ...]` of sequences as those of the local, zeros where one goes on; `like` is
-        a zero state `[1, ...]` or, for rows, `[B, ...]`.
+        """First states of the parts on this rank, from the states `[N, ...]` of all sequences;
+        zeros where a part continues a sequence. `like` is a zero state `[1, ...]` or, for rows,
+        `[B, ...]`.
         """
         if not self.packed:
             return like if states is None or self.continued else states.to(like.dtype)
@@ -216,8 +219,8 @@ class LocalSequences(NamedTuple):
         return torch.cat([like, found[1:]]) if self.own.continued else found
 
     def decays(self, g: Tensor, early: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """What log decays `[B, T, ...]` leave of a state that arrives: at every token (`early`:
-        before it), behind the first piece, and behind all; 0 where it does not reach.
+        """The factor that log decays `[B, T, ...]` leave of a state that arrives: at every token
+        (`early`: before it), behind the first part, and behind all; 0 where it does not reach.
         """
         end = (self.own.cuts[1] if self.packed else g.shape[1]) if self.continued else 0
         ones = torch.ones_like(g[:, :1]) if g.shape[1] else g.new_ones(len(g), 1, *g.shape[2:])
@@ -228,7 +231,7 @@ class LocalSequences(NamedTuple):
         return torch.cat([seen, torch.zeros_like(g[:, end:])], 1), first, first * alone
 
     def finals(self, ends: Tensor, starts: Tensor | None, like: Tensor) -> Tensor:
-        """Last states `[N, ...]` of all sequences on every rank, of those of the local."""
+        """Last states `[N, ...]` of all sequences, on every rank, from those of the parts here."""
         shard, bounds = self.shard, self.bounds
         if not self.packed:
             last = shard.rank + 1 == shard.parallel.size

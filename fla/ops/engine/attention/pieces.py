@@ -41,8 +41,8 @@ class Piece:
     repeated: bool = False
     gate: Tensor | None = None
 
-    def parts(self, rows: "Rows") -> Iterator["Piece"]:
-        """Of so many problems that what they gather stays below `BYTES`."""
+    def parts(self, rows: "Blocks") -> Iterator["Piece"]:
+        """The piece in parts, each of as many problems as gather less than `BYTES`."""
         blocks = self.q[0].numel() + self.k[0].numel()
         each = blocks * rows.q.shape[1] * (rows.q.shape[-1] + rows.v.shape[-1])
         step = max(1, BYTES // (each * rows.q.element_size()))
@@ -52,10 +52,10 @@ class Piece:
             yield replace(self, q=self.q[one], k=self.k[one], gate=gate)
 
 
-Pieces = Callable[[], Iterator[Piece]]
+PieceSource = Callable[[], Iterator[Piece]]
 
 
-class Rows(NamedTuple):
+class Blocks(NamedTuple):
     """q `[RQ, L, K]`, k `[R, L, K]`, v `[R, L, V]`: blocks of L rows; and gates `[n]`, each added
     to all scores of a block of queries in a problem.
     """
@@ -66,7 +66,7 @@ class Rows(NamedTuple):
     gate: Tensor | None = None
 
     def of(self, part: Piece, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of a part. A gate is a channel more of the queries."""
+        """q, k, v of a part. A gate becomes one more channel of the queries."""
         q, k, v = _take(self.q, part.q), _take(self.k, part.k), _take(self.v, part.k)
         if self.gate is not None and part.gate is not None:
             gate = self.gate[part.gate].repeat_interleave(self.q.shape[1], 2)
@@ -76,7 +76,7 @@ class Rows(NamedTuple):
 
 
 def compute(x: Tensor) -> Tensor:
-    """In the dtype that the products are computed in."""
+    """x in the dtype that the products are computed in."""
     return x.to(compute_dtype(x.dtype)) if x.device.type == "cpu" else x
 
 
@@ -86,12 +86,12 @@ def _take(x: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _put(x: Tensor, blocks: Tensor, new: Tensor) -> None:
-    """Write where `_take` found; no block comes twice."""
+    """Write to the places that `_take` reads; no block comes twice."""
     x.index_copy_(0, blocks.flatten(), new.reshape(-1, *x.shape[1:]))
 
 
 def _add(x: Tensor, blocks: Tensor, new: Tensor, repeated: bool) -> None:
-    """Add, to the first rows, what belongs where `_take` found it."""
+    """Add to the places that `_take` reads; `new` may lack the last rows."""
     missing = blocks.shape[2] * x.shape[1] - new.shape[2]
     new = F.pad(new.to(x.dtype), (0, 0, 0, missing)) if missing else new.to(x.dtype)
     if repeated:
@@ -101,10 +101,10 @@ def _add(x: Tensor, blocks: Tensor, new: Tensor, repeated: bool) -> None:
 
 
 def forward(
-    rows: Rows, pieces: Pieces, scale: float, into: tuple[Tensor, Tensor] | None = None
+    rows: Blocks, pieces: PieceSource, scale: float, into: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """o `[RQ, L, V]` in fp32 or wider, and lse `[RQ, L]`; a row without keys has o = 0 and lse =
-    -inf. `into` are those of other pieces, which these join.
+    -inf. `into` holds the o and lse of other pieces, into which these are merged.
     """
     wide, V = compute_dtype(rows.q.dtype), rows.v.shape[-1]
     if into is None:
@@ -122,7 +122,7 @@ def forward(
 
 
 def backward(
-    do: Tensor, rows: Rows, o: Tensor, lse: Tensor, pieces: Pieces, scale: float
+    do: Tensor, rows: Blocks, o: Tensor, lse: Tensor, pieces: PieceSource, scale: float
 ) -> list[Tensor]:
     """Gradients of the rows, in fp32 or wider; o and lse are those of `forward`, o and do in the
     dtype of q.

@@ -48,7 +48,7 @@ class Fetch:
         return torch.cat(found).unique() if found else torch.empty(0, dtype=torch.long)
 
     def problems(self) -> Iterator[Piece]:
-        """Of this rank, with keys numbered as `get` lays them out."""
+        """The problems of this rank, with keys numbered as `get` lays them out."""
         length = self.shard.total * self.heads
         for source in self.sources:
             for piece in self.plan(self.shard.rank, self.batch, self.span(source)):
@@ -97,7 +97,7 @@ class _Sharded(torch.autograd.Function):
         rows, into = _flat(q), None
         for fetch in fetches:
             keys = (pieces.compute(fetch.get(x)) for x in (k, v))
-            into = pieces.forward(pieces.Rows(rows, *keys), fetch.problems, scale, into)
+            into = pieces.forward(pieces.Blocks(rows, *keys), fetch.problems, scale, into)
         assert into is not None
         o, lse = into
         o = o.view(*q.shape[:3], v.shape[3]).to(q.dtype)
@@ -113,7 +113,7 @@ class _Sharded(torch.autograd.Function):
         found = [x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v)]
         for fetch in ctx.fetches:
             keys = (pieces.compute(fetch.get(x)) for x in (k, v))
-            given = pieces.Rows(rows, *keys)
+            given = pieces.Blocks(rows, *keys)
             part = pieces.backward(do, given, out, lse, fetch.problems, ctx.scale)
             found[0] += part[0].view(q.shape)
             for grad, total in zip(part[1:], found[1:], strict=True):

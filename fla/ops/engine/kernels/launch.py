@@ -54,7 +54,7 @@ AMPLE = 160 << 10  # bytes of shared memory of a program, as data-centre GPUs ha
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """What a program may have on a device, in bytes."""
+    """The shared memory that a program may have on a device, in bytes."""
     if device.type != "cuda":  # the interpreter has no limit
         return AMPLE
     properties = torch.cuda.get_device_properties(device)
@@ -68,7 +68,7 @@ def _power(n: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where sequences and chunks lie in the row of tokens, on the device.
+    """The places of sequences and chunks in the row of tokens, on the device.
 
     Fields:
         bounds: `[N + 1]`, as cu_seqlens.
@@ -86,7 +86,7 @@ class Cuts:
 
     @classmethod
     def of(cls, bounds: list[int], device: torch.device, size: int = CHUNK) -> "Cuts":
-        """Of sequences between `bounds`, in chunks of `size` tokens."""
+        """The cuts of sequences between `bounds`, in chunks of `size` tokens."""
         spans = list(pairwise(bounds))
         chunks = [
             (first, end, begin, n)
@@ -104,7 +104,7 @@ KEPT = 256
 
 
 def cuts(q: Tensor, cu_seqlens: Tensor | None, size: int = CHUNK) -> Cuts:
-    """Those of a call; they are kept, so that the next layer copies nothing to the device."""
+    """The cuts of a call. They are cached, so that the next layer copies nothing to the device."""
     B, T = q.shape[:2]
     if cu_seqlens is None:
         key: tuple = (B, T, q.device, size)
@@ -133,7 +133,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 class System(NamedTuple):
-    """What `scores.py` forms: attention, the inverse T, M, and the rows of b themselves."""
+    """The results of `scores.py`: attention, the inverse T, M, and the scores of the rows of b."""
 
     attention: Tensor
     inverse: Tensor | None
@@ -307,13 +307,13 @@ class Call:
         written: Tensor | None,
         solved: Tensor | None,
     ) -> dict[str, Tensor]:
-        """In fp32 and per value head those of q, k, b, a; those of g and beta."""
+        """Gradients of q, k, b, a (fp32, per value head), g and beta."""
         wide, HV, plane = torch.float32, self.HV, len(self.v) * self.HV
         vectors = self.decay == VECTOR
         sizes = self.tiles("gradients", "BK", "BV")
         tiles = triton.cdiv(self.K, sizes["BK"])
         dg = None
-        if self.g is not None:  # one number a token: the chunk's own part, and one of every tile
+        if self.g is not None:  # per token: the chunk's own part, and one per tile
             dg = self.new(*(self.g.shape if vectors else (1 + tiles, *self.g.shape)), dtype=wide)
         height = 1 if self.erase == NO_ERASE else 2
         scores_grad = self.new(self.chunks, HV, height * CHUNK, self.width * CHUNK, dtype=wide)
@@ -358,7 +358,7 @@ class Call:
         return out
 
     def head_gradient(self, name: str, grad: Tensor, other: Tensor | None = None) -> Tensor:
-        """That of q or k, of the gradients of its rows per value head."""
+        """The gradient of q or k from the gradients of its rows per value head."""
         x = self.raw[name]
         out, (grid, sizes) = torch.empty_like(x), _rows(x)
         unit.head_gradient_kernel[(grid,)](
@@ -370,7 +370,7 @@ class Call:
     def gradients(
         self, do: Tensor, initial: Tensor | None, dfinal: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Of all inputs by name as `[B, T, ...]`, and of the initial state."""
+        """Gradients of all inputs by name, `[B, T, ...]`, and of the initial state."""
         do = flat(do, self.v.dtype)
         states, written, _ = self.run_states(initial)
         states_grad, solved, dv, dinitial = self.state_gradients(do, dfinal)
@@ -390,7 +390,7 @@ def tokens(
     read_before: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """o and the final state, token by token: a new tensor, or `initial` itself, overwritten."""
+    """o and the final state, token by token. With `overwrite` it is written over `initial`."""
     q, k, v, g, beta, gv, a, b = tensors
     where = cuts(q, cu_seqlens)
     (H, K), (HV, V) = q.shape[2:], v.shape[2:]

@@ -32,8 +32,8 @@ def chunk(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `recurrence.chunk.chunk`, for dtypes below fp64, with an erase for K up to 256; the state
-    is fp32.
+    """`recurrence.chunk.chunk` in Triton, for dtypes below fp64, and with an erase for K up to 256.
+    The state is fp32.
     """
     return torch.ops.fla.triton_chunk(
         *terms.named(CHUNK_TERMS), initial_state, cu_seqlens, float(switches.scale),
@@ -48,8 +48,8 @@ def recurrent(
     cu_seqlens: Tensor | None = None,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `recurrence.token.recurrent`, without gradients. With `overwrite` the final state is
-    `initial_state` itself, contiguous fp32, overwritten.
+    """`recurrence.token.recurrent` in Triton, without gradients. With `overwrite` the final state
+    is written over `initial_state`, contiguous fp32.
     """
     arguments = (
         *terms.named(TERMS), initial_state, cu_seqlens, float(switches.scale),
@@ -94,7 +94,7 @@ def _empty_chunk(q, k, v, *rest):
 
 
 def _chunk_backward(do: Tensor, dfinal: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, g, beta, a, b (empty where absent) and of the initial state. What the
+    """Gradients of q, k, v, g, beta, a, b (empty if absent) and of the initial state. What the
     forward pass held is computed again.
     """
     from fla.ops.engine.kernels.launch import Call
@@ -119,7 +119,7 @@ operator.define(
 )
 
 
-def _tokens(*args: Any) -> tuple[Tensor, Tensor]:
+def _token_form(*args: Any) -> tuple[Tensor, Tensor]:
     """o and the final state; the last argument tells whether to overwrite the first."""
     from fla.ops.engine.kernels import launch
 
@@ -129,7 +129,7 @@ def _tokens(*args: Any) -> tuple[Tensor, Tensor]:
         return launch.tokens(tuple(terms), state, cu_seqlens, scale, l2norm, read_before, overwrite)
 
 
-define_tokens("triton_tokens", _tokens)
+define_tokens("triton_tokens", _token_form)
 
 
 def convolve(
@@ -161,7 +161,7 @@ def _convolve(x, weight, bias, history, cu_seqlens, silu):
 
 
 def _convolve_backward(dy, dfinal, x, weight, bias, history, cu_seqlens, silu):
-    """Gradients of x, weight, bias and history, those of the latter three in fp32."""
+    """Gradients of x, and in fp32 of weight, bias and history."""
     with on_device(x.device):
         call = _convolution(x, weight, bias, history, cu_seqlens)
         dy = dy.flatten(0, 1).contiguous()
@@ -182,8 +182,8 @@ def scan(
     cu_seqlens: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """As `scan.vector.scan`, for x and g `[B, T, D]` below fp64; chunk_size is that of torch's
-    form, here chunks hold 64 tokens.
+    """`scan.vector.scan` in Triton, for x and g `[B, T, D]` below fp64. chunk_size is for torch's
+    form; chunks hold 64 tokens here.
     """
     return torch.ops.fla.triton_scan(x, g, initial_state, cu_seqlens)
 
@@ -234,8 +234,8 @@ def selective_scan(
     cu_seqlens: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """As `scan.selective.selective_scan`, for dtypes below fp64; chunk_size is that of torch's
-    form, here chunks hold 16 tokens.
+    """`scan.selective.selective_scan` in Triton, for dtypes below fp64. chunk_size is for torch's
+    form; chunks hold 16 tokens here.
     """
     return torch.ops.fla.triton_selective(x, dt, A, B, C, initial_state, cu_seqlens)
 

@@ -82,7 +82,7 @@ def _backward(
     cu_seqlens: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and history, those of the latter three in fp32."""
+    """Gradients of x, and in fp32 of weight, bias and history."""
     p, alive = _conv(x, weight, bias, history, cu_seqlens, silu)
     dx = x.new_empty(x.shape)
     dweight = torch.empty(p.N, p.W, p.D, dtype=torch.float32)

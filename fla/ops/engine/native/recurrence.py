@@ -30,7 +30,7 @@ def chunk(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `recurrence.chunk.chunk`, or with gv, which comes alone, as `recurrence.columns`; for
+    """`recurrence.chunk.chunk` in C++, or `recurrence.columns` with gv (which comes alone), for
     dtypes below fp64 on a CPU. The state is fp32.
     """
     inputs = (*terms.named(TERMS), initial_state)
@@ -48,8 +48,8 @@ def recurrent(
     cu_seqlens: Tensor | None = None,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `recurrence.token.recurrent`, without gradients. With `overwrite` the final state is
-    `initial_state` itself, contiguous fp32, overwritten.
+    """`recurrence.token.recurrent` in C++, without gradients. With `overwrite` the final state is
+    written over `initial_state`, contiguous fp32.
     """
     q, k, v, g, _, gv, beta, a, b = terms.merged()
     scale, l2norm, read_before, *_ = switches
@@ -58,7 +58,7 @@ def recurrent(
     )  # fmt: skip
     if type(q) is Tensor and not torch.compiler.is_compiling():
         # dispatching an operator costs as much as the step
-        return _tokens(*arguments, overwrite=overwrite)
+        return _token_form(*arguments, overwrite=overwrite)
     if overwrite and initial_state is not None:
         return torch.ops.fla.native_tokens_(*arguments), initial_state
     return torch.ops.fla.native_tokens(*arguments)
@@ -162,7 +162,7 @@ def _backward(
     g: Tensor | None, beta: Tensor | None, gv: Tensor | None, a: Tensor | None, b: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, l2norm: bool, read_before: bool, save: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of q, k, v, g, beta, gv, a, b (empty where absent) and of the initial state."""
+    """Gradients of q, k, v, g, beta, gv, a, b (empty if absent) and of the initial state."""
     tensors, options = (q, k, v, g, beta, gv, a, b), (scale, l2norm, read_before)
     grads = empty_gradients(tensors)
     shape = (count_sequences(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
@@ -186,7 +186,7 @@ def _backward(
     return *grads, dstate
 
 
-PER_VALUE_CHANNEL = ("v", "gv")  # whose gradients are no sums over the channels of v
+PER_VALUE_CHANNEL = ("v", "gv")  # whose gradients are not sums over the channels of v
 
 
 def _parts(sequences: int, heads: int, V: int) -> int:
@@ -198,7 +198,7 @@ def _parts(sequences: int, heads: int, V: int) -> int:
 
 
 def _target(grad: Tensor, parts: int) -> Tensor:
-    """Where the kernels write a gradient: itself, or as many in fp32 to be summed."""
+    """The tensor that the kernels write a gradient to: `grad`, or `parts` in fp32 to be summed."""
     if parts == 1 and grad.dtype in TYPES:
         return grad
     B, *rest = grad.shape
@@ -215,7 +215,7 @@ operator.define(
 )
 
 
-def _tokens(
+def _token_form(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -244,4 +244,4 @@ def _tokens(
     return o if o.dtype == q.dtype else o.to(q.dtype), final
 
 
-define_tokens("native_tokens", _tokens, "cpu")
+define_tokens("native_tokens", _token_form, "cpu")

@@ -106,11 +106,12 @@ def rows(
     eps: float | None,
 ) -> Tensor:  # fmt: skip
     """`forward`, differentiable once."""
-    form = Rows.apply if torch.is_grad_enabled() else forward  # autograd costs more than a token
+    # autograd costs more than a token
+    form = DifferentiableRows.apply if torch.is_grad_enabled() else forward
     return form(x, g, weight, bias, activation, eps)
 
 
-class Rows(torch.autograd.Function):
+class DifferentiableRows(torch.autograd.Function):
     """`forward` under autograd, which keeps its inputs alone."""
 
     @staticmethod

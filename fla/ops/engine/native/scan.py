@@ -24,8 +24,8 @@ def selective_scan(
     cu_seqlens: Tensor | None = None,
     chunk_size: int = BLOCK,
 ) -> tuple[Tensor, Tensor]:
-    """As `scan.selective.selective_scan`, for dtypes below fp64 on a CPU; chunk_size is that of
-    torch's form, here tokens go one by one.
+    """`scan.selective.selective_scan` in C++, for dtypes below fp64 on a CPU. chunk_size is for
+    torch's form; tokens are computed one by one here.
     """
     inputs = (x, dt, A, B, C, initial_state)
     save = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in inputs)

@@ -25,7 +25,7 @@ from fla.ops.engine.recurrence.decay.vector import VectorDecay
 from fla.ops.engine.recurrence.equation import LOG_ZERO
 from fla.ops.engine.recurrence.operators import CHUNK_TERMS, chunk_schema
 from fla.ops.engine.recurrence.plan import Plan, Step, count_chunks, make_plan
-from fla.ops.engine.recurrence.step import Rows, backward, forward
+from fla.ops.engine.recurrence.step import ChunkRows, backward, forward
 from fla.ops.engine.recurrence.terms import (
     AFTER_DECAY,
     AFTER_WRITE,
@@ -117,7 +117,7 @@ class _Call:
         G = None if self.g is None else step.read(self.g).mT.cumsum(-1).flatten(0, 1)
         return ScalarDecay(self.ws, G, self.reads, self.like, step.size)
 
-    def rows(self, step: Step) -> Rows:
+    def rows(self, step: Step) -> ChunkRows:
         """The rows of one step. Where the erase key is the key, `right` is a view of `left`."""
         n, heads = self.size(step), self.q.shape[2] * self.groups
         left = self.ws("left", step.rows, heads, len(self.reads) * n, self.q.shape[3])
@@ -137,7 +137,7 @@ class _Call:
         beta = None
         if self.beta is not None and self.erase == DELTA:
             beta = self.ws.load("beta", step.read(self.beta).unsqueeze(-1), n)
-        return Rows(self.erase, left.flatten(0, 1), right.flatten(0, 1), beta)
+        return ChunkRows(self.erase, left.flatten(0, 1), right.flatten(0, 1), beta)
 
     def _load(self, out: Tensor, step: Step, x: Tensor, norm: Tensor | None) -> None:
         """A step's rows of x into out `[rows, HV, n, K]`, times the inverse norms if any."""
@@ -188,7 +188,7 @@ def _plan(q: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Plan:
     return make_plan(batch, length, bounds, chunk_size, q.device)
 
 
-def _tokens(x: Tensor, step: Step) -> Tensor:
+def _by_token(x: Tensor, step: Step) -> Tensor:
     """`[R, n, D]` to `[rows, C, HV, D]`, without the rows behind the C tokens."""
     return x.unflatten(0, (step.rows, -1))[:, :, : step.size].transpose(1, 2)
 
@@ -220,7 +220,7 @@ def _forward(
         out, solution, inverse = forward(ws, call.decay(step), rows, values, S)
         if save and solution is not None and inverse is not None:
             _store(saved[1:], [solution, inverse], step)
-        step.write(o, _tokens(out.mul_(scale), step))
+        step.write(o, _by_token(out.mul_(scale), step))
     return o, plan.unsort(final), *saved
 
 
@@ -256,7 +256,7 @@ def _backward(
     b: Tensor | None, cu_seqlens: Tensor | None, scale: float, chunk_size: int, l2norm: bool,
     read_before: bool, save: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of q, k, v, g, beta, a, b (empty where absent) and of the initial state."""
+    """Gradients of q, k, v, g, beta, a, b (empty if absent) and of the initial state."""
     grads = empty_gradients((q, k, v, g, beta, a, b))
     dstate = states.new_empty(count_sequences(q, cu_seqlens), *states.shape[1:])
     plan, ws = _plan(q, cu_seqlens, chunk_size), Workspace(dstate)
@@ -307,7 +307,7 @@ def _solved(
 def _write_gradients(
     call: _Call,
     step: Step,
-    rows: Rows,
+    rows: ChunkRows,
     grads: list[Tensor],
     dleft: Tensor,
     dright: Tensor,
@@ -329,10 +329,10 @@ def _write_gradients(
     for out, loaded, grad, x, norm in pairs:
         if x is not None:
             step.write(out, call.gradient(step, loaded, grad, x, norm))
-    step.write(dv_out, _tokens(dv, step))
+    step.write(dv_out, _by_token(dv, step))
     for out, grad in ((dg_out, dg), (dbeta_out, dbeta)):
         if grad is not None:
-            step.write(out, _tokens(grad, step))
+            step.write(out, _by_token(grad, step))
 
 
 operator.define(

@@ -15,7 +15,7 @@ from fla.core import operator
 from fla.core.boundaries import count_sequences
 from fla.core.operator import Schema, empty_gradients
 from fla.core.precision import compute_dtype
-from fla.ops.engine.recurrence.chunk import _plan, _tokens
+from fla.ops.engine.recurrence.chunk import _by_token, _plan
 from fla.ops.engine.recurrence.decay.vector import VectorDecay
 from fla.ops.engine.recurrence.plan import Plan, Step, count_chunks
 from fla.ops.engine.recurrence.terms import AFTER_WRITE, Switches, Terms
@@ -88,7 +88,7 @@ def _forward(
             states[step.first : step.first + step.rows] = final[: step.rows]
         S = final[: step.rows].view(-1, *final.shape[2:])
         out = _Step(ws, step, q, k, v, g).forward(S)
-        step.write(o, _tokens(out.mul_(scale), step))
+        step.write(o, _by_token(out.mul_(scale), step))
     return o, plan.unsort(final), states
 
 
@@ -123,7 +123,7 @@ def _backward(
                 dstate[: step.rows].view(-1, *dstate.shape[2:]),
             )
             for out, grad in zip(grads, results, strict=True):
-                step.write(out, _tokens(grad, step))
+                step.write(out, _by_token(grad, step))
     return *grads, plan.unsort(dstate)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From the public call of an operator to the engine: checks, defaults, layout of the state, choice
+"""Takes a public call of an operator to the engine: checks, defaults, layout of the state, choice
 of the form.
 """
 
@@ -178,7 +178,7 @@ def _checked_point(
     cu_seqlens: Tensor | None,
     names: dict[str, str],
 ) -> Point:
-    """Where a call lies in the family, after the checks of its arguments."""
+    """The call's point in the family, after the checks of its arguments."""
     kinds = None if torch.compiler.is_compiling() else _kinds(op, options, terms, initial_state)
     found = None if kinds is None else _checked.get(kinds)
     if found is None or cu_seqlens is not None or checks_inputs():
@@ -190,7 +190,7 @@ def _checked_point(
 
 
 def _kinds(op: str, options: Options, terms: Terms, state: Tensor | None) -> tuple | None:
-    """All that the checks of a call look at; None where an argument is no tensor."""
+    """All that the checks of a call look at; None where an argument is not a tensor."""
     tensors = (*terms, state)
     try:
         return op, options, *[x if x is None else (x.shape, x.dtype, x.device) for x in tensors]

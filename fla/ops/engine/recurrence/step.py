@@ -35,7 +35,7 @@ from fla.ops.engine.recurrence.workspace import Workspace
 
 
 @dataclass
-class Rows:
+class ChunkRows:
     """What one chunk reads and writes with: `left` `[R, l C, K]`, `right` `[R, r C, K]`, and beta
     `[R, C, 1]` exactly where the erase is a delta.
     """
@@ -56,7 +56,7 @@ def _solve(ws: Workspace, system: Tensor) -> Tensor:
 
 
 def forward(
-    ws: Workspace, decay: ScalarDecay | VectorDecay, rows: Rows, values: Tensor, S: Tensor
+    ws: Workspace, decay: ScalarDecay | VectorDecay, rows: ChunkRows, values: Tensor, S: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(o, solution, inverse) of one chunk, with S advanced in place; the solution is y or u.
 
@@ -84,7 +84,7 @@ def forward(
 def backward(
     ws: Workspace,
     decay: ScalarDecay | VectorDecay,
-    rows: Rows,
+    rows: ChunkRows,
     do: Tensor,
     S: Tensor,
     Z: Tensor,

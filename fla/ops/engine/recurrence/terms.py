@@ -79,11 +79,11 @@ class Switches(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Where a call lies in the family: all that a choice of backend looks at.
+    """A call's point in the family: all that a choice of backend looks at.
 
     Fields:
         decay: "none", "scalar" (per head) or "vector" (per key channel).
-        erase: the terms that make it, as in "beta b"; "none" without one.
+        erase: the terms that the erase is made of, as in "beta b"; "none" without one.
         columns: whether value channels decay.
         rates: whether beta is per value channel.
     """
@@ -105,14 +105,14 @@ class Point(NamedTuple):
 
 
 class ReadsState(Protocol):
-    """What has a `read_before`: `Switches`, and the options of a public function."""
+    """Anything with a `read_before`: `Switches`, or the options of a public function."""
 
     @property
     def read_before(self) -> bool: ...
 
 
 def point(terms: Terms, switches: ReadsState, *_: Any) -> Point:
-    """Where the call lies in the family."""
+    """The call's point in the family."""
     q, beta, g = terms.q, terms.beta, terms.g
     vector = terms.gk is not None or (g is not None and g.dim() == 4)
     given = [n for n in ("beta", "a", "b") if getattr(terms, n) is not None]

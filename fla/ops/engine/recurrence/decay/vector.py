@@ -223,7 +223,9 @@ class VectorDecay:
         S: Tensor,
         Z: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `ScalarDecay.backward`."""
+        """Gradients of the rows and of the decay, as in `ScalarDecay.backward`; Z becomes the
+        gradient of the chunk's first state.
+        """
         dscores = torch.bmm(X, W.mT, out=scores)
         dleft, dright, logs = self.spread(dscores, left, right)
         last, entering, leaving = self.prefix[:, -1], self.entering(left), self.leaving(right)
@@ -242,8 +244,8 @@ class VectorDecay:
         dleft: Tensor,
         dright: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """From the gradients `read` of the entering and `written` of the leaving rows: adds to
-        `dleft` and `dright`, and returns the gradients of log prefix and log suffix.
+        """Add to `dleft` and `dright` what the gradients `read` of the entering and `written` of
+        the leaving rows give; returns the gradients of the log prefix and the log suffix.
         """
         R, n, K = self.prefix.shape
         prefix, suffix = read.new_zeros(R, n, K), read.new_zeros(R, n, K)
