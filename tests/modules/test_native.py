@@ -108,7 +108,7 @@ def test_what_the_kernels_cannot_read_is_torchs():
     heads = torch.rand(5, 8)
     want = torch.nn.functional.rms_norm(x, (8,), eps=1e-6) * heads * g.sigmoid()
     torch.testing.assert_close(rms_norm_gated(x, g, heads, None, "sigmoid"), want)
-    assert not fits(x, None, torch.rand(7), None)
+    assert "do not broadcast" in gated.misfit(x, None, torch.rand(7), None)
     with pytest.raises(RuntimeError):
         rms_norm(x, torch.rand(7), None)
     assert rms_norm(x[:0], w, None).shape == (0, 5, 8)
@@ -143,7 +143,11 @@ def test_extremes():
 def test_it_is_explained_compiled_and_transformed():
     x, g, w, _ = (y.float() for y in problem(5, 8))
     calls = [(rms_norm, (x, w, None)), (rms_norm_gated, (x, g, w, None))]
-    for function, inputs in [*calls, (swiglu, (g, x)), (swiglu_linear, (g, x, w[None]))]:
+
+    def trained(g, x, w):
+        swiglu_linear(g, x.requires_grad_(), w).sum().backward()
+
+    for function, inputs in [*calls, (swiglu, (g, x)), (trained, (g, x.clone(), w[None]))]:
         told = explain(function, *inputs)
         assert told.backend == "native" and "a pass over the rows in C++" in told.form
         with use_backend("torch"):
