@@ -18,7 +18,7 @@ Ranks = dist.ProcessGroup | DeviceMesh | None
 
 
 def group_of(ranks: Ranks) -> dist.ProcessGroup:
-    """A process group, that of a 1-D mesh, or all processes; `ValueError` where there is none."""
+    """The group of `ranks`: itself, a 1-D mesh's, or all processes; `ValueError` without one."""
     if not dist.is_initialized():
         raise ValueError(
             "sequence_parallel: torch.distributed is not initialised; launch with torchrun and "
@@ -87,7 +87,7 @@ def shard_sequence(x: Tensor, ranks: Ranks = None, dim: int = 1) -> Tensor:
 
 
 def gather_sequence(x: Tensor, ranks: Ranks = None, dim: int = 1) -> Tensor:
-    """The whole of the ranks' parts, on every rank; without a gradient."""
+    """all_gather of the ranks' parts into the whole sequence, on every rank, without a gradient."""
     group = group_of(ranks)
     mine = torch.tensor([x.shape[dim]], device=x.device)
     lengths = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]

@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 WIDEST = 16384  # channels a program can hold
-PROGRAMS = 512  # of the backward, whatever the device: sums do not depend on it
-CELLS = 2048  # of a tile
+PROGRAMS = 512  # in the backward, on every device, so that sums do not depend on it
+CELLS = 2048  # per tile
 
 
 @triton.jit
