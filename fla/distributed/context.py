@@ -57,7 +57,7 @@ def sequence_parallel(
     """
     group = group_of(ranks)
     if current() is not None:
-        raise ValueError("sequence_parallel: is on already; leave the outer block first")
+        raise ValueError("sequence_parallel: it is already active; leave the outer block first")
     size = dist.get_world_size(group)
     if lengths is not None and len(lengths) != size:
         raise ValueError(

@@ -117,7 +117,7 @@ class Conversion:
         if config.export == "qwen3_5":
             reason = obstacle(student_config(self.teacher.config, [0], config.linear))
             if reason is not None:
-                raise UsageError(f"export: not as Qwen3.5: {reason}")
+                raise UsageError(f"export: it cannot be a Qwen3.5 model: {reason}")
         self.layers = list(range(self.teacher.config.num_hidden_layers))
         self.text = Text(config.data, self.tokenizer)
         self.state_file = self.out / "state.json"

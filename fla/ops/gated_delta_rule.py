@@ -165,7 +165,7 @@ def chunk_gated_delta_rule(
     """
     op = "chunk_gated_delta_rule"
     refuse(op, "chunk_indices", chunk_indices, "chunks follow from cu_seqlens; drop it")
-    refuse(op, "cp_context", cp_context, "this version has no sequence parallelism; drop it")
+    refuse(op, "cp_context", cp_context, "use fla.distributed.sequence_parallel instead")
     g, beta = _gates(
         op,
         v,

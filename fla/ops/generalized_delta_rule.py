@@ -172,7 +172,7 @@ def check_bounds(
     cp_context: object | None,
 ) -> None:
     """Raise `ValueError` for switches of the kernels that have no meaning here."""
-    refuse(op, "cp_context", cp_context, "this version has no sequence parallelism; drop it")
+    refuse(op, "cp_context", cp_context, "use fla.distributed.sequence_parallel instead")
     if disable_recompute:
         raise ValueError(f"{op}: disable_recompute is not supported here; drop it")
     if lower_bound is not None and not safe_gate:

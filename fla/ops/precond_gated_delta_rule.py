@@ -161,7 +161,7 @@ def chunk_precond_gated_delta_rule(
         torch.Size([1, 100, 2, 16])
     """
     op = "chunk_precond_gated_delta_rule"
-    refuse(op, "cp_context", cp_context, "this version has no sequence parallelism; drop it")
+    refuse(op, "cp_context", cp_context, "use fla.distributed.sequence_parallel instead")
     options = Options(
         scale,
         output_final_state,

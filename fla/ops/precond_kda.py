@@ -114,7 +114,7 @@ def chunk_precond_kda(
         torch.Size([1, 100, 2, 16])
     """
     op = "chunk_precond_kda"
-    refuse(op, "cp_context", cp_context, "this version has no sequence parallelism; drop it")
+    refuse(op, "cp_context", cp_context, "use fla.distributed.sequence_parallel instead")
     refuse(op, "disable_recompute", disable_recompute or None, "drop it")
     refuse(op, "return_intermediate_states", return_intermediate_states or None, "drop it")
     check_tensors(op, g=(g, "B T HV K"))

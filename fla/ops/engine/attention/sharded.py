@@ -177,7 +177,7 @@ def check_heads(op: str, parallel: SequenceParallel, heads: int) -> None:
     """Raise `ValueError` where heads cannot be shared out."""
     if heads % parallel.size:
         raise ValueError(
-            f"{op}: mode='heads' cannot share out {heads} heads of k evenly to {parallel.size} "
+            f"{op}: mode='heads' cannot divide {heads} heads of k evenly among {parallel.size} "
             "ranks; use mode='gather' or 'ring', which take any number"
         )
 

@@ -72,7 +72,7 @@ def overwrite_states() -> Iterator[None]:
 def _check_overwritten(op: str, dtype: torch.dtype, terms: Terms, state: Tensor) -> None:
     if state.dtype != dtype:
         raise ValueError(
-            f"{op}: initial_state is {state.dtype}, but overwrite_states() wants it in the dtype "
+            f"{op}: initial_state is {state.dtype}, but overwrite_states() needs it in the dtype "
             f"of the result; pass initial_state.to({dtype})"
         )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*terms, state)):
