@@ -37,7 +37,7 @@ def refuse(owner: str, fix: str, **arguments: Any) -> None:
 
 
 def choose(owner: str, argument: str, name: str, among: Iterable[str]) -> str:
-    """The name, or `ValueError` with those that are near."""
+    """The name, or `ValueError` with similar names."""
     names = sorted(among)
     if name not in names:
         near = difflib.get_close_matches(name, names)
@@ -53,7 +53,7 @@ def check_dropout(owner: str, dropout: float) -> float:
 
 
 def check_input(owner: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Four dimensions, and queries of the same tokens as keys."""
+    """Raise `ValueError` unless all have four dimensions, and q the tokens of k."""
     for name, x in (("query", q), ("key", k), ("value", v)):
         if x.dim() != 4:
             raise ValueError(

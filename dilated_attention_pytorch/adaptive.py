@@ -183,7 +183,7 @@ class AdaptiveSparsityTrainer:
         return temperature
 
     def step(self) -> float:
-        """One step on; the temperature it sets."""
+        """Take one step; returns the temperature that it sets."""
         self.done = min(self.done + 1, self.steps)
         first, last = self.ends
         return self._set(first * (last / first) ** (self.done / self.steps))

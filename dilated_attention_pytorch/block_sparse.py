@@ -201,8 +201,8 @@ def get_hierarchical_presets() -> dict[str, HierarchicalConfig]:
 
 
 class BlockSparseHierarchical(BlockSparseRingDilatedAttention):
-    """Near blocks densely, far ones thinly, by the levels of a `HierarchicalConfig`, which take the
-    place of the branches.
+    """Keeps near blocks densely and far ones thinly, by the levels of a `HierarchicalConfig`, which
+    take the place of the branches.
 
     Differs from the package of this name: every row sees all levels, whichever row it is.
     """
@@ -228,7 +228,7 @@ class BlockSparseHierarchical(BlockSparseRingDilatedAttention):
 
 
 class DistributedSparsePattern(str, enum.Enum):
-    """What a distributed pattern keeps; the two others of the package were never defined."""
+    """The patterns over several processes; the package never defined its two others."""
 
     HIERARCHICAL = "hierarchical"
     NODE_LOCAL = "node_local"

@@ -208,7 +208,7 @@ class MultiheadDilatedAttention(nn.Module):
         refuse(self.owner, "torch's kernels run; leave it out", op=op)
         if embed_dim % num_heads:
             raise ValueError(
-                f"{self.owner}: embed_dim={embed_dim} is no multiple of num_heads={num_heads}"
+                f"{self.owner}: embed_dim={embed_dim} is not a multiple of num_heads={num_heads}"
             )
         made: dict[str, Any] = dict(device=device, dtype=dtype)
         self.num_heads, self.gamma_init = num_heads, gamma_init

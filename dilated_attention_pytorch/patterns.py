@@ -16,7 +16,7 @@ from fla.ops.block_sparse_attention import BlockPattern
 
 
 class PatternType(str, enum.Enum):
-    """What `SparsePatternGenerator` knows; what is learned is `BlockSparseAdaptive`."""
+    """The patterns of `SparsePatternGenerator`; `BlockSparseAdaptive` learns a pattern."""
 
     LOCAL_WINDOW = "local_window"
     DILATED_SPARSE = "dilated_sparse"

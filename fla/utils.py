@@ -25,7 +25,7 @@ def get_abs_err(x: Tensor, y: Tensor) -> float:
 
 
 def get_err_ratio(x: Tensor, y: Tensor) -> float:
-    """Root mean square of x - y over that of x."""
+    """Root mean square of x - y, divided by the root mean square of x."""
     x, y = x.detach().double().flatten(), y.detach().double().flatten()
     return ((x - y).square().mean().sqrt() / (x.square().mean().sqrt() + 1e-8)).item()
 

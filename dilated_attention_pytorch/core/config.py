@@ -32,7 +32,7 @@ class DilatedAttentionConfig:
 
 @dataclass
 class MultiheadConfig:
-    """Arguments of `MultiheadDilatedAttention` beside those of its attention."""
+    """Arguments of `MultiheadDilatedAttention`, without the arguments of its attention."""
 
     embed_dim: int = 768
     num_heads: int = 12
@@ -122,7 +122,7 @@ class DistributedConfig:
 
 @dataclass
 class MemoryPoolConfig:
-    """Fields of a pool that is not there: torch's allocator is one (`core.pools`)."""
+    """Fields of a memory pool that does not exist: torch's allocator is one (`core.pools`)."""
 
     hot_cache_size: int = 50
     hot_cache_threshold: int = 10

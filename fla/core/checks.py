@@ -135,7 +135,7 @@ def check_tensors(op: str, **specs: tuple[Tensor | None, str]) -> dict[str, int]
 
 
 def check_groups(op: str, sizes: dict[str, int], grouped: str = "v") -> None:
-    """Raise `ValueError` unless HV, the heads of v (or of q), is a multiple of H, those of k."""
+    """Raise `ValueError` unless HV, the heads of v (or q), is a multiple of H, the heads of k."""
     heads, value_heads = sizes["H"], sizes["HV"]
     if heads == 0 or value_heads % heads:
         raise ValueError(

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIMITS = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}  # of the largest value
+# relative to the largest value
+LIMITS = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
 
 
 def difference(

@@ -18,7 +18,7 @@ Ranks = dist.ProcessGroup | DeviceMesh | None
 
 
 def group_of(ranks: Ranks) -> dist.ProcessGroup:
-    """A process group, that of a 1-D mesh, or all processes; `ValueError` where there is none."""
+    """The group of `ranks`: itself, a 1-D mesh's, or all processes; `ValueError` without one."""
     if not dist.is_initialized():
         raise ValueError(
             "sequence_parallel: torch.distributed is not initialised; launch with torchrun and "
@@ -57,7 +57,7 @@ def sequence_parallel(
     """
     group = group_of(ranks)
     if current() is not None:
-        raise ValueError("sequence_parallel: is on already; leave the outer block first")
+        raise ValueError("sequence_parallel: it is already active; leave the outer block first")
     size = dist.get_world_size(group)
     if lengths is not None and len(lengths) != size:
         raise ValueError(
@@ -87,7 +87,7 @@ def shard_sequence(x: Tensor, ranks: Ranks = None, dim: int = 1) -> Tensor:
 
 
 def gather_sequence(x: Tensor, ranks: Ranks = None, dim: int = 1) -> Tensor:
-    """The whole of the ranks' parts, on every rank; without a gradient."""
+    """all_gather of the ranks' parts into the whole sequence, on every rank, without a gradient."""
     group = group_of(ranks)
     mine = torch.tensor([x.shape[dim]], device=x.device)
     lengths = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]

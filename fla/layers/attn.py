@@ -93,7 +93,7 @@ class SoftmaxMixer(Mixer):
             end = min(begin + window, T)
             query = torch.arange(begin, end, device=q.device)[:, None]
             key = torch.arange(begin, end + window - 1, device=q.device) - (window - 1)
-            own = key >= query - positions[0, begin:end, None]  # of the query's sequence
+            own = key >= query - positions[0, begin:end, None]  # a key in the query's sequence
             keys = slice(begin, end + window - 1)
             mask = self._sees(query, key) & own
             blocks.append(self._attend(q[:, begin:end], k[:, keys], v[:, keys], attn_mask=mask))
@@ -217,7 +217,7 @@ class Attention(SoftmaxMixer):
             self.q_norm, self.k_norm = (RMSNorm(n, eps=qk_norm_eps) for n in widths)
         self.qk_norm = qk_norm
         turned = int(self.head_dim * partial_rotary_factor)
-        self.inner_norm: nn.Module | None = None  # of what o_proj reads
+        self.inner_norm: nn.Module | None = None  # norms what o_proj reads
         self.rotary = None
         if rope_theta is not None:
             self.rotary = RotaryEmbedding(turned, base=rope_theta, scaling=rope_scaling)

@@ -109,9 +109,7 @@ class BlockSparseAttention(Attention):
         if shard is None:
             return super()._sequences(q, k, v, layout)
         if self.by_content and not self.causal:
-            refuse_sharded(
-                "BlockSparseAttention", "a block of queries asks by the mean of all ranks'"
-            )
+            refuse_sharded("BlockSparseAttention", "its blocks are chosen by means over all ranks")
         q, k, v = among_all(q, shard), all_gather(k, shard), all_gather(v, shard)
         parts = [q.new_empty(len(q), 0, *q.shape[2:])]
         with using(None):

@@ -28,7 +28,7 @@ from fla.ops.rwkv7 import chunk_rwkv7, fused_recurrent_rwkv7
 from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
 HALF_LIFE, RATE = 32.0, 0.5  # tokens; at the start
-RANK = 32  # of gates per channel
+RANK = 32  # the rank of gates per channel
 
 
 class Decay(nn.Module):
@@ -156,7 +156,7 @@ class GLARule(Rule):
 
 
 class RetNetRule(Rule):
-    """A decay per head that no input moves."""
+    """The RetNet rule: one constant decay per head."""
 
     def run(self, q, k, v, x, token, sequences):
         form = fused_recurrent_simple_gla if token else chunk_simple_gla
@@ -213,7 +213,7 @@ class RWKV7Rule(Rule):
 
 
 class GSARule(Rule):
-    """Keys and values in slots, which forget by a gate of theirs."""
+    """The GSA rule: keys and values in slots, each with a forget gate."""
 
     channels = None
 

@@ -15,7 +15,7 @@ from fla.ops.log_linear_attn import (
 )
 from fla.ops.mamba2 import step_sizes
 
-LEVELS = 15  # of published models: sequences of up to 2^14 tokens
+LEVELS = 15  # as in published models: sequences of up to 2^14 tokens
 
 
 class LogLinearMamba2(Mamba2):

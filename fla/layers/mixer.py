@@ -54,7 +54,7 @@ class Context:
 
     @property
     def sequences(self) -> dict[str, Any]:
-        """The arguments that every operator takes of it."""
+        """The arguments of it that every operator takes."""
         return dict(
             initial_state=self.recurrent,
             output_final_state=self.keep,
@@ -231,7 +231,7 @@ def gate_steps(heads: int) -> Tensor:
 
 
 def register(module: Mixer) -> None:
-    """The parameters of `initial_values`; those of submodules are there already and are set."""
+    """Register the parameters of `initial_values`; parameters of submodules exist and are set."""
     for name, value in module.initial_values().items():
         if "." in name:
             module.get_parameter(name).data.copy_(value)
@@ -254,7 +254,7 @@ def low_rank(inputs: int, rank: int, outputs: int, bias: bool = False) -> nn.Seq
 def heads_and_ratio(
     name: str, hidden_size: int, num_heads: int | None, expand_ratio: int | None
 ) -> tuple[int, int]:
-    """(heads, key channels of a head): the one not given makes the key as wide as the input."""
+    """(heads, key channels per head): the one not given makes the key as wide as the input."""
     if num_heads is None:
         if expand_ratio is None:
             raise ValueError(f"{name}: give expand_ratio or num_heads")

@@ -23,7 +23,7 @@ class MultiheadLatentAttention(SoftmaxMixer):
     The cache holds the latent and the rotated key, `kv_lora_rank + qk_rope_head_dim` numbers per
     token for all heads. Where the past is longer than what is new, W_uk goes to the query and W_uv
     to the output, and the latents are never expanded. `q_lora_rank=None` projects queries at once,
-    `rope_theta=None` rotates nothing. `rope_scaling` is not built.
+    `rope_theta=None` rotates nothing. `rope_scaling` is not supported.
 
     Example:
         >>> layer = MultiheadLatentAttention(
@@ -58,7 +58,7 @@ class MultiheadLatentAttention(SoftmaxMixer):
                 f"qk_rope_head_dim = {qk_nope_head_dim + qk_rope_head_dim}"
             )
         if rope_scaling is not None:
-            raise ValueError(f"{name}: rope_scaling is not built; leave it None")
+            raise ValueError(f"{name}: rope_scaling is not supported; leave it None")
         self.num_heads, self.window_size, self.layer_idx = num_heads, window_size, layer_idx
         self.max_position_embeddings = max_position_embeddings
         self.parts = [qk_nope_head_dim, qk_rope_head_dim]

@@ -28,7 +28,7 @@ from fla.linearize.data import Text, on
 from fla.linearize.files import layer_file, read_json, save_tensors, save_torch, write_json
 from fla.linearize.surgery import attention_of
 
-ENOUGH = 0.995  # of the best error so far: more than that is no progress
+ENOUGH = 0.995  # an error above this share of the best one so far is no progress
 HELD_OUT = 8192  # tokens of a check
 
 
@@ -57,7 +57,7 @@ class Record:
 
     @property
     def plateau(self) -> int:
-        """Checks since the last progress."""
+        """The number of checks since the last progress."""
         best, since = math.inf, 0
         for _, error in self.checks:
             best, since = (error, 0) if error < best * ENOUGH else (best, since + 1)
@@ -225,7 +225,7 @@ class Alignment:
         progress: Progress,
         stop: Callable[[], bool],
     ) -> bool:
-        """Whether the group was trained to its end."""
+        """Train one group of layers; returns whether it was trained to its end."""
         runs = {i: Regression(layer, self.options, self.steps) for i, layer in bank.items()}
         saved = self.folder / f"progress_{min(bank):03}.pt"
         first = self.resume(runs, saved)

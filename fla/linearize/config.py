@@ -23,7 +23,7 @@ METHODS = ("kl_greedy", "kl_replace", "kl_restore", "recall", "mse", "uniform", 
 
 @dataclass
 class Data:
-    """Text, as for `fla train`; tokens of a block, blocks of a batch."""
+    """Text, as for `fla train`, tokens per block and blocks per batch."""
 
     source: str = "stdlib"
     column: str = "text"
@@ -41,7 +41,7 @@ class Calibrate:
 
 @dataclass
 class Align:
-    """Every layer regressed on its teacher's output.
+    """The regression of every layer on its teacher's output.
 
     Fields:
         loss: `l2` (mean length of the difference over sqrt(D)), `mse`, `rel_mse` or `cosine`.
@@ -72,7 +72,7 @@ class Align:
 
 @dataclass
 class Select:
-    """Which layers stay softmax.
+    """The choice of the layers that stay softmax.
 
     Fields:
         method: of `METHODS`; see `select.py`.
@@ -96,8 +96,8 @@ class Select:
 
 @dataclass
 class Distill:
-    """The whole student on the teacher's logits; `fla.modules.fused_linear_divergence` has the
-    formulas.
+    """The training of the whole student on the teacher's logits;
+    `fla.modules.fused_linear_divergence` has the formulas.
 
     Fields:
         lr_mixer, lr_rest: of linear layers, and of everything else.
@@ -122,7 +122,7 @@ class Distill:
 
 @dataclass
 class Long:
-    """Cross entropy on longer blocks at the end; 0 tokens leaves it out."""
+    """Training on longer blocks at the end, with cross entropy; 0 tokens leaves it out."""
 
     tokens: int = 0
     seq: int = 16384

@@ -37,7 +37,7 @@ from fla.training.callbacks import FlaTrainer, say
 from fla.training.checkpoints import newest_whole
 from fla.training.run import make_trainer, output_folder, run_trainer
 
-LAST, LOW = 0.15, 0.1  # of the steps a cosine takes at the end, and of the rate it ends at
+LAST, LOW = 0.15, 0.1  # the last share of the steps is a cosine down to this share of the rate
 
 
 def collate_with_places(blocks: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ def collate_with_places(blocks: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def gathered(weight: Tensor) -> Tensor:
-    """A weight that FSDP has spread, whole."""
+    """The whole of a weight that FSDP has sharded."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
@@ -184,7 +184,7 @@ def train_stage(
     console: Console,
     kind: Any = InOrder,
 ) -> bool:
-    """Train a student from its newest whole checkpoint on and save it in its folder; False where
+    """Train a student from its newest whole checkpoint on and save it in its folder; False if
     the user stopped it.
     """
     folder = output_folder(args)

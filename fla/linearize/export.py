@@ -107,7 +107,7 @@ def to_qwen3_5(student: Any) -> Any:
     config = student.config
     reason = obstacle(config)
     if reason is not None:
-        raise ValueError(f"export: not as Qwen3.5: {reason}")
+        raise ValueError(f"export: it cannot be a Qwen3.5 model: {reason}")
     model: Any = Qwen3_5ForCausalLM(native_config(config))
     model.to(torch.float32)
     source = {n: x.float() for n, x in student.state_dict().items()}

@@ -26,7 +26,7 @@ from fla.modules.fused_linear_divergence import fused_linear_divergence
 from fla.modules.losses import Head
 
 KL_TOKENS = 32768
-CHARACTERS = 200  # of a recall prompt
+CHARACTERS = 200  # in a recall prompt
 TIMED = 7  # steps of a decode time
 
 
@@ -94,7 +94,7 @@ def decode_cost(model: Any, length: int) -> tuple[float, int]:
 
 
 def measure(model: Any, teacher: Any, text: Text, options: Report) -> Measures:
-    """All of it."""
+    """Measure everything in `Measures`."""
     model.eval()
     rows, size = held_out_rows(text, options.eval_bytes)
     scored = score(model, rows, size, length=text.data.seq)

@@ -28,12 +28,12 @@ from fla.models import HybridForCausalLM, TransformerConfig
 from fla.models.convert import convert_config
 from fla.training.callbacks import clock
 
-EFFICIENCY = 0.4  # of a device's peak, in a matrix product's share of a step
+EFFICIENCY = 0.4  # the share of a device's peak that a step's matrix products reach
 
 
 @dataclass
 class Stage:
-    """Tokens, flops and bytes of memory."""
+    """The tokens, flops and bytes of memory of a stage."""
 
     name: str
     tokens: float

@@ -73,7 +73,7 @@ def plot_alignment(records: dict[int, Record], path: Path) -> None:
 
 
 def plot_costs(found: dict[str, Measures], path: Path) -> None:
-    """Time of a token and bytes of the cache by length, of teacher and student."""
+    """Time per token and bytes of the cache by length, for teacher and student."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -52,7 +52,8 @@ PARTS = {
 }
 
 
-SCHEDULING = ("layers", "layers_at_once", "save")  # of align: the same weights, otherwise come by
+# options of align that change its schedule, not its weights
+SCHEDULING = ("layers", "layers_at_once", "save")
 
 
 class Meter:
@@ -93,7 +94,7 @@ class Meter:
 
 
 class Stopped(Exception):
-    """The user stopped a stage; what it had is saved."""
+    """The user stopped a stage; its progress is saved."""
 
 
 class Conversion:
@@ -116,7 +117,7 @@ class Conversion:
         if config.export == "qwen3_5":
             reason = obstacle(student_config(self.teacher.config, [0], config.linear))
             if reason is not None:
-                raise UsageError(f"export: not as Qwen3.5: {reason}")
+                raise UsageError(f"export: it cannot be a Qwen3.5 model: {reason}")
         self.layers = list(range(self.teacher.config.num_hidden_layers))
         self.text = Text(config.data, self.tokenizer)
         self.state_file = self.out / "state.json"
@@ -159,13 +160,15 @@ class Conversion:
             )
 
     def note(self, kind: str, stage: str, value: Any) -> None:
-        """Write down that a stage was begun, or done."""
+        """Record that a stage was begun, or done."""
         self.state[kind][stage] = value
         if self.first:
             write_json(self.state_file, self.state)
 
     def run(self, stage: str | None = None, alone: bool = True) -> None:
-        """All stages, or one, whose predecessors must be done; not `alone`: with them."""
+        """Run all stages, or one stage; if `alone` its predecessors must be done, else they run
+        too.
+        """
         if stage is not None and stage not in STAGES:
             raise UsageError(f"--stage: {stage!r} is not one of {', '.join(STAGES)}")
         for name in STAGES:
@@ -184,7 +187,7 @@ class Conversion:
             self.note("done", name, round(time.monotonic() - begun, 1))
 
     def bank(self, folder: str = "") -> dict[int, LinearizedAttention]:
-        """Every layer made linear; with a folder as that stage left them."""
+        """Every layer made linear; with a folder, as that stage saved them."""
         linear = self.config.linear
         layers = {i: make_linear(self.teacher, i, linear) for i in self.layers}
         if folder:
@@ -266,7 +269,7 @@ class Conversion:
         return [i for i in self.layers if i not in found.softmax]
 
     def student(self, layers: list[int], folder: str) -> Any:
-        """The teacher with some layers linear, as a stage left those."""
+        """The teacher with some layers linear, as a stage saved them."""
         bank = self.bank(folder)
         return assemble(self.teacher, {i: bank[i] for i in layers}, self.config.linear)
 
@@ -282,7 +285,7 @@ class Conversion:
         self.publish("distill")
 
     def publish(self, stage: str) -> None:
-        """A stage's student as the conversion's result."""
+        """Save a stage's student as the conversion's result."""
         if not self.first:
             return
         model = HybridForCausalLM.from_pretrained(self.out / stage)
@@ -294,7 +297,7 @@ class Conversion:
             self.tokenizer.save_pretrained(folder)
 
     def plain(self, name: str, model: Any, tokens: int, lr: float, seq: int | None = None) -> None:
-        """A model trained on cross entropy alone."""
+        """Train a model on cross entropy alone."""
         text = self.text if seq is None else Text(self.config.data, self.tokenizer, seq)
         steps = -(-tokens // (text.blocks.length * text.data.batch))
         warmup, batch = self.config.distill.warmup, text.data.batch

@@ -38,7 +38,7 @@ from fla.linearize.files import read_json, write_json
 from fla.modules.fused_linear_divergence import fused_linear_divergence
 from fla.modules.losses import Head
 
-CHARACTERS = 200  # of a recall prompt
+CHARACTERS = 200  # in a recall prompt
 UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -92,12 +92,12 @@ class Swaps:
         self.head = Head(teacher.lm_head.weight.detach())
 
     def put(self, layers: set[int]) -> None:
-        """Exactly these layers linear."""
+        """Make exactly these layers linear."""
         for i, block in enumerate(self.model.model.layers):
             block.attn = self.bank[i] if i in layers else self.softmax[i]
 
     def above(self, hidden: Tensor, first: int, layout: SequenceLayout) -> list[Tensor]:
-        """The inputs of the blocks from `first` on, and the last states."""
+        """Run the blocks from `first` on; returns their inputs and the last states."""
         inputs = [hidden]
         for block in self.model.model.layers[first:]:
             inputs.append(block(inputs[-1], layout, shared={}))
@@ -138,7 +138,7 @@ class Scores:
 
 
 def spearman(a: list[float], b: list[float]) -> float:
-    """Correlation of ranks.
+    """Spearman's correlation of ranks.
 
     Example:
         >>> round(spearman([1.0, 2.0, 3.0], [10.0, 20.0, 15.0]), 6)
@@ -150,7 +150,7 @@ def spearman(a: list[float], b: list[float]) -> float:
 
 
 def uniform_layers(count: int, keep: int) -> list[int]:
-    """Evenly spaced, as hybrids are published: the last of every n.
+    """Evenly spaced softmax layers, as in published hybrids: the last of every n.
 
     Example:
         >>> uniform_layers(8, 2)
@@ -225,7 +225,7 @@ class Selection:
         return found
 
     def ranked(self, method: str, scores: dict[int, float]) -> Scores:
-        """The highest scores stay, after what is pinned."""
+        """The pinned layers, and then those with the highest scores, stay softmax."""
         pinned = self.options.pin_full
         free = [i for i in self.free if i not in self.options.pin_linear]
         order = sorted(free, key=lambda i: -scores[i])
@@ -272,7 +272,7 @@ class Selection:
         return (text + recall) / 2 if costs[1] else text
 
     def greedy(self, progress: Callable[[int, int, str], None]) -> Scores:
-        """Each round is written down when it is done, and not run again."""
+        """Swap the cheapest layer in each round. A finished round is saved and not run again."""
         saved = read_json(self.file) or {}
         rounds = _rounds(saved) if saved.get("method") == "kl_greedy" else []
         linear: set[int] = set()

@@ -108,7 +108,7 @@ def assemble(
     bank: dict[int, LinearizedAttention],
     linear: dict[str, Any] | None = None,
 ) -> HybridForCausalLM:
-    """A hybrid with the teacher's weights, and those of the bank in the layers it holds. Its
+    """A hybrid with the teacher's weights, and the bank's weights in the layers that it holds. Its
     weights are its own; input and output embeddings are tied where the teacher's are.
     """
     config = student_config(teacher.config, sorted(bank), linear)

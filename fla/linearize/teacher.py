@@ -103,5 +103,5 @@ class TopTokens:
             self.ids[place], self.log_probs[place] = ids.cpu().numpy(), top.half().cpu().numpy()
         self.ids.flush()
         self.log_probs.flush()
-        self.done[places] = True  # after what it vouches for
+        self.done[places] = True  # last: the blocks it marks are on disk now
         self.done.flush()

@@ -339,7 +339,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss, logits = self._loss(hidden, labels, layout)
             if output.auxiliary_loss is not None:
-                refuse_sharded(type(self).__name__, "the experts' balance is that of all tokens")
+                refuse_sharded(type(self).__name__, "the experts' balance is over all tokens")
                 loss = loss + output.auxiliary_loss
         if logits is None and (labels is None or not self.config.fuse_linear_cross_entropy):
             keep = logits_to_keep
@@ -363,7 +363,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         share = 1.0
         if layout.shard is not None:
             if self.config.use_l2warp and logits is None:
-                refuse_sharded(type(self).__name__, "fuse_linear_cross_entropy meets use_l2warp")
+                refuse_sharded(
+                    type(self).__name__,
+                    "use_l2warp needs the logits, which fuse_linear_cross_entropy does not form",
+                )
             count, parallel = int((targets != IGNORE).sum()), layout.shard.parallel
             loss = mean_over_ranks(loss, count, hidden, parallel)
             share = layout.length / max(1, layout.shard.total)

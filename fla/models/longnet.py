@@ -54,7 +54,8 @@ class LongNetConfig(DecoderConfig):
         """One of the paper's sizes: "125m", "350m", "760m", "2.7b"."""
         if name not in PRESETS:
             raise ValueError(
-                f"LongNetConfig.preset: {name!r} is none of {', '.join(PRESETS)}; give its fields"
+                f"LongNetConfig.preset: {name!r} is not one of {', '.join(PRESETS)}; "
+                "give its fields"
             )
         return cls(**{**PRESETS[name], **changes})
 

@@ -64,7 +64,7 @@ class RodimusBlock(GradientCheckpointingLayer):
         self.plus = config.block_type == "rodimus_plus"
         if self.plus:
             self.ska_attn_norm = RMSNorm(size, eps=eps)
-            # its keys lie in the cache behind those of all blocks' mixers
+            # in the cache its keys come after the keys of all blocks' mixers
             index = config.num_hidden_layers + layer_idx
             spec = config.ska_attn or {}
             self.ska_attn = SlidingWindowSharedKeyAttention(size, **spec, layer_idx=index)

@@ -65,7 +65,7 @@ def causal_conv1d(
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}; expected None, 'silu' or 'swish'")
     if initial_state is not None or output_final_state:
-        refuse_sharded(op, "a state goes in or out")
+        refuse_sharded(op, "a call with a state has no such form")
     silu = activation is not None
     y, final = CONVOLUTION(op, backend, x, weight, bias, initial_state, cu_seqlens, silu)
     y = y if residual is None else y + residual

@@ -150,7 +150,7 @@ def _triton_rows(
 
 
 class DivergenceFacts(NamedTuple):
-    """`kind` is that of the divergence, or "top-k" where the teacher gives its likeliest tokens."""
+    """`kind` is the kind of divergence, or "top-k" if the teacher gives its likeliest tokens."""
 
     device: torch.device
     dtype: torch.dtype
@@ -229,7 +229,8 @@ class _Chunks:
             add_product(self.dweight, narrow.mT, x.to(narrow.dtype))
 
 
-Teacher = Callable[[slice], "Tensor | TopK"]  # of some rows, logits in fp32 or the likeliest tokens
+# from rows to their logits in fp32, or to their likeliest tokens
+Teacher = Callable[[slice], "Tensor | TopK"]
 
 
 class _LinearDivergence(torch.autograd.Function):

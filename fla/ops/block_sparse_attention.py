@@ -268,7 +268,7 @@ def topk_content(
 ) -> BlockPattern:
     """The block itself and the `count - 1` others with the largest `mean(k) . q`, for q, k
     `[B, T, H, D]` of the heads of k: MoBA's choice for `query_block=1`. A block of several queries
-    asks by their mean, or if causal by its first, since the others lie in that one's future.
+    chooses by their mean, or if causal by its first, whose future holds the others.
 
     Choosing has no gradient. `gated` adds `logsigmoid(mean(k) . q / sqrt(D))` to the scores of
     another block that was chosen, through which q and k learn to choose.

@@ -150,7 +150,8 @@ def deltaformer_attn(
     if attention_mask is not None:
         if initial_state is not None or output_final_state:
             raise ValueError(
-                f"{op}: attention_mask goes with no state; pack the real tokens and pass cu_seqlens"
+                f"{op}: attention_mask cannot be combined with a state; pack the real tokens and "
+                "pass cu_seqlens"
             )
         layout = SequenceLayout.resolve(
             sizes["B"], sizes["T"], attention_mask=attention_mask, cu_seqlens=cu_seqlens

@@ -192,7 +192,8 @@ def chunk_gsa(
     """
     if checkpoint_level != 2:
         raise ValueError(
-            f"chunk_gsa: checkpoint_level is {checkpoint_level}; only 2, the least memory, is here"
+            f"chunk_gsa: checkpoint_level is {checkpoint_level}; only 2 (the least "
+            "memory) is supported"
         )
     options = Options(scale, output_final_state, chunk_size=chunk_size, backend=backend)
     return _gsa("chunk_gsa", options, q, k, v, s, g, initial_state, cu_seqlens)

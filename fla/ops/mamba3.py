@@ -123,7 +123,7 @@ def _mamba3(
     if 2 * sizes["R"] > sizes["K"]:
         raise ValueError(
             f"{op}: angles has R={sizes['R']} angles, but K={sizes['K']} in B holds only "
-            f"{sizes['K'] // 2} pairs to turn; pass at most that many"
+            f"{sizes['K'] // 2} pairs to rotate; pass at most that many"
         )
     N = check_sequences(op, sizes["B"], cu_seqlens, None)
     refuse_sharded(op)

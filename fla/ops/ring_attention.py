@@ -203,7 +203,7 @@ def ring_attention(
     lengths = parallel.lengths or ()
     if order == "zigzag" and (len(set(lengths)) > 1 or lengths[0] % 2):
         raise ValueError(
-            f"{op}: ranks hold {list(lengths)} tokens; zigzag wants an equal, even number on each: "
+            f"{op}: ranks hold {list(lengths)} tokens; zigzag needs an equal, even number on each: "
             "pad the sequence, or use order='contiguous', which takes any lengths"
         )
     spans = spans_of(lengths, shard.bounds(op, cu_seqlens), order)

@@ -90,8 +90,8 @@ def _mini_batch(
     u = theta * normalisation_gradient(k @ S, v - k, w, b, eps)
     keep, momentum = 1 - alpha[..., 0], eta[..., 0]
     within, forget = _products(momentum), _products(keep)
-    weights = forget @ within  # of the write at j in S_i
-    old_S, old_M = keep.cumprod(-1), momentum.cumprod(-1)  # of S and M in S_i and M_i
+    weights = forget @ within  # the share of the write at j in S_i
+    old_S, old_M = keep.cumprod(-1), momentum.cumprod(-1)  # the shares of S and M in S_i and M_i
     from_M = (forget @ old_M.unsqueeze(-1)).squeeze(-1)
     o = old_S.unsqueeze(-1) * (q @ S) + from_M.unsqueeze(-1) * (q @ M)
     o = o - (weights * (q @ k.mT)) @ u

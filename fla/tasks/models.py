@@ -88,7 +88,7 @@ def small_config(
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise UsageError(f"model {name!r} is not known{hint} There are {', '.join(sorted(FIELDS))}")
     if hidden_size % head_dim:
-        raise UsageError(f"hidden_size={hidden_size} is no multiple of head_dim={head_dim}")
+        raise UsageError(f"hidden_size={hidden_size} is not a multiple of head_dim={head_dim}")
     sizes = {
         "heads": hidden_size // head_dim, "head_dim": head_dim, "half": head_dim // 2,
         "quarter": max(1, head_dim // 4), "width": hidden_size,

@@ -270,7 +270,7 @@ def make_trainer(
     trainer = kind(model, args, callbacks=[interruption, guard], **more)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    # first: what it adds to a log reaches TensorBoard with it
+    # it comes first, so that what it adds to a log reaches TensorBoard
     trainer.callback_handler.callbacks.insert(0, progress)
     guard.trainer = progress.trainer = trainer
     return trainer, interruption

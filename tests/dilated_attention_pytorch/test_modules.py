@@ -97,7 +97,7 @@ def test_scale_mask_and_dropout_count():
         (lambda q: d.RingDilatedAttention([8], [1], dtype=torch.bfloat16)(q, q, q), "convert it"),
         (lambda q: d.RingAttentionConfig(mixed_precision=True), "use torch.autocast"),
         (lambda q: d.DistributedImprovedDilatedAttention([8], [1], model_parallel=True), "FSDP2"),
-        (lambda q: d.MultiheadDilatedAttention(30, 4, [1], [8]), "no multiple of num_heads=4"),
+        (lambda q: d.MultiheadDilatedAttention(30, 4, [1], [8]), "not a multiple of num_heads=4"),
         (
             lambda q: d.MultiheadDilatedAttention(24, 4, [1], [8])(q.flatten(2), attn_mask=q),
             "the pattern is the mask",

@@ -61,7 +61,7 @@ def test_logits_are_equal_and_it_loads_without_us(tmp_path):
 def test_what_does_not_fit_is_said(kind, changes, said):
     student = make_student(kind, **changes)
     assert said in obstacle(student.config)
-    with pytest.raises(ValueError, match="export: not as Qwen"):
+    with pytest.raises(ValueError, match="export: it cannot be a Qwen3"):
         to_qwen3_5(student)
 
 

@@ -227,7 +227,7 @@ def test_a_plan_needs_no_weights(config_file, tmp_path, capsys):
         (["--set", "data.source=/nowhere"], "'/nowhere' does not exist"),
         (["--stage", "polish"], "--stage: 'polish' is not one of calibrate, align"),
         (["--stage", "select"], "stage 'calibrate' comes first"),
-        (["--set", "linear.rope=true"], "not as Qwen3.5: linear has rope=True"),
+        (["--set", "linear.rope=true"], "it cannot be a Qwen3.5 model: linear has rope=True"),
         (["--config", "nothing.yaml"], "'nothing.yaml' does not exist"),
     ],
     ids=lambda x: x[-1] if isinstance(x, list) else "",

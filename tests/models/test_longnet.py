@@ -40,7 +40,7 @@ def test_a_language_model_looks_back_only():
 
 def test_presets_and_gains():
     assert LongNetConfig.preset("2.7b").num_hidden_layers == 32
-    with pytest.raises(ValueError, match="'7b' is none of 125m"):
+    with pytest.raises(ValueError, match="'7b' is not one of 125m"):
         LongNetConfig.preset("7b")
     config = LongNetConfig(**TINY | dict(hidden_size=256), num_heads=4, **BRANCHES)
     layer = LongNetForCausalLM(config).model.layers[0]

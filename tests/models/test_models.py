@@ -302,7 +302,7 @@ def test_reset_and_crop():
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, moe=dict(layers=[1])), "no .*'num_experts'"),
         (lambda: make("mamba", moe={}), "Experts: no"),
         (lambda: make("mla", qk_head_dim=16), "qk_head_dim is 16; expected .* = 12"),
-        (lambda: make("mla", rope_scaling=dict(factor=2)), "rope_scaling is not built"),
+        (lambda: make("mla", rope_scaling=dict(factor=2)), "rope_scaling is not supported"),
         (lambda: make("transformer", layer_types=["linear_attention"] * 3), "has no linear attention"),
     ],
 )  # fmt: skip

@@ -287,7 +287,7 @@ def test_deltaformer_padding_is_not_there():
         alone = deltaformer.deltaformer_attn(**{n: t[b : b + 1, real] for n, t in x.items()})
         assert_same(o[b : b + 1, real], alone, f"row {b}")
         assert o[b, ~real].abs().max() == 0
-    with pytest.raises(ValueError, match="goes with no state"):
+    with pytest.raises(ValueError, match="cannot be combined with a state"):
         deltaformer.deltaformer_attn(**x, attention_mask=mask, output_final_state=True)
     with pytest.raises(ValueError, match="states of different lengths"):
         rows = {n: t[:1] for n, t in x.items()}

@@ -121,7 +121,7 @@ def test_no_tokens(op):
 @every_op
 @pytest.mark.parametrize(("K", "V"), [(1, 1), (3, 7), (60, 100), (16, 1)])
 def test_any_sizes(op, K, V):
-    """No power of two, no multiple, no equality of K and V is asked for."""
+    """K and V need not be powers of two, multiples of anything, or equal."""
     inputs = op.inputs(1, 20, 1, K, V, R=K // 2, dtype=torch.float64)
     P.results(op.call(op.chunk, inputs), P.reference(op, inputs), op.title)
 

@@ -104,7 +104,7 @@ def test_every_architecture_can_be_compared(name):
         (lambda: task_of("mqar").rows(1, 1000, 0), "length is 1000, but there are names for 384"),
         (lambda: task_of("copy").rows(1, 3, 0), "at least 8 was expected"),
         (lambda: small_config("gated_deltnet", 64, 2, 9), "did you mean 'gated_deltanet'"),
-        (lambda: small_config("gla", 60, 2, 9), "no multiple of head_dim=32"),
+        (lambda: small_config("gla", 60, 2, 9), "not a multiple of head_dim=32"),
         (lambda: small_config("gla:expand_q=2", 64, 2, 9), "has no field 'expand_q'"),
     ],
 )

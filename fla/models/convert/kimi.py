@@ -17,7 +17,7 @@ from fla.models.convert.layout import (
     rename,
 )
 
-LATENT_EPS = 1e-6  # of the norms on latents, whatever the config says of the others
+LATENT_EPS = 1e-6  # for norms on latents; the config's value is for the other norms
 
 
 def _fields(config: Any) -> dict[str, Any]:

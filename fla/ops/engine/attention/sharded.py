@@ -65,7 +65,7 @@ class Fetch:
         return torch.cat([found[p] for p in self.sources], 1).reshape(-1, 1, x.shape[3])
 
     def give_back(self, grad: Tensor, total: Tensor) -> None:
-        """Add gradients of what `get` returned to those of the ranks' own `[B, l, H, D]`."""
+        """Send home the gradients of what `get` returned; adds them to `[B, l, H, D]`."""
         D = grad.shape[-1]
         parts = grad.view(self.batch, len(self.every), D)
         sizes = [len(self.needed[p]) for p in self.sources]
@@ -177,7 +177,7 @@ def check_heads(op: str, parallel: SequenceParallel, heads: int) -> None:
     """Raise `ValueError` where heads cannot be shared out."""
     if heads % parallel.size:
         raise ValueError(
-            f"{op}: mode='heads' cannot share out {heads} heads of k evenly to {parallel.size} "
+            f"{op}: mode='heads' cannot divide {heads} heads of k evenly among {parallel.size} "
             "ranks; use mode='gather' or 'ring', which take any number"
         )
 

@@ -22,10 +22,10 @@ def fp32(x: Tensor) -> Tensor: ...
 @overload
 def fp32(x: None) -> None: ...
 def fp32(x: Tensor | None) -> Tensor | None:
-    """A state, as the kernels hold it."""
+    """A state as the kernels hold it: contiguous fp32."""
     return None if x is None else x.to(torch.float32).contiguous()
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
-    """Triton starts kernels on the current device."""
+    """Make a device the current one, on which Triton starts kernels."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -21,7 +21,7 @@ from fla.ops.engine.recurrence.terms import Point, Switches, Terms
 NO_DECAY, SCALAR, VECTOR = range(3)
 NO_ERASE, DELTA, LOW_RANK = range(3)
 OFFSETS = [getattr(Problem, name).offset for name in TERMS]
-TASKS = 4  # of a backward pass, where it can
+TASKS = 4  # a backward pass is split into this many, if it has the value channels
 
 
 def chunk(

@@ -112,7 +112,7 @@ def rows(
 
 
 class DifferentiableRows(torch.autograd.Function):
-    """`forward` under autograd, which keeps its inputs alone."""
+    """`forward` under autograd, which saves only its inputs."""
 
     @staticmethod
     def forward(ctx: Any, x, g, weight, bias, activation: str | None, eps: float | None) -> Tensor:

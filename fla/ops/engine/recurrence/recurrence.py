@@ -45,8 +45,8 @@ def overwrite_states() -> Iterator[None]:
     """Inside the block an operator of the one recurrence writes its final state over the
     `initial_state` it was given and returns that tensor: a decode step then allocates no state, and
     a captured graph finds it where it was. The token form in kernels updates it where it lies;
-    others compute it and copy it there. An operator that assembles its state of several returns a
-    new one.
+    others compute it and copy it there. An operator that assembles its state from several
+    tensors returns a new one.
 
     Raises `ValueError` where a gradient is recorded, which needs the state as it was, or where the
     given one is not in the dtype of the result (fp32; fp64 for fp64 inputs).
@@ -72,7 +72,7 @@ def overwrite_states() -> Iterator[None]:
 def _check_overwritten(op: str, dtype: torch.dtype, terms: Terms, state: Tensor) -> None:
     if state.dtype != dtype:
         raise ValueError(
-            f"{op}: initial_state is {state.dtype}, but overwrite_states() wants it in the dtype "
+            f"{op}: initial_state is {state.dtype}, but overwrite_states() needs it in the dtype "
             f"of the result; pass initial_state.to({dtype})"
         )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*terms, state)):

@@ -17,7 +17,7 @@ from fla.core.precision import compute_dtype
 from fla.ops.engine.recurrence.terms import Switches, Terms
 from fla.ops.engine.sharding import LocalSequences, carry
 
-Form = Callable[..., tuple[Tensor, Tensor]]  # of terms, switches, first state and boundaries
+Form = Callable[..., tuple[Tensor, Tensor]]  # takes terms, switches, first state and boundaries
 
 
 def recurrence(

@@ -17,7 +17,7 @@ from fla.ops.engine.recurrence.columns import chunk_columns
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Point, Switches, Terms, point
 from fla.ops.engine.recurrence.token import SEGMENT, recurrent
 
-TOKENS, HEADS = 70, 2  # of the small problem: more tokens than a chunk
+TOKENS, HEADS = 70, 2  # in the self-check's problem: more tokens than a chunk
 BY_HAND = "backward by hand"
 
 

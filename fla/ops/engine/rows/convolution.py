@@ -9,7 +9,7 @@ from torch import Tensor
 from fla.core.boundaries import count_sequences
 from fla.core.operator import Schema
 
-# of (y, the last W inputs `[N, D, W]` in fp32)
+# returns (y, the last W inputs `[N, D, W]` in fp32)
 SCHEMA = Schema(
     "Tensor x, Tensor weight, Tensor? bias, Tensor? history",
     "Tensor? cu_seqlens, bool silu",
@@ -27,6 +27,6 @@ def rows(x: Tensor | None) -> Tensor | None:
 
 
 def empty(x, weight, bias, history, cu_seqlens, silu):
-    """The results, empty."""
+    """The results as empty tensors, for the fake kernel."""
     shape = (count_sequences(x, cu_seqlens), *weight.shape)
     return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)

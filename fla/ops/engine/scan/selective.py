@@ -66,7 +66,7 @@ class _Chunk:
         return torch.einsum("trdn,trn->trd", self.states, self.C)
 
     def backward(self, dy: Tensor, first: Tensor, Z: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """(gradients of x, dt, B, C), that of A, and that of the first state."""
+        """Gradients: (x, dt, B, C), A, and the first state."""
         adjoint = dy.unsqueeze(-1) * self.C.unsqueeze(2)
         for t in reversed(range(adjoint.shape[0])):
             Z = (

@@ -15,7 +15,7 @@ from fla.ops.engine.scan import sharded
 from fla.ops.engine.scan.selective import selective_scan
 from fla.ops.engine.scan.vector import scan
 
-TOKENS, CHANNELS = 70, 20  # of the small problems: more tokens than a chunk
+TOKENS, CHANNELS = 70, 20  # in the self-check's problems: more tokens than a chunk
 
 
 class SelectiveFacts(NamedTuple):

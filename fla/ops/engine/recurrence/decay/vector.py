@@ -174,8 +174,8 @@ class VectorDecay:
         return out
 
     def log_gradient(self, prefix: Tensor, suffix: Tensor, logs: list[Tensor]) -> Tensor:
-        """The gradient of g from those of the logs of the chunk's prefix and suffix `[R, P, K]`
-        and of every level's: back through the tree, by sums alone. Changes its arguments.
+        """The gradient of g from the gradients of the logs of the chunk's prefix and suffix `[R, P,
+        K]` and of every level's: back through the tree, by sums alone. Changes its arguments.
         """
         for level in reversed(logs):
             up, down = prefix.view(level.shape), suffix.view(level.shape)
