@@ -2,8 +2,20 @@
 """Comparisons shared by all suites: exact to fp64 rounding, or within a budget derived from
 fp64."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
+
+
+def matrix(cases: Iterable[tuple], short: Callable[..., Any]) -> list:
+    """Cases of a test of Triton kernels. In the interpreter `make test` runs those that `short(*case)` is true of
+    and `make test-kernels` the others; on a GPU all of them run.
+    """
+    rest = () if torch.cuda.is_available() else pytest.mark.interpreter_full
+    return [pytest.param(*case, marks=() if short(*case) else rest) for case in cases]
 
 
 def error(x: Tensor, reference: Tensor) -> float:

@@ -2,10 +2,6 @@
 """Token shards: the same tokens as from memory, whatever stops the run that makes them."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ from fla.data.corpus import load_corpus
 from fla.data.documents import Corpus
 from fla.data.shards import ShardBlocks, load_held_out, make_blocks, write_shards
 from fla.data.tokens import TokenBlocks, load_tokenizer
+from tests.processes import kill_once, run, start
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 7) for i in range(60)]
 CORPUS = Corpus("made up", TEXTS, ["held out\n", "and this"])
@@ -80,16 +77,11 @@ def test_a_model_trains_on_shards_and_a_killed_run_goes_on(tmp_path):
         (tmp_path / "texts").mkdir(exist_ok=True)
         (tmp_path / "texts" / f"{i}.py").write_text(text)
     command = [
-        sys.executable, "-m", "fla.cli", "preprocess", str(tmp_path / "texts"), str(tmp_path / "tok"),
+        "-m", "fla.cli", "preprocess", str(tmp_path / "texts"), str(tmp_path / "tok"),
         "--characters", "300", "--workers", "1",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 100
-    while not list((tmp_path / "tok").glob("*.starts.npy")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    kill_once(start(*command), lambda: list((tmp_path / "tok").glob("*.starts.npy")))
+    done = run(*command, check=True)
     assert "tokens in" in done.stdout
     flags = [
         "--model_config", "hidden_size=16", "num_hidden_layers=1", "num_heads=1", "head_dim=8",

@@ -2,36 +2,24 @@
 """Sequence parallelism on two and four processes: `worker.py` holds the checks."""
 
 import json
-import socket
 import subprocess
 import sys
 
 import pytest
 
 import fla.distributed as D
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+from tests.processes import start_ranks
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_agree_with_one_process(size, tmp_path):
-    command = [sys.executable, "-m", "tests.distributed.worker"]
-    port = str(free_port())
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(size), port, str(tmp_path)])
-        for rank in range(size)
-    ]
-    for process in ranks:
-        process.wait(timeout=300)
+    ranks = start_ranks(size, "-m", "tests.distributed.worker", tmp_path)
+    said = [process.communicate(timeout=300) for process in ranks]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
     wrong = {name: [x.get(name) for x in found if x.get(name)] for name in found[0]}
     wrong = {name: said for name, said in wrong.items() if said}
     assert not wrong, "\n".join(f"{name}: {said[0]}" for name, said in wrong.items())
-    assert len(found[0]) > 50
+    assert len(found[0]) > 50 and [process.returncode for process in ranks] == [0] * size, said
 
 
 def test_without_processes_it_says_what_to_do():
@@ -43,31 +31,25 @@ def test_without_processes_it_says_what_to_do():
 
 
 DYING = """
-import os, sys, torch, torch.distributed as dist
+import os, torch, torch.distributed as dist
 from datetime import timedelta
 from fla.distributed import sequence_parallel
 from fla.ops.delta_rule import chunk_delta_rule
-rank, port = int(sys.argv[1]), sys.argv[2]
-os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=20))
+dist.init_process_group("gloo", timeout=timedelta(seconds=20))
 q, k, v = torch.randn(3, 1, 8, 2, 4)
 with sequence_parallel(lengths=[8, 8]):
     chunk_delta_rule(q, k, v, torch.ones(1, 8, 2))
-    if rank == 0:
+    if dist.get_rank() == 0:
         os._exit(7)
     chunk_delta_rule(q, k, v, torch.ones(1, 8, 2))
 """
 
 
-def test_a_rank_that_dies_ends_the_others(tmp_path):
-    port = str(free_port())
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", DYING, str(rank), port], stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
+def test_a_rank_that_dies_ends_the_others():
+    ranks = start_ranks(2, "-c", DYING)
     _, said = ranks[1].communicate(timeout=100)
     assert ranks[0].wait(timeout=10) == 7
-    assert ranks[1].returncode not in (0, None) and b"gloo" in said
+    assert ranks[1].returncode not in (0, None) and "gloo" in said
 
 
 def test_the_example_runs_on_two_processes():

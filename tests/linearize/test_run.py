@@ -2,13 +2,8 @@
 """`fla linearize` as users run it: the whole, one stage, killed and resumed, compared, planned, and wrong input."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict
 
 import pytest
@@ -20,6 +15,7 @@ from fla import cli
 from fla.data.tokens import load_tokenizer
 from fla.linearize.export import NATIVE
 from tests.linearize.common import make_config, write_text
+from tests.processes import kill_once, run, run_ranks, start
 
 EVERYTHING = dict(uniform=True, scratch=True, control=0.5)
 
@@ -125,30 +121,11 @@ def test_a_run_that_is_killed_goes_on(teacher, config_file, tmp_path):
         "export=library",
         "linear={}",
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "fla.cli",
-        "linearize",
-        teacher,
-        str(tmp_path / "a"),
-        "--config",
-        config_file,
-        "--stage",
-    ]
-    for stage in ("calibrate", "align"):
-        process = subprocess.Popen(
-            [*command, stage, *changes], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        if stage == "calibrate":
-            assert process.wait(120) == 0
-            continue
-        saved = tmp_path / "a/align/progress_000.pt"
-        begun = time.monotonic()
-        while not saved.exists() and time.monotonic() - begun < 100:
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    folder = tmp_path / "a"
+    command = ("-m", "fla.cli", "linearize", teacher, folder, "--config", config_file, "--stage")
+    run(*command, "calibrate", *changes, check=True)
+    saved = folder / "align/progress_000.pt"
+    kill_once(start(*command, "align", *changes), saved.exists)
     assert saved.exists() and not list((tmp_path / "a/align").glob("layer_*.json"))
     for name in "ab":
         for stage in ("calibrate", "align"):
@@ -252,13 +229,8 @@ def test_distillation_in_two_processes(whole, teacher, config_file, tmp_path):
     (tmp_path / "out/state.json").write_text(json.dumps(state))
     shutil.rmtree(tmp_path / "out/distill")
     (tmp_path / "out/model.safetensors").unlink()
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fla.cli",
-        "linearize", teacher, str(tmp_path / "out"), "--config", config_file, "--stage",
-    ]  # fmt: skip
-    environment = os.environ | dict(OMP_NUM_THREADS="1")
-    done = subprocess.run([*command, "distill"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    options = ("--config", config_file, "--stage", "distill")
+    run_ranks(2, "-m", "fla.cli", "linearize", teacher, tmp_path / "out", *options)
     assert (tmp_path / "out/model.safetensors").exists()
     history = json.loads((tmp_path / "out/distill/checkpoint-4/trainer_state.json").read_text())
     assert history["global_step"] == 4  # eight batches

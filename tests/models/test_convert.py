@@ -3,8 +3,6 @@
 
 import copy
 import importlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,6 +20,7 @@ from fla.models.convert import (
     linear_attention_to_qwen,
 )
 from tests.models.common import ids
+from tests.processes import run
 
 LLAMA = dict(
     vocab_size=64,
@@ -187,11 +186,11 @@ def test_experts_keep_their_load_balancing_loss():
 def test_the_command_there_and_back(tmp_path):
     theirs = build("llama")
     theirs.save_pretrained(tmp_path / "llama")
-    run = [sys.executable, "-m", "fla.cli", "convert"]
-    subprocess.run([*run, tmp_path / "llama", tmp_path / "ours"], check=True)
+    convert = ("-m", "fla.cli", "convert")
+    run(*convert, tmp_path / "llama", tmp_path / "ours", check=True)
     back = [tmp_path / "ours", tmp_path / "back", "--like", tmp_path / "llama"]
-    subprocess.run([*run, *back], check=True)
+    run(*convert, *back, check=True)
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back")
     assert torch.equal(again(ids(1, 5)).logits, theirs(ids(1, 5)).logits)
-    done = subprocess.run([*run, tmp_path / "ours", tmp_path / "x"], capture_output=True, text=True)
+    done = run(*convert, tmp_path / "ours", tmp_path / "x")
     assert done.returncode == 2 and "expected a causal language model of llama" in done.stderr

@@ -3,8 +3,6 @@
 every other test."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ import torch
 from fla.layers import BlockSparseAttention, DilatedAttention
 from fla.models import LongNetConfig, LongNetForCausalLM, LongNetModel
 from tests.models.common import TINY, ids
+from tests.processes import run
 
 BRANCHES = dict(segment_lengths=[4, 16], dilation_rates=[1, 2])
 
@@ -74,12 +73,6 @@ def test_autocast_keeps_the_softmax_exact_and_has_gradients():
 
 
 def test_the_example_runs():
-    done = subprocess.run(
-        [sys.executable, "examples/dilated_attention.py"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run("examples/dilated_attention.py", check=True)
     losses = [float(x.split()[-1]) for x in done.stdout.splitlines() if x.startswith("step")]
     assert losses[-1] < losses[0] - 1

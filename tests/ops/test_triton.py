@@ -3,6 +3,7 @@
 interpreter, which `tests/conftest.py` turns on."""
 
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -25,23 +26,31 @@ from fla.ops.engine.scan.vector import scan as plain_scan
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from fla.ops.gsa import chunk_gsa
 from fla.ops.registry import OPS
-from tests.helpers import gradients
+from tests.helpers import gradients, matrix
 from tests.ops import properties as P
 from tests.ops.family import DECAYS, ERASES, call, compare, problem, run, runs_on
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = [op for op in OPS if runs_on(op, "triton")]
 SMALL = dict(B=1, T=70, H=1, HV=2, K=20, V=24)
-family = [(decay, erase) for decay in DECAYS for erase in ERASES]
-members = pytest.mark.parametrize(("decay", "erase"), family)
+# operators whose launches are not those of a member of the family, and one of each kind of decay and erase
+FEW = {"Gated delta rule", "Gated linear attention", "RWKV-7", "RWKV-6", "Gated DeltaProduct", "HGRN", "Mamba"}  # fmt: skip
+
+
+def members(odd):
+    """Every member, reading after and before the decay; the short matrix has each once, in turn."""
+    cases = product(DECAYS, ERASES, (False, True))
+    turn = lambda decay, erase, before: (  # noqa: E731
+        (DECAYS.index(decay) + ERASES.index(erase) + odd) % 2 == before
+    )
+    return pytest.mark.parametrize(("decay", "erase", "before"), matrix(cases, turn))
 
 
 def on_device(x):
     return {n: y.to(DEVICE) for n, y in x.items()}
 
 
-@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
-@members
+@members(odd=0)
 def test_the_family_is_the_torch_form(decay, erase, before):
     x = on_device(problem(decay, erase, **SMALL))
     state = torch.randn(1, 2, 20, 24).to(DEVICE)
@@ -50,7 +59,13 @@ def test_the_family_is_the_torch_form(decay, erase, before):
     compare(run(ops.chunk, x, **options), want, f"{decay} {erase}", 1e-5)
 
 
-@members
+@pytest.mark.parametrize(
+    ("decay", "erase"),
+    matrix(
+        product(("scalar", "vector"), ERASES),
+        lambda *case: case in [("scalar", "delta"), ("vector", "low rank")],
+    ),
+)
 def test_extreme_decays(decay, erase):
     """Resets and decays of -1e4 among ordinary ones."""
     x = on_device(problem(decay, erase, **SMALL, extreme=True))
@@ -58,8 +73,7 @@ def test_extreme_decays(decay, erase):
     compare(run(ops.chunk, x), want, f"{decay} {erase}", 1e-5)
 
 
-@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
-@members
+@members(odd=1)
 def test_token_by_token(decay, erase, before):
     x = on_device(problem(decay, erase, **SMALL | dict(T=14), extreme=True))
     state = torch.randn(1, 2, 20, 24).to(DEVICE)
@@ -83,7 +97,9 @@ def test_tokens_with_a_decay_of_columns_and_a_rate_per_channel():
     compare(dict(o=got[0], final=got[1]), dict(o=want[0], final=want[1]), "columns", 1e-5)
 
 
-@pytest.mark.parametrize("lengths", [[0, 5, 0, 66], [1], [0], [64]], ids=str)
+@pytest.mark.parametrize(
+    "lengths", matrix([([0, 5, 0, 66],), ([1],), ([0],), ([64],)], lambda n: n != [64]), ids=str
+)
 def test_boundaries(lengths):
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
     shape = SMALL | dict(T=sum(lengths))
@@ -103,7 +119,9 @@ def test_a_wrong_kernel_would_be_noticed():
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the problems are a CPU's")
-@pytest.mark.parametrize("op", TRITON, ids=lambda op: op.title)
+@pytest.mark.parametrize(
+    "op", matrix([(op,) for op in TRITON], lambda op: op.title in FEW), ids=lambda op: op.title
+)
 def test_every_operator(op):
     """Forward and gradients of the public functions, in fp32; fp16, which the interpreter has too, forward. An
     exponential in fp32 is good to 2.5 units here as on GPUs, so 4 are given."""
@@ -114,14 +132,22 @@ def test_every_operator(op):
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the problems are a CPU's")
-@pytest.mark.parametrize("name", ["gated_delta_rule", "kda", "dplr_delta_rule", "gla"])
+@pytest.mark.parametrize(
+    "name",
+    matrix(
+        [("gated_delta_rule",), ("kda",), ("dplr_delta_rule",), ("gla",)],
+        lambda name: name == "kda",
+    ),
+)
 def test_gradients_in_fp16(name):
     op = next(op for op in TRITON if op.chunk.__name__ == f"chunk_{name}")
     with use_backend("triton"):
         P.check_gradient_budget(op, torch.float16, T=40, units=4)
 
 
-@pytest.mark.parametrize(("K", "V"), [(16, 128), (33, 100), (130, 8), (256, 40)])
+@pytest.mark.parametrize(
+    ("K", "V"), matrix([(16, 128), (33, 100), (130, 8), (256, 40)], lambda K, V: K in (33, 130))
+)
 def test_other_widths(K, V):
     x = on_device(problem("scalar", "delta", **SMALL | dict(K=K, V=V, T=65)))
     compare(run(ops.chunk, x), run(chunk, x, torch.float64), f"{K} {V}", 1e-5)
@@ -178,9 +204,14 @@ def test_a_first_use_that_goes_wrong_is_noticed_and_replaced(monkeypatch, checke
             monkeypatch.setenv("FLA_TRITON_CHECK", "1")
 
 
-@pytest.mark.parametrize("W", [1, 3, 4])
-@pytest.mark.parametrize("lengths", [[70], [0, 2, 0, 66, 64, 1], [0]], ids=str)
-@pytest.mark.parametrize("extras", [(), ("bias", "history")], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "W", "extras"),
+    matrix(
+        product([[70], [0, 2, 0, 66, 64, 1], [0]], [1, 3, 4], [(), ("bias", "history")]),
+        lambda lengths, W, extras: W == 4 or (len(lengths) > 1 and extras),
+    ),
+    ids=str,
+)
 def test_short_convolution(lengths, W, extras):
     generator = torch.Generator().manual_seed(0)
     N, D = len(lengths), 70

@@ -2,8 +2,6 @@
 """Studies: what they read, what they leave behind, and the ablated rule against its loop."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ from fla.studies import AblatedGatedDeltaNetConfig, AblatedGatedDeltaNetForCausa
 from fla.studies.report import power_law
 from tests.helpers import assert_same
 from tests.models.common import TINY, ids
+from tests.processes import run
 
 SIZES = dict(hidden_size=32, head_dim=8, num_heads=2, expand_v=1.0)
 QUICK = "tokens: 1024\nbatch_tokens: 256\nseq_len: 64\nhidden_size: 32\nlayers: 2\nhead_dim: 16\nscored: 2000\n"
@@ -122,9 +121,7 @@ def test_a_study_runs_by_one_command_and_keeps_finished_cells(kind, tmp_path):
     (tmp_path / "s.yaml").write_text(f"kind: {kind}\n{QUICK}{text}{cells}")
     command = ["study", str(tmp_path / "s.yaml"), "--output_dir", str(tmp_path)]
     if kind == "scaling":
-        whole = [sys.executable, "-m", "fla.cli", *command]
-        done = subprocess.run(whole, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        run("-m", "fla.cli", *command, check=True)
     else:
         assert cli.main(command) == 0
     assert "| small one |" in (tmp_path / "results.md").read_text()

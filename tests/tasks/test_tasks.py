@@ -2,10 +2,6 @@
 """Every task's answers against a reader of its rows; training, trials, and resuming."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from itertools import permutations
 
 import pytest
@@ -17,6 +13,7 @@ from fla.core.errors import UsageError
 from fla.tasks import TASKS, Recipe, score_task, small_config, task_of, train_task
 from fla.tasks.models import FIELDS
 from fla.tasks.rows import BLANK, FIRST, IGNORE, MARK, SEPARATOR
+from tests.processes import kill_once, run, start
 
 QUICK = Recipe(
     hidden_size=32, layers=1, head_dim=16, steps=6, batch_size=4, trials=8, trial_lengths=[12]
@@ -160,43 +157,32 @@ def test_finished_cells_are_kept_and_other_recipes_refused(tmp_path):
 
 
 COMMAND = [
-    sys.executable, "-m", "fla.cli", "task", "parity,copy", "--model", "gla,transformer",
+    "-m", "fla.cli", "task", "parity,copy", "--model", "gla,transformer",
     "--hidden_size", "32", "--layers", "1", "--head_dim", "16", "--batch_size", "4",
     "--trials", "8", "--trial_lengths", "12", "24", "--output_dir",
 ]  # fmt: skip
 
 
 def test_the_command_ends_with_a_table_and_a_picture(tmp_path):
-    done = subprocess.run(
-        [*COMMAND, str(tmp_path), "--steps", "5"], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    run(*COMMAND, tmp_path, "--steps", "5", check=True)
     text = (tmp_path / "results.md").read_text()
     assert "| transformer |" in text and "24 tokens" in text
     assert (tmp_path / "results.png").stat().st_size > 5000
     cell = tmp_path / "copy" / "gla"
     scores = json.loads((cell / "results.json").read_text())["scores"]
-    again = subprocess.run(
-        [*COMMAND[:4], "copy", "--checkpoint", str(cell), "--trial_lengths", "12", "--trials", "8"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert again.returncode == 0, again.stderr
+    options = ("--checkpoint", cell, "--trial_lengths", "12", "--trials", "8")
+    again = run(*COMMAND[:3], "copy", *options, check=True)
     assert f"({scores['answers']['12']:.0%})" in again.stdout
-    wrong = subprocess.run([*COMMAND[:4], "coppy"], capture_output=True, text=True, timeout=300)
+    wrong = run(*COMMAND[:3], "coppy")
     assert wrong.returncode == 2 and "did you mean 'copy'" in wrong.stderr
 
 
 def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path):
     options = ["--steps", "60"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*COMMAND, str(whole), *options], check=True, capture_output=True, timeout=300)
-    process = subprocess.Popen([*COMMAND, str(killed), *options], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(killed.glob("*/*/checkpoint-30")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    subprocess.run([*COMMAND, str(killed), *options], check=True, capture_output=True, timeout=300)
+    run(*COMMAND, whole, *options, check=True)
+    kill_once(start(*COMMAND, killed, *options), lambda: list(killed.glob("*/*/checkpoint-30")))
+    run(*COMMAND, killed, *options, check=True)
     for task in ("parity", "copy"):
         for model in ("gla", "transformer"):
             read = [

@@ -2,7 +2,6 @@
 """The `fla` command as users run it: train, kill, resume, generate, eval, doctor, and wrong input."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from fla import cli
 from fla.training.callbacks import FlaTrainer
 from fla.training.checkpoints import damage, newest_whole
 from fla.training.run import RunArguments, build_model
+from tests import processes
 
 SMALL = [
     "--model_config", "hidden_size=16", "num_hidden_layers=2", "num_heads=1", "head_dim=8", "intermediate_size=16",
@@ -116,22 +116,8 @@ def test_damage_is_recognised(trained, tmp_path, harm, problem):
 
 
 def start(text, folder, *flags):
-    command = [
-        sys.executable,
-        "-m",
-        "fla.cli",
-        "train",
-        *SMALL,
-        "--data",
-        text,
-        "--output_dir",
-        str(folder),
-        *flags,
-    ]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    options = (*SMALL, "--data", text, "--output_dir", folder, *flags)
+    return processes.start("-m", "fla.cli", "train", *options)
 
 
 def wait_for_checkpoint(folder, process):
@@ -242,23 +228,12 @@ def test_eval_by_several_processes_is_that_of_one(trained, text, capsys):
     options = ["eval", str(trained), "--data", text, "--length", "32", "--bucket", "16"]
     assert cli.main([*options, "--device", "cpu"]) == 0
     alone = figures_of(capsys.readouterr().out)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    done = subprocess.run(
-        [*command, "-m", "fla.cli", *options, "--device", "cpu"],
-        capture_output=True, text=True, timeout=200,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    together = figures_of(done.stdout)
+    environment = {"ACCELERATE_USE_CPU": "true"}
+    command = ("-m", "fla.cli", *options, "--device", "cpu")
+    said = "".join(processes.run_ranks(2, *command, env=environment))
+    together = figures_of(said)
     assert together == alone and "perplexity at 16..31" in alone
-    assert done.stdout.count("bits per byte, gzip") == 1
+    assert said.count("bits per byte, gzip") == 1
 
 
 def test_eval_without_a_tokenizer_takes_a_named_one(trained, text, tmp_path, capsys):
@@ -473,12 +448,12 @@ def test_wrong_usage_is_one_message_and_exit_code_2(argv, message, text, trained
 
 def test_help_is_a_line_per_command_and_loads_nothing():
     code = "import sys; from fla.cli import main; main(['--help']); print('torch' in sys.modules)"
-    run = [sys.executable, "-c", code]
-    *lines, loaded = subprocess.run(run, capture_output=True, text=True).stdout.splitlines()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    *lines, loaded = done.stdout.splitlines()
     listed = [line.split()[0] for line in lines if line.startswith("  ")]
     assert listed == list(cli.COMMANDS) and loaded == "False"
     assert all(line == line.rstrip() and len(line) < 80 for line in lines)
-    whole = subprocess.run([sys.executable, "-m", "fla.cli"], capture_output=True, text=True)
+    whole = processes.run("-m", "fla.cli")
     assert whole.returncode == 0 and whole.stdout.splitlines() == lines
 
 

@@ -2,14 +2,13 @@
 """`fla train --sequence_parallel`: two processes learn what one does."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
 
 from fla import cli
 from fla.training.checkpoints import newest_whole
+from tests.processes import run_ranks
 
 SMALL = [
     "--model_config", "hidden_size=16", "num_hidden_layers=2", "num_heads=1", "head_dim=8", "intermediate_size=16",
@@ -39,12 +38,7 @@ def test_two_processes_learn_what_one_does(text, tmp_path):
     flags = ["train", *SMALL, "--data", text, "--train_sampling_strategy", "sequential"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert cli.main([*flags, "--output_dir", str(one)]) == 0
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        "-m", "fla.cli", *flags, "--output_dir", str(two), "--sequence_parallel", "true",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, "-m", "fla.cli", *flags, "--output_dir", two, "--sequence_parallel", "true")
     assert losses(two) == pytest.approx(losses(one), abs=2e-4)
     found, want = (load_file(folder / "model.safetensors") for folder in (two, one))
     for name, x in want.items():
