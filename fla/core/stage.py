@@ -221,8 +221,9 @@ class Stage:
         if key not in _checks:
             if _cannot_check():
                 return None
-            plain, call = self.forms["torch"].run, self.problem(kind)
-            _checks[key] = selfcheck.difference(form.run, plain, call, self.differentiable)
+            with torch.inference_mode(False):  # gradients are compared wherever the call comes from
+                plain, call = self.forms["torch"].run, self.problem(kind)
+                _checks[key] = selfcheck.difference(form.run, plain, call, self.differentiable)
         found = _checks[key]
         if found is None:
             return None
