@@ -74,7 +74,6 @@ def installed(dist, tmp_path_factory):
 
 
 @needs_compiler
-@pytest.mark.slow
 def test_the_wheel_has_the_library_and_no_tests(dist):
     (wheel,) = dist.glob("*.whl")
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
@@ -89,7 +88,6 @@ def test_the_wheel_has_the_library_and_no_tests(dist):
 
 
 @needs_compiler
-@pytest.mark.slow
 def test_the_source_distribution_has_what_a_build_needs(dist, tmp_path):
     (source,) = dist.glob("*.tar.gz")
     with tarfile.open(source) as archive:
@@ -104,7 +102,6 @@ def test_the_source_distribution_has_what_a_build_needs(dist, tmp_path):
 
 
 @needs_compiler
-@pytest.mark.slow
 def test_an_installed_wheel_does_what_the_readme_says(installed, tmp_path):
     """From an empty folder."""
     where = run(installed / "python", "-c", "import fla; print(fla.__file__)", cwd=tmp_path)
