@@ -1,13 +1,26 @@
 # Two commands: `make demo` trains a small model on this machine, `make test` runs the tests.
 # `make wheel` writes a source distribution and a wheel to dist/.
+# PYTEST holds further options of the tests: make test PYTEST=--durations=25
 PYTHON ?= python3
 VENV ?= .venv
+FLOOR ?= .venv-floor
 RUN ?= runs/demo
 LINEARIZED ?= runs/linearize
 TASKS ?= runs/tasks
 PY := $(VENV)/bin/python
 
-.PHONY: demo linearize-demo tasks-demo test check sanitize kernels docs bench wheel clean
+# what a test of the oldest versions runs: operators in torch and C++, models, transformers' own, training
+FLOOR_TESTS := tests/ops/test_properties.py::test_page_is_the_equation \
+  tests/ops/test_properties.py::test_compiles_without_a_graph_break \
+  tests/ops/test_native.py::test_the_family_is_the_torch_form \
+  tests/ops/test_triton.py::test_the_family_is_the_torch_form \
+  tests/models/test_models.py::test_save_and_load_are_bit_equal \
+  tests/models/test_models.py::test_gradient_checkpointing_gives_the_same_gradients \
+  tests/models/test_generation.py::test_cache_changes_nothing \
+  tests/models/test_provider.py tests/models/test_accelerate.py tests/models/test_convert.py \
+  tests/training/test_cli.py tests/training/test_sharded.py
+
+.PHONY: demo linearize-demo tasks-demo test test-kernels floor check sanitize kernels docs bench wheel clean
 
 demo: $(VENV)/.ready
 	$(PY) -m fla.cli train --config examples/demo.yaml --output_dir $(RUN)
@@ -21,7 +34,13 @@ tasks-demo: $(VENV)/.ready
 	gated_deltanet,gated_deltanet:allow_neg_eigval=true,delta_net,gla,mamba2,rwkv7,transformer
 
 test: $(VENV)/.ready
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 $(PYTEST)
+
+test-kernels: $(VENV)/.ready
+	$(PY) -m pytest -n 2 -m interpreter_full $$(grep -rlwE 'interpreter_full|matrix' tests --include='test_*.py') $(PYTEST)
+
+floor: $(VENV)/.ready $(FLOOR)/.ready
+	$(FLOOR)/bin/python -m pytest -n 2 $(FLOOR_TESTS) $(PYTEST)
 
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -50,5 +69,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard fla/ops/engin
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,eval,test]'
 	@touch $@
 
+$(FLOOR)/.ready: pyproject.toml scripts/floor.py
+	$(PY) -m venv --clear $(FLOOR)
+	$(PY) -m scripts.floor > $(FLOOR)/requirements.txt
+	@echo "Installing the oldest versions into $(FLOOR)"
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check -r $(FLOOR)/requirements.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(FLOOR) build dist *.egg-info

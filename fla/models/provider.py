@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What transformers' own models take from this package, and a short convolution they can take too.
 
-From 5.15 on, the modelling files of Qwen3-Next, Qwen3.5, OLMo-Hybrid, Kimi-Linear and others look
+From 5.17 on, the modelling files of Qwen3-Next, Qwen3.5, OLMo-Hybrid, Kimi-Linear and others look
 up `chunk_gated_delta_rule`, `chunk_kda` and their token forms in the package `fla` when they are
 imported, on any device; installing this package is all it takes. Their short convolution comes from
 another package; without it they cannot keep packed sequences apart in the convolution.
