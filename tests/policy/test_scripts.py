@@ -26,7 +26,8 @@ def test_warm_up_runs_a_step_of_each_length(capsys):
 def test_the_readme_names_the_oldest_versions_that_make_floor_tests(tmp_path, monkeypatch):
     oldest = dict(r.split("==", 1) for r in floor.floors((), ()))
     words = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
-    assert f"torch {oldest['torch']}, transformers {oldest['transformers']}, and newer" in words
+    torch, transformers = oldest["torch"], oldest["transformers"]
+    assert f"It needs torch {torch} and transformers {transformers} or newer" in words
     monkeypatch.setattr(floor, "PYPROJECT", tmp_path / "pyproject.toml")
     text = "[project]\ndependencies = ['torch']\n[project.optional-dependencies]\ntest = []\n"
     (tmp_path / "pyproject.toml").write_text(text)
