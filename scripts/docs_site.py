@@ -18,7 +18,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)]*)?\)")
 SECTIONS = {"ops": "Operators", "modules": "Modules", "layers": "Layers", "models": "Models"}
-TOOLS = ["training", "linearize", "distributed", "analysis", "evals", "tasks", "studies"]
+TOOLS = ["data", "training", "linearize", "distributed", "analysis", "evals", "tasks", "studies"]
 FIRST = ("config", "run")  # of a tool, in this order
 
 
@@ -75,11 +75,11 @@ def top_level() -> tuple[str, ...]:
     """Where the names of `import fla` are defined that no other page of the reference shows."""
     for node in ast.walk(ast.parse(file_of("fla.__init__").read_text())):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "lazy_names":
-            homes: dict[str, list[str]] = ast.literal_eval(node.args[1])
-            rest = {
-                m: names for m, names in homes.items() if m.removeprefix("fla.") not in SECTIONS
-            }
-            return tuple(f"{module}.{name}" for module in rest for name in rest[module])
+            table = node.args[1]
+            assert isinstance(table, ast.Dict)
+            homes = {ast.literal_eval(k): v for k, v in zip(table.keys, table.values, strict=True)}
+            rest = {m: v for m, v in homes.items() if m.removeprefix("fla.") not in SECTIONS}
+            return tuple(f"{m}.{name}" for m in rest for name in ast.literal_eval(rest[m]))
     raise ValueError("fla/__init__.py holds no call of lazy_names with a table of names")
 
 
