@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: MIT
-"""The engine for CPUs in C++: `src/` holds the kernels, `library.py` finds and calls them, `ops.py`
-makes torch operators of them.
+"""The engine for CPUs in C++: `src/` holds the kernels, `library.py` finds and calls them, and one
+file per stage makes torch operators of them.
 """

@@ -3,7 +3,7 @@ r"""The chunk form, fast, in plain torch: decay none, scalar or vector; erase no
 
 Chunks of all heads and sequences march together (`plan.py`) through one workspace of a few
 megabytes that stays in cache; nothing of the size of the sequence is stored but the first state,
-the solution and the inverse of every chunk. `step.py` is the algebra of one chunk, `decay.py` what
+the solution and the inverse of every chunk. `step.py` is the algebra of one chunk, `decay/` what
 its decay does. Keys and queries are normalised where they are loaded. The same code serves every
 device; dtypes below fp32 are computed in fp32.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-r"""One chunk of the recurrence and its gradient, by hand, whatever the decay (`decay.py`).
+r"""One chunk of the recurrence and its gradient, by hand, whatever the decay (`decay/`).
 
 With S the chunk's first state, left rows [q; b], right rows y = [k] or [k; a], and P and B the
 decayed scores of q and of b with the right rows:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Maps of rows of channels: short convolution, norms, gates."""
+"""What the kernels of a map of rows share."""

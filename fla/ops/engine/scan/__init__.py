@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Scans: vector, selective, and running sums."""
+"""The vector and the selective scan, and running sums."""

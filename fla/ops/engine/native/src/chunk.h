@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// One chunk of the recurrence: as `step.py` and `decay.py`, for CHUNK tokens of one value head.
+// One chunk of the recurrence: as `step.py` and `decay/`, for CHUNK tokens of one value head.
 // With S the state at the chunk's start,
 //
 //     scores  = left right^T . decays between the tokens

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The selective scan, `fla/ops/engine/selective.py`, and its gradient, for one sequence and up to
+// The selective scan, `engine/scan/selective.py`, and its gradient, for one sequence and up to
 // CHANNELS channels: K numbers of state per channel, channels side by side in registers.
 //
 //     S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t        y_t = sum_k C_t S_t
