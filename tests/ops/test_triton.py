@@ -33,8 +33,8 @@ from tests.ops.family import DECAYS, ERASES, call, compare, problem, run, runs_o
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = [op for op in OPS if runs_on(op, "triton")]
 SMALL = dict(B=1, T=70, H=1, HV=2, K=20, V=24)
-# operators whose launches are not those of a member of the family, and one of each kind of decay and erase
-FEW = {"Gated delta rule", "Gated linear attention", "RWKV-7", "RWKV-6", "Gated DeltaProduct", "HGRN", "Mamba"}  # fmt: skip
+# the short matrix: a plain member of the family, a bonus, several steps a token, a vector scan, and no erase
+FEW = {"Gated delta rule", "RWKV-6", "Gated DeltaProduct", "HGRN", "Mamba-2"}
 
 
 def members(odd):
@@ -63,7 +63,7 @@ def test_the_family_is_the_torch_form(decay, erase, before):
     ("decay", "erase"),
     matrix(
         product(("scalar", "vector"), ERASES),
-        lambda *case: case in [("scalar", "delta"), ("vector", "low rank")],
+        lambda *case: case in [("scalar", "low rank"), ("vector", "delta")],
     ),
 )
 def test_extreme_decays(decay, erase):
@@ -136,7 +136,7 @@ def test_every_operator(op):
     "name",
     matrix(
         [("gated_delta_rule",), ("kda",), ("dplr_delta_rule",), ("gla",)],
-        lambda name: name == "kda",
+        lambda name: name == "gla",
     ),
 )
 def test_gradients_in_fp16(name):
@@ -262,7 +262,9 @@ def test_a_convolution_that_goes_wrong_is_noticed_and_replaced(monkeypatch, chec
         causal_conv1d(x, weight, backend="triton")
 
 
-@pytest.mark.parametrize("lengths", [[70], [0, 2, 0, 66, 64], [0]], ids=str)
+@pytest.mark.parametrize(
+    "lengths", matrix([([70],), ([0, 2, 0, 66],), ([0],)], lambda n: n != [70]), ids=str
+)
 def test_vector_scan(lengths):
     """The inputs hold resets, a first and a last state."""
     N, T, D = len(lengths), sum(lengths), 70
@@ -284,7 +286,9 @@ def test_vector_scan(lengths):
         torch.library.opcheck(torch.ops.fla.triton_scan, (*leaves, None))
 
 
-@pytest.mark.parametrize("lengths", [[18], [0, 2, 0, 17], [0]], ids=str)
+@pytest.mark.parametrize(
+    "lengths", matrix([([18],), ([0, 2, 0, 17],), ([0],)], lambda n: n != [18]), ids=str
+)
 def test_selective_scan(lengths):
     """The inputs hold resets, a first and a last state."""
     N, T, D, K = len(lengths), sum(lengths), 70, 12
