@@ -202,10 +202,10 @@ def stages(device: str) -> tuple[dict[str, Stage], int]:
     """
     from fla.ops.engine.kernels.launch import CHUNK as C
     from fla.ops.engine.kernels.launch import Call
+    from fla.ops.engine.recurrence.terms import Switches, Terms
 
     x = inputs((16, 64, 8192, 1) if device == "cuda" else SMALL, device, False)
-    tensors = (*x.values(), None, None)
-    call = Call(tensors, None, 1.0, False, False, backward=True)
+    call = Call(Terms(**x), Switches(1.0), None, backward=True)
     do = torch.randn_like(call.v)
     states, written, _ = call.run_states(None)
     states_grad, solved, dv, _ = call.state_gradients(do, None)

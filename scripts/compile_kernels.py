@@ -32,6 +32,7 @@ from fla.modules.kernels import cross_entropy, divergence, gated_norm
 from fla.modules.losses import Divergence, LogitShape
 from fla.ops.engine.kernels import launch, scan, selective
 from fla.ops.engine.kernels.convolution import Convolution
+from fla.ops.engine.recurrence.terms import Switches, Terms
 
 # a target, and the bytes of shared memory a program may have there
 TARGETS = {
@@ -117,29 +118,27 @@ def resources(result: Any) -> tuple[int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
-def problem(decay: str, erase: str, K: int) -> tuple[torch.Tensor | None, ...]:
-    """q, k, v, g, beta, a, b; launches look at nothing but shapes and dtypes."""
+def problem(decay: str, erase: str, K: int) -> Terms:
+    """The terms of a call; launches look at nothing but shapes and dtypes."""
     wide, half = (1, 128, 4), dict(dtype=torch.bfloat16)
     q, k = torch.zeros(2, 1, 128, 2, K, **half)
     v = torch.zeros(*wide, K, **half)
     g = dict(none=None, scalar=torch.zeros(wide), vector=torch.zeros(*wide, K))[decay]
     beta = torch.zeros(wide) if erase == "delta" else None
     a, b = torch.zeros(2, *wide, K, **half) if erase == "low rank" else (None, None)
-    return q, k, v, g, beta, a, b
+    return Terms(q, k, v, g=g, beta=beta, a=a, b=b)
 
 
 def compile_member(decay: str, erase: str, K: int) -> None:
     """All launches of one member, forward, backward and token by token."""
-    tensors = problem(decay, erase, K)
-    state = torch.zeros(1, 4, K, K)
-    l2norm = erase == "delta"
-    call = launch.Call(tensors, None, 1.0, l2norm, False)
+    terms, state = problem(decay, erase, K), torch.zeros(1, 4, K, K)
+    switches = Switches(1.0, l2norm=erase == "delta")
+    call = launch.Call(terms, switches, None)
     states, written, _ = call.run_states(state)
     call.output(states, written)
-    call = launch.Call(tensors, None, 1.0, l2norm, False, backward=True)
-    call.gradients(torch.zeros_like(tensors[2]), state, state)
-    q, k, v, g, beta, a, b = tensors
-    launch.tokens((q, k, v, g, beta, None, a, b), state, None, 1.0, True, False)
+    call = launch.Call(terms, switches, None, backward=True)
+    call.gradients(torch.zeros_like(terms.v), state, state)
+    launch.tokens(terms, Switches(1.0, l2norm=True), state, None)
 
 
 def compile_channels() -> None:

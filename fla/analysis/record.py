@@ -122,7 +122,7 @@ def _channels_as_heads(x: dict[str, Any]) -> dict[str, Any]:
 def _trace(layer: str, op: str, options: engine.Options, x: dict[str, Any]) -> Trace:
     if options.reverse:
         raise ValueError(f"trace: {op} in {layer} runs in reverse; flip its inputs instead")
-    x = dict.fromkeys(("g", "beta", "gk", "gv", "a", "b")) | x
+    x = Terms._field_defaults | x
     x = {n: y if y is None else y.detach() for n, y in x.items()}
     heads = x["v"].shape[2]
     x |= {n: _heads(x[n], heads) for n in ("q", "k")}

@@ -441,7 +441,7 @@ def test_out_of_memory_is_an_error_and_nothing_else():
         "q, v = torch.ones(1, 1, 1, 1).expand(1, 1, 1, 60000), torch.ones(1, 1, 1, 60000)\n"
         "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
         "o = torch.empty(1)\n"
-        "p, alive = ops._problem((q, q, v, None, None, None, None, None), None, 1, (1.0, False, False))\n"
+        "p, alive = ops._problem(ops.Terms(q, q, v), None, 1, ops.Switches(1.0))\n"
         "p.o, p.final_state = ops.view(v), o.data_ptr()\n"
         "ops.library.call('fla_forward', p)\n"
     )

@@ -78,7 +78,7 @@ def test_token_by_token(decay, erase, before):
     x = on_device(problem(decay, erase, **SMALL | dict(T=14), extreme=True))
     state = torch.randn(1, 2, 20, 24).to(DEVICE)
     options = dict(scale=0.3, initial_state=state, l2norm=True, read_before=before)
-    want = dict(zip(("o", "final"), chunk(**wide(x), **options), strict=True))
+    want = dict(zip(("o", "final"), call(chunk, wide(x), **options), strict=True))
     got = dict(zip(("o", "final"), call(ops.recurrent, x, **options), strict=True))
     compare(got, want, f"{decay} {erase}", 1e-5)
     o, final = call(ops.recurrent, x, **options, overwrite=True)

@@ -15,11 +15,15 @@ from torch import Tensor
 from fla.core.boundaries import boundaries_to_list
 from fla.ops.engine.kernels import gradients, parts, scores, state, token, unit, vector
 from fla.ops.engine.kernels.tensors import flat
+from fla.ops.engine.recurrence import terms as terms_of
+from fla.ops.engine.recurrence.operators import TOKEN_TERMS
+from fla.ops.engine.recurrence.terms import Switches, Terms
 
 CHUNK = 64
 L2_EPS = 1e-6
 NO_DECAY, SCALAR, VECTOR = (x.value for x in (parts.NO_DECAY, parts.SCALAR, parts.VECTOR))
 NO_ERASE, DELTA, LOW_RANK = (x.value for x in (parts.NO_ERASE, parts.DELTA, parts.LOW_RANK))
+ERASES = {terms_of.NONE: NO_ERASE, terms_of.DELTA: DELTA, terms_of.LOW_RANK: LOW_RANK}
 
 
 @dataclass(frozen=True)
@@ -141,38 +145,30 @@ class System(NamedTuple):
     below: Tensor | None
 
 
-# q, k, v, g, beta, a, b of the chunk form, and q, k, v, g, beta, gv, a, b of the token form
-Maybe = Tensor | None
-ChunkTensors = tuple[Tensor, Tensor, Tensor, Maybe, Maybe, Maybe, Maybe]
-TokenTensors = tuple[Tensor, Tensor, Tensor, Maybe, Maybe, Maybe, Maybe, Maybe]
-
-
 class Call:
     """The tensors of a call of the chunk form, its sizes and switches, and its stages in order."""
 
     def __init__(
         self,
-        tensors: ChunkTensors,
+        terms: Terms,
+        switches: Switches,
         cu_seqlens: Tensor | None,
-        scale: float,
-        l2norm: bool,
-        read_before: bool,
         backward: bool = False,
     ):
-        q, k, v, g, beta, a, b = tensors
-        self.backward = backward
-        self.shape, self.scale, self.cuts = v.shape, scale, cuts(q, cu_seqlens)
+        q, k, v, g = terms.q, terms.k, terms.v, terms.g
+        self.backward, l2norm = backward, switches.l2norm
+        self.shape, self.scale, self.cuts = v.shape, switches.scale, cuts(q, cu_seqlens)
         self.H, self.K = q.shape[2:]
         self.HV, self.V = v.shape[2:]
         self.raw, self.l2norm = dict(q=flat(q), k=flat(k)), l2norm
         q, k = (_unit(x) if l2norm else x for x in self.raw.values())
         self.q, self.k, self.v = q, k, flat(v)
-        self.g, self.beta = flat(g), flat(beta)
-        self.a, self.own_b = flat(a, v.dtype), flat(b, v.dtype)
+        self.g, self.beta = flat(g), flat(terms.beta)
+        self.a, self.own_b = flat(terms.a, v.dtype), flat(terms.b, v.dtype)
         self.kind: dict[str, Any] = dict(
-            ERASE=LOW_RANK if a is not None else NO_ERASE if beta is None else DELTA,
-            READ_BEFORE=read_before,
-            ERASE_BEFORE=b is not None,
+            ERASE=ERASES[terms.erase],
+            READ_BEFORE=switches.read_before,
+            ERASE_BEFORE=terms.b is not None,
             C=CHUNK,
             PRECISION="ieee" if v.dtype == torch.float32 else "tf32",
         )
@@ -382,32 +378,30 @@ class Call:
 
 
 def tokens(
-    tensors: TokenTensors,
+    terms: Terms,
+    switches: Switches,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
-    scale: float,
-    l2norm: bool,
-    read_before: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """o and the final state, token by token. With `overwrite` it is written over `initial`."""
-    q, k, v, g, beta, gv, a, b = tensors
+    q, v, g, beta = terms.q, terms.v, terms.g, terms.beta
     where = cuts(q, cu_seqlens)
     (H, K), (HV, V) = q.shape[2:], v.shape[2:]
     o = v.new_empty(v.shape)
     N = len(where.first_chunks)
     final = initial if overwrite else None
     if final is None:
-        final = v.new_empty(N, HV, K, V, dtype=torch.float32)
+        final = v.new_empty(terms.state_shape(N), dtype=torch.float32)
     tiles = TILES["token"]
     BV = _power(V, tiles.values)
     token.token_kernel[(N * HV, triton.cdiv(V, BV))](
-        *(flat(x) for x in (q, k, v, g, beta, gv, a, b)), o, initial, final, where.bounds, scale,
+        *map(flat, terms.named(TOKEN_TERMS)), o, initial, final, where.bounds, switches.scale,
         H, HV, K, V,
         DECAY=NO_DECAY if g is None else SCALAR if g.dim() == 3 else VECTOR,
-        ERASE=LOW_RANK if a is not None else NO_ERASE if beta is None else DELTA,
-        READ_BEFORE=read_before, ERASE_BEFORE=b is not None, COLUMNS=gv is not None,
-        CHANNELS=beta is not None and beta.dim() == 4, L2NORM=l2norm,
+        ERASE=ERASES[terms.erase], READ_BEFORE=switches.read_before,
+        ERASE_BEFORE=terms.b is not None, COLUMNS=terms.gv is not None,
+        CHANNELS=beta is not None and beta.dim() == 4, L2NORM=switches.l2norm,
         INITIAL=initial is not None, BK=triton.next_power_of_2(K), BV=BV,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

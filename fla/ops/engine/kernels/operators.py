@@ -15,9 +15,10 @@ from fla.ops.engine.kernels.tensors import flat, fp32, on_device
 from fla.ops.engine.recurrence.operators import (
     CHUNK_TERMS,
     SWITCHES,
-    TERMS,
     chunk_schema,
     define_tokens,
+    run_tokens,
+    split,
 )
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Point, Switches, Terms
 from fla.ops.engine.rows.convolution import SCHEMA as CONVOLUTION
@@ -51,13 +52,7 @@ def recurrent(
     """`recurrence.token.recurrent` in Triton, without gradients. With `overwrite` the final state
     is written over `initial_state`, contiguous fp32.
     """
-    arguments = (
-        *terms.named(TERMS), initial_state, cu_seqlens, float(switches.scale),
-        switches.l2norm, switches.read_before,
-    )  # fmt: skip
-    if overwrite and initial_state is not None:
-        return torch.ops.fla.triton_tokens_(*arguments), initial_state
-    return torch.ops.fla.triton_tokens(*arguments)
+    return run_tokens("triton_tokens", terms, switches, initial_state, cu_seqlens, overwrite)
 
 
 def few_keys(point: Point) -> str | None:
@@ -81,9 +76,9 @@ def _chunk(*args: Any) -> tuple[Tensor, Tensor]:
     """o and the final state."""
     from fla.ops.engine.kernels.launch import Call
 
-    *terms, initial_state, cu_seqlens, scale, l2norm, read_before = args
-    with on_device(terms[0].device):
-        call = Call(tuple(terms), cu_seqlens, scale, l2norm, read_before)
+    terms, (initial_state, cu_seqlens, *switches) = split(CHUNK_TERMS, args)
+    with on_device(terms.q.device):
+        call = Call(terms, Switches(*switches), cu_seqlens)
         states, written, final = call.run_states(fp32(initial_state))
         return call.output(states, written), final
 
@@ -99,13 +94,13 @@ def _chunk_backward(do: Tensor, dfinal: Tensor | None, *args: Any) -> tuple[Tens
     """
     from fla.ops.engine.kernels.launch import Call
 
-    *terms, initial_state, cu_seqlens, scale, l2norm, read_before = args
+    terms, (initial_state, cu_seqlens, *switches) = split(CHUNK_TERMS, args)
     with on_device(do.device):
-        call = Call(tuple(terms), cu_seqlens, scale, l2norm, read_before, backward=True)
+        call = Call(terms, Switches(*switches), cu_seqlens, backward=True)
         found, dstate = call.gradients(do, fp32(initial_state), fp32(dfinal))
     grads = [
-        terms[0].new_empty(0) if x is None else found[n]
-        for n, x in zip(CHUNK_TERMS, terms, strict=True)
+        do.new_empty(0) if x is None else found[name]
+        for name, x in zip(CHUNK_TERMS, args[: len(CHUNK_TERMS)], strict=True)
     ]
     return *grads, dstate
 
@@ -119,14 +114,18 @@ operator.define(
 )
 
 
-def _token_form(*args: Any) -> tuple[Tensor, Tensor]:
-    """o and the final state; the last argument tells whether to overwrite the first."""
+def _token_form(
+    terms: Terms,
+    switches: Switches,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    overwrite: bool,
+) -> tuple[Tensor, Tensor]:
+    """o and the final state: a new tensor, or `initial_state` itself, overwritten."""
     from fla.ops.engine.kernels import launch
 
-    *terms, initial_state, cu_seqlens, scale, l2norm, read_before, overwrite = args
-    with on_device(terms[0].device):
-        state = fp32(initial_state)
-        return launch.tokens(tuple(terms), state, cu_seqlens, scale, l2norm, read_before, overwrite)
+    with on_device(terms.q.device):
+        return launch.tokens(terms, switches, fp32(initial_state), cu_seqlens, overwrite)
 
 
 define_tokens("triton_tokens", _token_form)

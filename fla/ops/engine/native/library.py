@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla.ops.engine.recurrence.operators import TOKEN_TERMS
+
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCK, PANEL, CHANNELS = 64, 32, 128
 OUT_OF_MEMORY = 1
-VIEWS = ("q", "k", "v", "g", "beta", "gv", "a", "b", "o")
+VIEWS = (*TOKEN_TERMS, "o")
 GRADIENTS = ("dq", "dk", "dv", "dg", "dbeta", "da", "db")
 STATES = ("initial", "dfinal", "final_state", "dinitial", "states", "bounds")
 SIZES = ("N", "T", "H", "HV", "K", "V")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from struct import pack_into
 from typing import Any
 
@@ -15,12 +14,20 @@ from fla.core.boundaries import boundaries_to_list, count_sequences
 from fla.core.operator import empty_gradients
 from fla.ops.engine.native import library
 from fla.ops.engine.native.library import BLOCK, PANEL, TYPES, Problem, readable, view
-from fla.ops.engine.recurrence.operators import SWITCHES, TERMS, chunk_schema, define_tokens
-from fla.ops.engine.recurrence.terms import Point, Switches, Terms
+from fla.ops.engine.recurrence.operators import (
+    SWITCHES,
+    TERMS,
+    TOKEN_TERMS,
+    chunk_schema,
+    define_tokens,
+    run_tokens,
+    split,
+)
+from fla.ops.engine.recurrence.terms import DELTA, LOW_RANK, NONE, Point, Switches, Terms
 
 NO_DECAY, SCALAR, VECTOR = range(3)
-NO_ERASE, DELTA, LOW_RANK = range(3)
-OFFSETS = [getattr(Problem, name).offset for name in TERMS]
+ERASES = {NONE: 0, DELTA: 1, LOW_RANK: 2}
+OFFSETS = [getattr(Problem, name).offset for name in TOKEN_TERMS]
 TASKS = 4  # a backward pass is split into this many, if it has the value channels
 
 
@@ -51,17 +58,11 @@ def recurrent(
     """`recurrence.token.recurrent` in C++, without gradients. With `overwrite` the final state is
     written over `initial_state`, contiguous fp32.
     """
-    q, k, v, g, _, gv, beta, a, b = terms.merged()
-    scale, l2norm, read_before, *_ = switches
-    arguments = (
-        q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, float(scale), l2norm, read_before
-    )  # fmt: skip
-    if type(q) is Tensor and not torch.compiler.is_compiling():
+    terms = terms.merged()
+    if type(terms.q) is Tensor and not torch.compiler.is_compiling():
         # dispatching an operator costs as much as the step
-        return _token_form(*arguments, overwrite=overwrite)
-    if overwrite and initial_state is not None:
-        return torch.ops.fla.native_tokens_(*arguments), initial_state
-    return torch.ops.fla.native_tokens(*arguments)
+        return _token_form(terms, switches, initial_state, cu_seqlens, overwrite)
+    return run_tokens("native_tokens", terms, switches, initial_state, cu_seqlens, overwrite)
 
 
 def trained_columns(point: Point) -> str | None:
@@ -81,32 +82,30 @@ _templates: dict[tuple, Problem] = {}
 TEMPLATES = 1024
 
 
-def _template(tensors: list[Any], sequences: int, options: tuple[float, bool, bool]) -> Problem:
-    q, _, v, g, beta, _, a, _ = tensors
+def _template(terms: Terms, sequences: int, switches: Switches) -> Problem:
+    q, v, g = terms.q, terms.v, terms.g
     _, T, H, K = q.shape
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     return Problem(
-        **{name: view(x) for name, x in zip(TERMS, tensors, strict=True)}, o=view(o),
-        N=sequences, T=T, H=H, HV=v.shape[2], K=K, V=v.shape[3], scale=options[0],
+        **{name: view(getattr(terms, name)) for name in TOKEN_TERMS}, o=view(o),
+        N=sequences, T=T, H=H, HV=v.shape[2], K=K, V=v.shape[3], scale=switches.scale,
         decay=NO_DECAY if g is None else SCALAR if g.dim() == 3 else VECTOR,
-        erase=LOW_RANK if a is not None else NO_ERASE if beta is None else DELTA,
-        l2norm=options[1], read_before=options[2],
+        erase=ERASES[terms.erase], l2norm=switches.l2norm, read_before=switches.read_before,
     )  # fmt: skip
 
 
 def _problem(
-    tensors: Sequence[Tensor | None],
-    cu_seqlens: Tensor | None,
-    sequences: int,
-    options: tuple[float, bool, bool],
+    terms: Terms, cu_seqlens: Tensor | None, sequences: int, switches: Switches
 ) -> tuple[Problem, list[Any]]:
     """The problem, with room for an o like v but contiguous, and what must live as long as it."""
-    alive: list[Any] = [x if x is None or x.dtype in TYPES else x.float() for x in tensors]
+    alive: list[Any] = [
+        x if x is None or x.dtype in TYPES else x.float() for x in terms.named(TOKEN_TERMS)
+    ]
     kinds = [x if x is None else (x.shape, x.stride(), x.dtype) for x in alive]
-    key = (*kinds, sequences, options)
+    key = (*kinds, sequences, switches[:3])
     template = _templates.get(key)
     if template is None:
-        template = _template(alive, sequences, options)
+        template = _template(split(TOKEN_TERMS, alive)[0], sequences, switches)
         if len(_templates) < TEMPLATES:
             _templates[key] = template
     p = Problem.from_buffer_copy(template)
@@ -130,15 +129,11 @@ def _state(x: Tensor | None, p: Problem, name: str, alive: list[Any]) -> None:
         setattr(p, name, x.data_ptr())
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, gv: Tensor | None,
-    a: Tensor | None, b: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    scale: float, l2norm: bool, read_before: bool, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final state, and where `save` the first state of every block of tokens."""
-    tensors, options = (q, k, v, g, beta, gv, a, b), (scale, l2norm, read_before)
-    o, final, states = _empty_outputs(*tensors, initial_state, cu_seqlens, *options, save)
-    p, alive = _problem(tensors, cu_seqlens, len(final), options)
+    terms, (initial_state, cu_seqlens, *switches, save) = split(TERMS, args)
+    o, final, states = _empty_outputs(*args)
+    p, alive = _problem(terms, cu_seqlens, len(final), Switches(*switches))
     _state(initial_state, p, "initial", alive)
     p.o, p.final_state = view(o), final.data_ptr()
     p.states = states.data_ptr() if save else None
@@ -146,28 +141,25 @@ def _forward(
     return o, final, states
 
 
-def _empty_outputs(
-    q, k, v, g, beta, gv, a, b, initial_state, cu_seqlens, scale, l2norm, read_before, save
-):
+def _empty_outputs(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    terms, (_, cu_seqlens, *_, save) = split(TERMS, args)
+    q, v = terms.q, terms.v
     sequences, T = count_sequences(q, cu_seqlens), q.shape[1]
     o = q.new_empty(v.shape)
-    final = q.new_empty((sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    final = q.new_empty(terms.state_shape(sequences), dtype=torch.float32)
     blocks = sequences * -(-T // BLOCK) if cu_seqlens is None else T // BLOCK + sequences
     shape = (blocks, v.shape[2], -(-v.shape[3] // PANEL), q.shape[3], PANEL)
     return o, final, final.new_empty(shape if save else (0,))
 
 
-def _backward(
-    do: Tensor, dfinal: Tensor | None, states: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    g: Tensor | None, beta: Tensor | None, gv: Tensor | None, a: Tensor | None, b: Tensor | None,
-    cu_seqlens: Tensor | None, scale: float, l2norm: bool, read_before: bool, save: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of q, k, v, g, beta, gv, a, b (empty if absent) and of the initial state."""
-    tensors, options = (q, k, v, g, beta, gv, a, b), (scale, l2norm, read_before)
+def _backward(do: Tensor, dfinal: Tensor | None, states: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Gradients of all terms (empty if absent) and of the initial state."""
+    terms, (cu_seqlens, *switches, _save) = split(TERMS, args)
+    q, v, tensors = terms.q, terms.v, args[: len(TERMS)]
     grads = empty_gradients(tensors)
-    shape = (count_sequences(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
+    shape = terms.state_shape(count_sequences(q, cu_seqlens))
     dstate = q.new_empty(shape, dtype=torch.float32)
-    p, alive = _problem(tensors, cu_seqlens, len(dstate), options)
+    p, alive = _problem(terms, cu_seqlens, len(dstate), Switches(*switches))
     _state(dfinal, p, "dfinal", alive)
     p.parts = _parts(len(dstate), q.shape[2], v.shape[3])
     targets = [
@@ -216,27 +208,19 @@ operator.define(
 
 
 def _token_form(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    gv: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
+    terms: Terms,
+    switches: Switches,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    scale: float,
-    l2norm: bool,
-    read_before: bool,
-    overwrite: bool = False,
+    overwrite: bool,
 ) -> tuple[Tensor, Tensor]:
     """o and the final state: a new tensor, or `initial_state` itself, overwritten."""
+    q = terms.q
     N = count_sequences(q, cu_seqlens)
     final = initial_state if overwrite else None
     if final is None:
-        final = torch.empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-    p, alive = _problem((q, k, v, g, beta, gv, a, b), cu_seqlens, N, (scale, l2norm, read_before))
+        final = torch.empty(terms.state_shape(N), dtype=torch.float32)
+    p, alive = _problem(terms, cu_seqlens, N, switches)
     o = torch.empty_like(alive[2], memory_format=torch.contiguous_format)
     _state(initial_state, p, "initial", alive)
     p.o.data, p.final_state = o.data_ptr(), final.data_ptr()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The schemas that the operators of the recurrence share, made from the names of its terms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,9 +9,11 @@ from torch import Tensor
 
 from fla.core.boundaries import count_sequences
 from fla.core.operator import Schema
+from fla.ops.engine.recurrence.terms import Switches, Terms
 
 CHUNK_TERMS = ("q", "k", "v", "g", "beta", "a", "b")  # without a decay of value channels
 TERMS = ("q", "k", "v", "g", "beta", "gv", "a", "b")
+TOKEN_TERMS = TERMS
 SWITCHES = "float scale, bool l2norm, bool read_before"
 
 
@@ -31,27 +33,53 @@ def chunk_schema(names: tuple[str, ...], switches: str, saved: int, **more: bool
     )
 
 
+def split(names: tuple[str, ...], args: Sequence[Any]) -> tuple[Terms, Sequence[Any]]:
+    """The terms among the arguments of an operator, and the other arguments."""
+    return Terms(**dict(zip(names, args, strict=False))), args[len(names) :]
+
+
+def run_tokens(
+    name: str,
+    terms: Terms,
+    switches: Switches,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    overwrite: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run what `define_tokens` made."""
+    scale, l2norm, read_before, *_ = switches
+    rest = (initial_state, cu_seqlens, float(scale), l2norm, read_before)
+    if overwrite and initial_state is not None:
+        over = getattr(torch.ops.fla, f"{name}_")
+        return over(*terms.named(TOKEN_TERMS), *rest), initial_state
+    return getattr(torch.ops.fla, name)(*terms.named(TOKEN_TERMS), *rest)
+
+
 def define_tokens(name: str, form: Callable[..., Any], device_types: str | None = None) -> None:
     """Make `torch.ops.fla.<name>`, a token form without gradients that returns o and the final
     state, and `torch.ops.fla.<name>_`, which writes the final state over `state` and returns o.
 
-    `form` takes the terms, the first state, cu_seqlens, the switches, and whether to overwrite.
+    `form` takes the terms, the switches, the first state, cu_seqlens, and whether to overwrite.
     """
     kind: Any = dict(device_types=device_types)
-    terms, rest = inputs(TERMS), f"Tensor? cu_seqlens, {SWITCHES}"
+    schema, rest = inputs(TOKEN_TERMS), f"Tensor? cu_seqlens, {SWITCHES}"
 
-    def fake(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        cu_seqlens = others[len(TERMS) - 2]
-        shape = (count_sequences(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
-        return q.new_empty(v.shape), q.new_empty(shape, dtype=torch.float32)
+    def run(*args: Any, overwrite: bool) -> tuple[Tensor, Tensor]:
+        terms, (state, cu_seqlens, *switches) = split(TOKEN_TERMS, args)
+        return form(terms, Switches(*switches), state, cu_seqlens, overwrite)
+
+    def fake(*args: Any) -> tuple[Tensor, Tensor]:
+        terms, (_, cu_seqlens, *_) = split(TOKEN_TERMS, args)
+        q, shape = terms.q, terms.state_shape(count_sequences(terms.q, cu_seqlens))
+        return q.new_empty(terms.v.shape), q.new_empty(shape, dtype=torch.float32)
 
     op = torch.library.custom_op(
-        f"fla::{name}", lambda *args: form(*args, False), mutates_args=(),
-        schema=f"({terms}, Tensor? initial_state, {rest}) -> (Tensor, Tensor)", **kind,
+        f"fla::{name}", lambda *args: run(*args, overwrite=False), mutates_args=(),
+        schema=f"({schema}, Tensor? initial_state, {rest}) -> (Tensor, Tensor)", **kind,
     )  # fmt: skip
     op.register_fake(fake)
     over = torch.library.custom_op(
-        f"fla::{name}_", lambda *args: form(*args, True)[0], mutates_args=("state",),
-        schema=f"({terms}, Tensor(a!) state, {rest}) -> Tensor", **kind,
+        f"fla::{name}_", lambda *args: run(*args, overwrite=True)[0], mutates_args=("state",),
+        schema=f"({schema}, Tensor(a!) state, {rest}) -> Tensor", **kind,
     )  # fmt: skip
     over.register_fake(lambda *args: fake(*args)[0])

@@ -22,7 +22,7 @@ from fla.core.parallel import refuse_sharded
 from fla.core.precision import compute_dtype
 from fla.core.stage import Stage
 from fla.ops.engine.recurrence.stages import CHUNK, COLUMNS, TOKEN, TRAINED_TOKEN
-from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Point, Switches, Terms, point
+from fla.ops.engine.recurrence.terms import AXES, CHUNK_SIZE, DECAYS, Point, Switches, Terms, point
 
 TraceHook = Callable[[str, "Options", dict[str, Tensor | None]], None]
 # Called with (op, options, tensors by name) at every call, while `fla.analysis.record` looks on.
@@ -198,9 +198,6 @@ def _kinds(op: str, options: Options, terms: Terms, state: Tensor | None) -> tup
         return None
 
 
-AXES = dict(g="B T HV", beta="B T HV", gk="B T HV K", gv="B T HV V", a="B T HV K", b="B T HV K")
-
-
 def _check(
     op: str,
     options: Options,
@@ -227,7 +224,7 @@ def _check(
     others: Any = {own["q"]: q} | {own[name]: gates[name] for name in axes}
     check_same(op, dtype=False, **others, initial_state=initial_state)
     check_sequences(op, sizes["B"], cu_seqlens, initial_state)
-    decays: Any = {own[name]: gates[name] for name in ("g", "gk", "gv")}
+    decays: Any = {own[name]: gates[name] for name in DECAYS}
     check_log_decay(op, **decays)
 
 

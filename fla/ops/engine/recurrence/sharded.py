@@ -35,7 +35,7 @@ def recurrence(
     q, v = terms.q, terms.v
     local = LocalSequences.of(op, parallel, v, cu_seqlens)
     wide = compute_dtype(q.dtype)
-    shape = (1 if local.packed else v.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    shape = terms.state_shape(1 if local.packed else v.shape[0])
     zero = torch.zeros(shape, dtype=wide, device=v.device)
     # a rank without tokens may get its state back as it is
     state = tie(local.starts(initial_state, zero), *terms, initial_state)
@@ -47,7 +47,7 @@ def recurrence(
             )
         o, ends = _rows(form, local, terms, switches, state, zero)
     else:
-        if any(x is not None for x in (terms.g, terms.gk, terms.beta, terms.a, terms.b)):
+        if any(x is not None for x in terms._replace(gv=None)[3:]):
             raise ValueError(
                 f"{op}: inside sequence_parallel a decay of value channels comes alone; call it "
                 "outside"

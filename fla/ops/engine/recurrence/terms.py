@@ -19,6 +19,9 @@ CHUNK_SIZE = 64
 L2_EPS = 1e-6
 # where a row of a chunk reads the state
 AFTER_WRITE, AFTER_DECAY, BEFORE_DECAY = "after the write", "after the decay", "before the decay"
+# the gates' axes; beta may be per value channel too
+AXES = dict(g="B T HV", beta="B T HV", gk="B T HV K", gv="B T HV V", a="B T HV K", b="B T HV K")
+DECAYS = ("g", "gk", "gv")  # natural logs, at most 0
 NONE, DELTA, LOW_RANK = "none", "delta", "low rank"  # kinds of erase
 
 
@@ -56,6 +59,10 @@ class Terms(NamedTuple):
         """The merged terms in the order in which an operator takes them."""
         merged = self.merged()
         return [getattr(merged, name) for name in names]
+
+    def state_shape(self, sequences: int) -> tuple[int, int, int, int]:
+        """The states of that many sequences, `[N, HV, K, V]`."""
+        return sequences, self.v.shape[2], self.q.shape[3], self.v.shape[3]
 
     @property
     def erase(self) -> str:
