@@ -25,7 +25,8 @@ if "forkserver" in _methods:
 
 
 def _work(command: tuple[str, ...], folder: str, env: dict[str, str]) -> None:
-    """What the child does: `python *command`, its output in two files."""
+    """What the child does: `python *command`, its output in two files, in a group that can be killed whole."""
+    os.setpgrp()
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
@@ -136,5 +137,6 @@ def kill_once(process: Started, done, timeout: float = 120) -> None:
     while not done():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    assert process.pid
+    os.killpg(process.pid, signal.SIGKILL)  # its own children too
     process.wait()

@@ -93,6 +93,11 @@ class Decision:
 
 
 STAGES: dict[str, "Stage"] = {}  # all there are, by name
+# what lies under os.environ, whose `get` takes longer than all else that a stage decides
+_ENVIRONMENT: Any = getattr(os.environ, "_data", os.environ)
+_KEY: Any = "FLA_BACKEND"
+if _ENVIRONMENT is not os.environ:
+    _KEY = os.environ.encodekey(_KEY)
 _watching: list[list[Decision]] = []
 _chosen: tuple[str, ...] | None = None
 _warned: set[str] = set()
@@ -128,7 +133,7 @@ class Stage:
     example: Callable[[torch.device, torch.dtype], Any] = Facts
     kind: Callable[[Any], Any] = lambda facts: facts
     differentiable: bool = True
-    _decided: dict[Any, str] = field(default_factory=dict, init=False, repr=False)
+    _decided: dict[Any, Form] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         STAGES[self.name] = self
@@ -144,8 +149,14 @@ class Stage:
 
     def local(self, op: str, backend: str | None, *args: Any, facts: Any = None) -> Any:
         """Run the stage on this process alone."""
-        facts = self.facts(*args) if facts is None else facts
-        form = self.forms[self.choose(op, backend, facts)]
+        if facts is None:
+            facts = self.facts(*args)
+        form = None
+        if not torch.compiler.is_compiling():  # decided before, as at every step but the first
+            unset = backend is None and _chosen is None and _ENVIRONMENT.get(_KEY) is None
+            form = self._decided.get((facts, None if unset else requested(backend)[0]))
+        if form is None:
+            form = self.forms[self.choose(op, backend, facts)]
         if _watching:
             decision = self.decision(op, backend, facts)
             for seen in _watching:
@@ -158,12 +169,9 @@ class Stage:
         names, origin = requested(backend)
         if torch.compiler.is_compiling():
             return self._first(op, names, origin, facts)[0]
-        key = (facts, names)
-        found = self._decided.get(key)
-        if found is None:
-            found, lasting = self._first(op, names, origin, facts)
-            if lasting:
-                self._decided[key] = found
+        found, lasting = self._first(op, names, origin, facts)
+        if lasting:
+            self._decided[facts, names] = self.forms[found]
         return found
 
     def order(self, names: tuple[str, ...] | None, facts: Any) -> tuple[str, ...]:
