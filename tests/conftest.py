@@ -25,7 +25,12 @@ def poisoned_memory():
 @pytest.fixture
 def no_interpreter(monkeypatch):
     """Triton's interpreter is off, whatever the environment says."""
+    from fla.core.stage import forget_choices  # after the environment above is set
+
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    forget_choices()
+    yield
+    forget_choices()
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
@@ -261,8 +261,6 @@ def make_trainer(
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False
     transformers_logging.disable_progress_bar()
-    if "tensorboard" in (args.report_to or ()):
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output_folder(args) / "logs"))
     args.prediction_loss_only = True
     guard, progress = LossGuard(), LiveProgress(console)
     interruption = Interruption(max_minutes, say)
@@ -270,6 +268,10 @@ def make_trainer(
     trainer = kind(model, args, callbacks=[interruption, guard], **more)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    for board in trainer.callback_handler.callbacks:
+        # not by TENSORBOARD_LOGGING_DIR, which would hold for the process's next run too
+        if isinstance(board, TensorBoardCallback) and board.logging_dir is None:
+            board.logging_dir = str(output_folder(args) / "logs")
     # it comes first, so that what it adds to a log reaches TensorBoard
     trainer.callback_handler.callbacks.insert(0, progress)
     guard.trainer = progress.trainer = trainer

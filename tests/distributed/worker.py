@@ -469,7 +469,7 @@ def refusals(rank, size):
         for function, said in (
             *refused,
             (lambda: causal_conv1d(x[:, :3], torch.randn(8, 4)), "causal_conv1d: 3 tokens on rank"),
-            (lambda: causal_conv1d(x, torch.randn(8, 4), output_final_state=True), "a state goes"),
+            (lambda: causal_conv1d(x, torch.randn(8, 4), output_final_state=True), "with a state"),
             (lambda: experts(ids(1, 4), labels=ids(1, 4), use_cache=False), "the experts' balance"),
             (lambda: model(ids(1, 4), attention_mask=torch.tensor([[0, 1, 1, 1]])), "padding in"),
             (

@@ -2,6 +2,7 @@
 """The `fla` command as users run it: train, kill, resume, generate, eval, doctor, and wrong input."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -68,6 +69,7 @@ def test_a_run_leaves_everything_behind(trained):
     assert (trained / "loss.png").stat().st_size > 5000
     assert (trained / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert list((trained / "logs").rglob("events.out.tfevents.*"))
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ  # the next run has its own
     assert set(losses(trained)) == set(range(1, 9))
     model = AutoModelForCausalLM.from_pretrained(trained)
     tokenizer = AutoTokenizer.from_pretrained(trained)
