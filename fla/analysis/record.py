@@ -31,7 +31,7 @@ class Trace:
         layer: name of the module that called it; op: the operator.
         q, k: `[B, T, H, K]`; v: `[B, T, H, V]`; g: log decay `[B, T, H, K]` or `[B, T, H, 1]`;
             a, b: `[B, T, H, K]`, None where nothing is erased; bonus: `[H, K]`, of RWKV-6.
-        scale: of the output; before: whether o_t reads S_{t-1}; state: S_0, zero where None.
+        scale: of the output; read_before: whether o_t reads S_{t-1}; state: S_0, zero where None.
         beta: strength of the write `[B, T, H]`, of delta rules.
     """
 
@@ -45,7 +45,7 @@ class Trace:
     b: Tensor | None = None
     bonus: Tensor | None = None
     scale: float = 1.0
-    before: bool = False
+    read_before: bool = False
     state: Tensor | None = None
     beta: Tensor | None = None
 
@@ -68,7 +68,7 @@ class Trace:
             )
         rows = {n: x for n, x in found.items() if isinstance(x, Tensor)}
         scale = found.get("scale", op.fixed.get("scale", rows["q"].shape[-1] ** -0.5))
-        return cls(op.name, op.name, **rows, scale=scale, before="bonus" in rows)
+        return cls(op.name, op.name, **rows, scale=scale, read_before="bonus" in rows)
 
     def transitions(self) -> Tensor:
         """M_t = diag(exp(g_t)) + a_t b_t^T, `[B, T, H, K, K]`."""

@@ -30,7 +30,7 @@ def attention(trace: Trace) -> Tensor:
     states = trace.states(_unit_values(trace))
     S = next(states)
     for t, after in enumerate(states):
-        S, read = after, (S if trace.before else after)
+        S, read = after, (S if trace.read_before else after)
         rows.append(torch.einsum("bhk,bhks->bhs", q[:, t], read))
     A = torch.stack(rows, 2) * trace.scale
     if trace.bonus is not None:

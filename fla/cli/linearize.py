@@ -11,7 +11,9 @@ from fla.cli.common import command_parser
 def main(argv: list[str]) -> int:
     parser = command_parser("linearize", __doc__)
     parser.add_argument("teacher", help="folder or hub name of a Llama, Qwen, Mistral, ...")
-    parser.add_argument("out", help="folder of the conversion; the same command goes on in it")
+    parser.add_argument(
+        "out", help="folder of the conversion; the same command continues a stopped one"
+    )
     parser.add_argument("--config", help="YAML or JSON file, fields as in fla/linearize/config.py")
     parser.add_argument("--stage", help="run one stage alone")
     parser.add_argument(
@@ -39,6 +41,6 @@ def main(argv: list[str]) -> int:
         else:
             Conversion(args.teacher, args.out, wanted, console).run(args.stage)
     except Stopped:
-        print("fla linearize: stopped; the same command goes on", file=sys.stderr)
+        print("fla linearize: stopped; the same command continues it", file=sys.stderr)
         return 130
     return 0

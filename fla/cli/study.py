@@ -11,7 +11,9 @@ from fla.cli.common import command_parser
 def main(argv: list[str]) -> int:
     parser = command_parser("study", __doc__)
     parser.add_argument("config", help="YAML file, as in examples/studies")
-    parser.add_argument("--output_dir", help="runs/NAME of the file where absent; it goes on there")
+    parser.add_argument(
+        "--output_dir", help="runs/NAME of the file if not given; a stopped study continues there"
+    )
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="as in tokens=100000"
     )

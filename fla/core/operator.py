@@ -59,6 +59,15 @@ def _tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a gradient is recorded through any of the tensors."""
+    if torch.is_grad_enabled():
+        for x in tensors:  # a decode step asks too, and `any` takes longer
+            if x is not None and x.requires_grad:
+                return True
+    return False
+
+
 def empty_gradients(inputs: tuple[Tensor | None, ...]) -> list[Tensor]:
     """An empty tensor like each input; one of size 0 for an input that is absent."""
     like = next(x for x in inputs if x is not None)

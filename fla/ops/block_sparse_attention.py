@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fla.core import operator
 from fla.core.checks import check_groups, check_same, check_shapes
-from fla.core.operator import Schema
+from fla.core.operator import Schema, needs_gradient
 from fla.core.parallel import SequenceParallel, tie, using
 from fla.core.precision import compute_dtype
 from fla.core.stage import Form, Stage, first_tensor
@@ -568,8 +568,7 @@ def _flex(
 ) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if q.device.type == "cpu" and grads:
+    if q.device.type == "cpu" and needs_gradient(q, k, v):
         raise ValueError(
             "block_sparse_attention: FlexAttention has no backward on CPUs; use "
             "backend='torch', or torch.no_grad()"

@@ -48,6 +48,18 @@ def _values(kind: str, x: Tensor) -> Tensor:
     }[kind]()
 
 
+def _axes(spec: str) -> list[str]:
+    return [a for a in spec.split() if not a.islower() or a == "n"]
+
+
+def _draw(spec: str, sizes: dict[str, int], generator: torch.Generator) -> Tensor:
+    """Random fp64 values of an argument, inside its domain."""
+    *_, last = spec.split()
+    shape = [sizes[a] for a in _axes(spec)]
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return _values(last if last.islower() else "normal", x)
+
+
 @dataclass(frozen=True)
 class OpCase:
     """One operator, as its tests and benchmarks see it.
@@ -91,7 +103,7 @@ class OpCase:
 
     def axes(self, name: str) -> list[str]:
         """The axes of a tensor argument."""
-        return [a for a in self.tensors[name].split() if not a.islower() or a == "n"]
+        return _axes(self.tensors[name])
 
     def inputs(
         self,
@@ -111,13 +123,10 @@ class OpCase:
         generator = torch.Generator().manual_seed(seed)
         sizes = SIZES | dict(B=B, T=T, H=H, HV=HV or H, K=K, V=V) | sizes
         sizes["T*n"] = sizes["T"] * sizes["n"]
-        values = {}
-        for name, spec in self.tensors.items():
-            kind = spec.split()[-1] if spec.split()[-1].islower() else "normal"
-            shape = [sizes[a] for a in self.axes(name)]
-            x = torch.randn(shape, generator=generator, dtype=torch.float64)
-            values[name] = _values(kind, x).to(device, dtype)
-        return values
+        return {
+            name: _draw(spec, sizes, generator).to(device, dtype)
+            for name, spec in self.tensors.items()
+        }
 
     def without_groups(self, inputs: Inputs) -> Inputs:
         """Heads repeated to the value heads: the meaning of grouped value heads."""
@@ -149,10 +158,7 @@ class OpCase:
         states = []
         for spec in self.state.values():
             for axes in [spec] if isinstance(spec, str) else spec:
-                kind = axes.split()[-1] if axes.split()[-1].islower() else "normal"
-                shape = [sizes[a] for a in axes.split() if not a.islower()]
-                x = torch.randn(shape, generator=generator, dtype=torch.float64)
-                x = _values(kind, x)
+                x = _draw(axes, sizes, generator)
                 states.append(x.to(dtype) if x.is_floating_point() else x)
         return states
 

@@ -69,7 +69,7 @@ def test_operators_with_a_transition_for_each_channel_are_traced(name, form):
         o = layer(states)[0].flatten(2)
     last = found[-1]
     before, after = zip(*itertools.pairwise(last.states()), strict=True)
-    read = torch.stack(before if last.before else after, 1)
+    read = torch.stack(before if last.read_before else after, 1)
     got = last.scale * torch.einsum("bthk,bthkv->bthv", last.q, read).flatten(2)
     if name == "rwkv4":
         got = got + (1 - last.q.flatten(2)) * inputs["v"]

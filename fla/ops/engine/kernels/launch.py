@@ -16,7 +16,7 @@ from fla.core.boundaries import boundaries_to_list
 from fla.ops.engine.kernels import gradients, parts, scores, state, token, unit, vector
 from fla.ops.engine.kernels.tensors import flat
 from fla.ops.engine.recurrence import terms as terms_of
-from fla.ops.engine.recurrence.operators import TOKEN_TERMS
+from fla.ops.engine.recurrence.operators import TERMS
 from fla.ops.engine.recurrence.terms import Switches, Terms
 
 CHUNK = 64
@@ -396,7 +396,7 @@ def tokens(
     tiles = TILES["token"]
     BV = _power(V, tiles.values)
     token.token_kernel[(N * HV, triton.cdiv(V, BV))](
-        *map(flat, terms.named(TOKEN_TERMS)), o, initial, final, where.bounds, switches.scale,
+        *map(flat, terms.named(TERMS)), o, initial, final, where.bounds, switches.scale,
         H, HV, K, V,
         DECAY=NO_DECAY if g is None else SCALAR if g.dim() == 3 else VECTOR,
         ERASE=ERASES[terms.erase], READ_BEFORE=switches.read_before,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fla.core import operator
-from fla.core.boundaries import boundaries_to_list, count_sequences
+from fla.core.boundaries import count_sequences
 from fla.ops.engine.native import library
 from fla.ops.engine.native.library import Conv, channels, readable
 from fla.ops.engine.rows.convolution import SCHEMA, empty, rows
@@ -44,8 +44,7 @@ def _conv(
     filled = dict(weight=rows(weight), history=rows(history))
     filled["bias"] = None if bias is None else bias.to(torch.float32).contiguous()
     if cu_seqlens is not None:
-        boundaries_to_list(cu_seqlens, x.shape[1], "causal_conv1d")
-        filled["bounds"] = cu_seqlens.to(torch.int64).contiguous()
+        filled["bounds"] = library.bounds("causal_conv1d", cu_seqlens, x.shape[1])
     pointers = {name: None if y is None else y.data_ptr() for name, y in filled.items()}
     N = count_sequences(x, cu_seqlens)
     x = readable(x)

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.engine.recurrence.operators import TOKEN_TERMS
+from fla.core.boundaries import boundaries_to_list
+from fla.ops.engine.recurrence.operators import TERMS
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCK, PANEL, CHANNELS = 64, 32, 128
 OUT_OF_MEMORY = 1
-VIEWS = (*TOKEN_TERMS, "o")
+VIEWS = (*TERMS, "o")
 GRADIENTS = ("dq", "dk", "dv", "dg", "dbeta", "da", "db")
 STATES = ("initial", "dfinal", "final_state", "dinitial", "states", "bounds")
 SIZES = ("N", "T", "H", "HV", "K", "V")
@@ -97,6 +98,12 @@ def view(x: Tensor | None) -> View:
 def channels(x: Tensor) -> View:
     """`[B, T, D]`: one head of D channels."""
     return view(x.unsqueeze(2))
+
+
+def bounds(op: str, cu_seqlens: Tensor, total: int) -> Tensor:
+    """The checked boundaries `[N + 1]` as the kernels read them."""
+    boundaries_to_list(cu_seqlens, total, op)
+    return cu_seqlens.to(torch.int64).contiguous()
 
 
 def readable(x: Tensor) -> Tensor:

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from fla.core import operator
-from fla.core.boundaries import boundaries_to_list, count_sequences
-from fla.core.operator import empty_gradients
+from fla.core.boundaries import count_sequences
+from fla.core.operator import empty_gradients, needs_gradient
 from fla.ops.engine.native import library
 from fla.ops.engine.native.library import BLOCK, PANEL, TYPES, Problem, readable, view
 from fla.ops.engine.recurrence.operators import (
     SWITCHES,
     TERMS,
-    TOKEN_TERMS,
     chunk_schema,
     define_tokens,
     run_tokens,
@@ -27,7 +26,7 @@ from fla.ops.engine.recurrence.terms import DELTA, LOW_RANK, NONE, Point, Switch
 
 NO_DECAY, SCALAR, VECTOR = range(3)
 ERASES = {NONE: 0, DELTA: 1, LOW_RANK: 2}
-OFFSETS = [getattr(Problem, name).offset for name in TOKEN_TERMS]
+OFFSETS = [getattr(Problem, name).offset for name in TERMS]
 TASKS = 4  # a backward pass is split into this many, if it has the value channels
 
 
@@ -41,7 +40,7 @@ def chunk(
     dtypes below fp64 on a CPU. The state is fp32.
     """
     inputs = (*terms.named(TERMS), initial_state)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    save = needs_gradient(*inputs)
     o, final, _ = torch.ops.fla.native_chunk(
         *inputs, cu_seqlens, float(switches.scale), switches.l2norm, switches.read_before, save
     )
@@ -87,7 +86,7 @@ def _template(terms: Terms, sequences: int, switches: Switches) -> Problem:
     _, T, H, K = q.shape
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     return Problem(
-        **{name: view(getattr(terms, name)) for name in TOKEN_TERMS}, o=view(o),
+        **{name: view(getattr(terms, name)) for name in TERMS}, o=view(o),
         N=sequences, T=T, H=H, HV=v.shape[2], K=K, V=v.shape[3], scale=switches.scale,
         decay=NO_DECAY if g is None else SCALAR if g.dim() == 3 else VECTOR,
         erase=ERASES[terms.erase], l2norm=switches.l2norm, read_before=switches.read_before,
@@ -99,13 +98,13 @@ def _problem(
 ) -> tuple[Problem, list[Any]]:
     """The problem, with room for an o like v but contiguous, and what must live as long as it."""
     alive: list[Any] = [
-        x if x is None or x.dtype in TYPES else x.float() for x in terms.named(TOKEN_TERMS)
+        x if x is None or x.dtype in TYPES else x.float() for x in terms.named(TERMS)
     ]
     kinds = [x if x is None else (x.shape, x.stride(), x.dtype) for x in alive]
     key = (*kinds, sequences, switches[:3])
     template = _templates.get(key)
     if template is None:
-        template = _template(split(TOKEN_TERMS, alive)[0], sequences, switches)
+        template = _template(split(TERMS, alive)[0], sequences, switches)
         if len(_templates) < TEMPLATES:
             _templates[key] = template
     p = Problem.from_buffer_copy(template)
@@ -113,8 +112,7 @@ def _problem(
         if x is not None:
             pack_into("P", p, offset, x.data_ptr())
     if cu_seqlens is not None:
-        boundaries_to_list(cu_seqlens, alive[0].shape[1], "native")
-        bounds = cu_seqlens.to(torch.int64).contiguous()
+        bounds = library.bounds("recurrence", cu_seqlens, alive[0].shape[1])
         p.bounds = bounds.data_ptr()
         alive.append(bounds)
     return p, alive

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fla.core import operator
-from fla.core.boundaries import boundaries_to_list, count_sequences
-from fla.core.operator import Schema
+from fla.core.boundaries import count_sequences
+from fla.core.operator import Schema, needs_gradient
 from fla.ops.engine.native import library
 from fla.ops.engine.native.library import BLOCK, CHANNELS, TYPES, Scan, channels, readable
 from fla.ops.engine.rows.convolution import rows
@@ -28,7 +28,7 @@ def selective_scan(
     torch's form; tokens are computed one by one here.
     """
     inputs = (x, dt, A, B, C, initial_state)
-    save = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in inputs)
+    save = needs_gradient(*inputs)
     eager = type(x) is Tensor and not save and not torch.compiler.is_compiling()
     # dispatching an operator costs as much as a step
     run = _forward if eager else torch.ops.fla.native_scan
@@ -43,8 +43,7 @@ class _Problem(Scan):
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, bounds: Tensor | None
     ):
         if bounds is not None:
-            boundaries_to_list(bounds, x.shape[1], "selective_scan")
-            bounds = bounds.to(torch.int64).contiguous()
+            bounds = library.bounds("selective_scan", bounds, x.shape[1])
         tensors = {n: readable(y) for n, y in (("x", x), ("dt", dt), ("B", B), ("C", C))}
         super().__init__(
             **{name: channels(y) for name, y in tensors.items()},

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fla.core import operator
 from fla.core.boundaries import boundaries_to_list, count_sequences
-from fla.core.operator import empty_gradients
+from fla.core.operator import empty_gradients, needs_gradient
 from fla.core.precision import compute_dtype
 from fla.ops.engine.recurrence.decay.scalar import ScalarDecay
 from fla.ops.engine.recurrence.decay.vector import VectorDecay
@@ -56,7 +56,7 @@ def chunk(
     here; `columns.py` has that form.
     """
     inputs = (*terms.named(CHUNK_TERMS), initial_state)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    save = needs_gradient(*inputs)
     o, final, *_ = torch.ops.fla.chunk(
         *inputs, cu_seqlens, float(switches.scale), switches.chunk_size, switches.l2norm,
         switches.read_before, save,

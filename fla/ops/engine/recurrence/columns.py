@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fla.core import operator
 from fla.core.boundaries import count_sequences
-from fla.core.operator import Schema, empty_gradients
+from fla.core.operator import Schema, empty_gradients, needs_gradient
 from fla.core.precision import compute_dtype
 from fla.ops.engine.recurrence.chunk import _by_token, _plan
 from fla.ops.engine.recurrence.decay.vector import VectorDecay
@@ -33,7 +33,7 @@ def chunk_columns(
     inputs). Differentiable in every tensor.
     """
     inputs = (terms.q, terms.k, terms.v, terms.gv, initial_state)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    save = needs_gradient(*inputs)
     o, final, _ = torch.ops.fla.chunk_columns(
         *inputs, cu_seqlens, float(switches.scale), switches.chunk_size, save
     )

@@ -13,7 +13,6 @@ from fla.ops.engine.recurrence.terms import Switches, Terms
 
 CHUNK_TERMS = ("q", "k", "v", "g", "beta", "a", "b")  # without a decay of value channels
 TERMS = ("q", "k", "v", "g", "beta", "gv", "a", "b")
-TOKEN_TERMS = TERMS
 SWITCHES = "float scale, bool l2norm, bool read_before"
 
 
@@ -51,8 +50,8 @@ def run_tokens(
     rest = (initial_state, cu_seqlens, float(scale), l2norm, read_before)
     if overwrite and initial_state is not None:
         over = getattr(torch.ops.fla, f"{name}_")
-        return over(*terms.named(TOKEN_TERMS), *rest), initial_state
-    return getattr(torch.ops.fla, name)(*terms.named(TOKEN_TERMS), *rest)
+        return over(*terms.named(TERMS), *rest), initial_state
+    return getattr(torch.ops.fla, name)(*terms.named(TERMS), *rest)
 
 
 def define_tokens(name: str, form: Callable[..., Any], device_types: str | None = None) -> None:
@@ -62,14 +61,14 @@ def define_tokens(name: str, form: Callable[..., Any], device_types: str | None 
     `form` takes the terms, the switches, the first state, cu_seqlens, and whether to overwrite.
     """
     kind: Any = dict(device_types=device_types)
-    schema, rest = inputs(TOKEN_TERMS), f"Tensor? cu_seqlens, {SWITCHES}"
+    schema, rest = inputs(TERMS), f"Tensor? cu_seqlens, {SWITCHES}"
 
     def run(*args: Any, overwrite: bool) -> tuple[Tensor, Tensor]:
-        terms, (state, cu_seqlens, *switches) = split(TOKEN_TERMS, args)
+        terms, (state, cu_seqlens, *switches) = split(TERMS, args)
         return form(terms, Switches(*switches), state, cu_seqlens, overwrite)
 
     def fake(*args: Any) -> tuple[Tensor, Tensor]:
-        terms, (_, cu_seqlens, *_) = split(TOKEN_TERMS, args)
+        terms, (_, cu_seqlens, *_) = split(TERMS, args)
         q, shape = terms.q, terms.state_shape(count_sequences(terms.q, cu_seqlens))
         return q.new_empty(terms.v.shape), q.new_empty(shape, dtype=torch.float32)
 

@@ -18,6 +18,7 @@ from fla.core.checks import (
     check_shapes,
     checks_inputs,
 )
+from fla.core.operator import needs_gradient
 from fla.core.parallel import refuse_sharded
 from fla.core.precision import compute_dtype
 from fla.core.stage import Stage
@@ -75,7 +76,7 @@ def _check_overwritten(op: str, dtype: torch.dtype, terms: Terms, state: Tensor)
             f"{op}: initial_state is {state.dtype}, but overwrite_states() needs it in the dtype "
             f"of the result; pass initial_state.to({dtype})"
         )
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*terms, state)):
+    if needs_gradient(*terms, state):
         raise ValueError(
             f"{op}: overwrite_states() while a gradient is recorded, which needs the state as it "
             "was; use torch.no_grad(), or leave overwrite_states()"
@@ -146,11 +147,7 @@ def _stage(op: str, terms: Terms, initial_state: Tensor | None) -> Stage:
     """The stage that computes a call."""
     if not op.startswith("fused_recurrent_"):
         return CHUNK if terms.gv is None else COLUMNS
-    if torch.is_grad_enabled():
-        for x in (*terms, initial_state):
-            if x is not None and x.requires_grad:
-                return TRAINED_TOKEN
-    return TOKEN
+    return TRAINED_TOKEN if needs_gradient(*terms, initial_state) else TOKEN
 
 
 def _switches(op: str, options: Options, terms: Terms) -> Switches:
