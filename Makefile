@@ -37,7 +37,7 @@ test: $(VENV)/.ready
 	$(PY) -m pytest -n 2 $(PYTEST)
 
 test-kernels: $(VENV)/.ready
-	$(PY) -m pytest -n 2 -m interpreter_full $$(grep -rlwE 'interpreter_full|matrix' tests --include='test_*.py') $(PYTEST)
+	$(PY) -m pytest -n 2 -m full_matrix $$(grep -rlwE 'full_matrix|matrix' tests --include='test_*.py') $(PYTEST)
 
 floor: $(VENV)/.ready $(FLOOR)/.ready
 	$(FLOOR)/bin/python -m pytest -n 2 $(FLOOR_TESTS) $(PYTEST)

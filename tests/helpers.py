@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def matrix(cases: Iterable[tuple], short: Callable[..., Any]) -> list:
-    """Cases of a test of Triton kernels. In the interpreter `make test` runs those that `short(*case)` is true of
-    and `make test-kernels` the others; on a GPU all of them run.
+    """Cases of a test that takes seconds each: of Triton kernels in the interpreter, of what Dynamo traces. `make
+    test` runs those that `short(*case)` is true of and `make test-kernels` the others; with a GPU all of them run.
     """
-    rest = () if torch.cuda.is_available() else pytest.mark.interpreter_full
+    rest = () if torch.cuda.is_available() else pytest.mark.full_matrix
     return [pytest.param(*case, marks=() if short(*case) else rest) for case in cases]
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -95,13 +96,15 @@ def architectures() -> dict[str, type[DecoderConfig]]:
     return {config.model_type: config for config in configs}
 
 
-def build_model(run: RunArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A fresh model of a registered architecture, or a saved one; and its tokenizer."""
+def prepare_model(
+    run: RunArguments,
+) -> tuple[Callable[[], PreTrainedModel], PreTrainedTokenizerBase]:
+    """What builds a fresh model of a registered architecture, or returns a saved one; and its tokenizer."""
     if Path(run.model).is_dir():
         if run.model_config:
             raise UsageError("--model_config: a saved model has its config; drop the overrides")
         model, tokenizer = load_saved(run.model, run.tokenizer)
-        return model.float(), tokenizer  # a step may be less than what 16 bits can add to a weight
+        return model.float, tokenizer  # a step may be less than what 16 bits can add to a weight
     tokenizer = load_tokenizer(run.tokenizer or "byte")
     known = architectures()
     if run.model not in known:
@@ -118,8 +121,21 @@ def build_model(run: RunArguments) -> tuple[PreTrainedModel, PreTrainedTokenizer
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     } | values
+
+    def build() -> PreTrainedModel:
+        with _naming_model_config():
+            return AutoModelForCausalLM.from_config(config)
+
+    with _naming_model_config():
+        config = known[run.model](**values)
+    return build, tokenizer
+
+
+@contextmanager
+def _naming_model_config() -> Iterator[None]:
+    """What a config or its model refuses is the fault of the flag that set it."""
     try:
-        return AutoModelForCausalLM.from_config(known[run.model](**values)), tokenizer
+        yield
     except (TypeError, ValueError) as error:
         raise UsageError(f"--model_config: {error}") from error
 
@@ -151,14 +167,15 @@ def train(run: RunArguments, args: TrainingArguments) -> Result | None:
     """
     console = Console(highlight=False, soft_wrap=True, quiet=args.process_index > 0)
     folder = output_folder(args)
-    torch.manual_seed(args.seed)
-    model, tokenizer = build_model(run)
+    resume_from = find_resume_point(run, folder)
+    build, tokenizer = prepare_model(run)
     corpus = load_corpus(run.data, run.data_column, run.streaming)
+    torch.manual_seed(args.seed)
+    model = build()  # the slowest step: whatever can be wrong with the request was found before it
     blocks = make_blocks(corpus, tokenizer, run.seq_len)
     held_out = None
     if args.eval_strategy != "no":
         held_out = TokenBlocks(corpus.held_out, tokenizer, run.seq_len)
-    resume_from = find_resume_point(run, folder)
     parameters = model.num_parameters()
     console.print(
         f"model {run.model}: {parameters / 1e6:.2f}M parameters; data {corpus.name}: held out "

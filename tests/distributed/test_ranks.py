@@ -2,16 +2,15 @@
 """Sequence parallelism on two and four processes: `worker.py` holds the checks."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 import fla.distributed as D
-from tests.processes import start_ranks
+from tests.helpers import matrix
+from tests.processes import run_ranks, start_ranks
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", matrix([(2,), (4,)], lambda size: size == 2))
 def test_ranks_agree_with_one_process(size, tmp_path):
     ranks = start_ranks(size, "-m", "tests.distributed.worker", tmp_path)
     said = [process.communicate(timeout=300) for process in ranks]
@@ -53,19 +52,8 @@ def test_a_rank_that_dies_ends_the_others():
 
 
 def test_the_example_runs_on_two_processes():
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    done = subprocess.run(
-        [*command, "examples/sequence_parallel.py"], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if "2049 of 4097 tokens here" in line]
+    said, _ = run_ranks(2, "examples/sequence_parallel.py")
+    lines = [line for line in said.splitlines() if "2049 of 4097 tokens here" in line]
     losses = [float(line.split()[-1]) for line in lines]
     assert len(losses) == 5 and losses[-1] < losses[0]
 

@@ -27,7 +27,7 @@ def test_without_a_gpu_they_say_so(tmp_path):
     assert done.returncode == 2 and "torch, Triton and a GPU are needed" in done.stderr
 
 
-@pytest.mark.interpreter_full
+@pytest.mark.full_matrix
 def test_every_row_of_the_figures_runs(tmp_path):
     command = (sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--out", str(tmp_path))
     done = run(*command, "--peer", str(ROOT), TRITON_INTERPRET="1")

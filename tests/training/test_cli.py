@@ -26,7 +26,7 @@ import fla
 from fla import cli
 from fla.training.callbacks import FlaTrainer
 from fla.training.checkpoints import damage, newest_whole
-from fla.training.run import RunArguments, build_model
+from fla.training.run import RunArguments, prepare_model
 from tests import processes
 
 SMALL = [
@@ -359,7 +359,7 @@ def test_going_on_from_a_saved_model(text, trained, tmp_path):
     AutoModelForCausalLM.from_pretrained(trained).bfloat16().save_pretrained(tmp_path / "half")
     AutoTokenizer.from_pretrained(trained).save_pretrained(tmp_path / "half")
     run = RunArguments(model=str(tmp_path / "half"))
-    assert {p.dtype for p in build_model(run)[0].parameters()} == {torch.float32}
+    assert {p.dtype for p in prepare_model(run)[0]().parameters()} == {torch.float32}
 
 
 def test_going_on_takes_the_tokenizer_of_the_checkpoint(text, trained, tmp_path, capsys):

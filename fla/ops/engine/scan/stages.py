@@ -15,7 +15,8 @@ from fla.ops.engine.scan import sharded
 from fla.ops.engine.scan.selective import selective_scan
 from fla.ops.engine.scan.vector import scan
 
-TOKENS, CHANNELS = 70, 20  # in the self-check's problems: more tokens than a chunk
+CHANNELS = 20  # in the self-check's problems
+TOKENS, SELECTIVE_TOKENS = 70, 20  # there, a little more than a chunk
 
 
 class SelectiveFacts(NamedTuple):
@@ -38,8 +39,8 @@ def _selective_facts(x: Tensor, dt: Tensor, A: Tensor, *_: Any) -> SelectiveFact
 
 def _selective_problem(facts: SelectiveFacts) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(0)
-    x, dt = torch.randn(2, 1, TOKENS, CHANNELS, generator=generator)
-    B, C = torch.randn(2, 1, TOKENS, facts.N, generator=generator)
+    x, dt = torch.randn(2, 1, SELECTIVE_TOKENS, CHANNELS, generator=generator)
+    B, C = torch.randn(2, 1, SELECTIVE_TOKENS, facts.N, generator=generator)
     A = -torch.rand(CHANNELS, facts.N, generator=generator)
     x, dt, B, C = (y.to(facts.device, facts.dtype) for y in (x, dt.abs(), B, C))
     return x, dt, A.to(facts.device), B, C
