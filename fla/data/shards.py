@@ -14,7 +14,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -38,9 +45,9 @@ def write_shards(
     workers: int = 1,
     progress: Callable[[int, bool], None] = lambda characters, made: None,
 ) -> dict[str, Any]:
-    """Tokenise a corpus into shards of about `characters` characters each, in `workers` processes,
-    and return the index. `progress` is told the characters of each shard, and whether it had to be
-    made.
+    """Tokenise a corpus into shards of about `characters` characters each, in `workers` processes
+    (one is this process), and return the index. `progress` is told the characters of each shard,
+    and whether it had to be made.
 
     Raises `UsageError` where the folder holds shards of another corpus, tokenizer or size.
     """
@@ -55,9 +62,7 @@ def write_shards(
         folder / "held_out.jsonl", "".join(json.dumps(x) + "\n" for x in corpus.held_out).encode()
     )
     count = 0
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=_begin, initargs=(tokenizer,)
-    ) as pool:
+    with _workers(workers, tokenizer) as pool:
         waiting: dict[Future, int] = {}
         for i, texts in enumerate(_groups(corpus.train, characters)):
             size, count = sum(map(len, texts)), i + 1
@@ -108,6 +113,15 @@ def _collect(waiting: dict[Future, int], progress: Callable[[int, bool], None]) 
 
 
 _tokenizer: PreTrainedTokenizerBase | None = None
+
+
+def _workers(count: int, tokenizer: str) -> Executor:
+    """A single worker is a thread of this process: a process would take seconds to import torch."""
+    if count == 1:
+        return ThreadPoolExecutor(1, initializer=_begin, initargs=(tokenizer,))
+    return ProcessPoolExecutor(
+        count, get_context("spawn"), initializer=_begin, initargs=(tokenizer,)
+    )
 
 
 def _begin(tokenizer: str) -> None:

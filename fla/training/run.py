@@ -99,7 +99,9 @@ def architectures() -> dict[str, type[DecoderConfig]]:
 def prepare_model(
     run: RunArguments,
 ) -> tuple[Callable[[], PreTrainedModel], PreTrainedTokenizerBase]:
-    """What builds a fresh model of a registered architecture, or returns a saved one; and its tokenizer."""
+    """What builds a fresh model of a registered architecture, or returns a saved one; and its
+    tokenizer.
+    """
     if Path(run.model).is_dir():
         if run.model_config:
             raise UsageError("--model_config: a saved model has its config; drop the overrides")

@@ -16,6 +16,7 @@ from fla.ops import block_sparse_attention as sparse
 from fla.ops import chunk_gated_delta_rule, dilated_attention, ttt
 from fla.ops.engine.native import library
 from fla.ops.registry import OPS
+from tests.helpers import matrix
 
 CPU = torch.device("cpu")
 X = torch.randn(5, 8)
@@ -165,7 +166,10 @@ def test_after_a_failed_check_the_truth_is_told(name, started, monkeypatch):
     stage.forget_choices()
 
 
-@pytest.mark.parametrize("name", checked)
+# the associative scans take the interpreter ten seconds
+@pytest.mark.parametrize(
+    "name", matrix([(n,) for n in checked], lambda name: not name.startswith("scan."))
+)
 def test_kernels_pass_their_own_check(name, monkeypatch):
     skip_what_is_not_here("triton")
     monkeypatch.setenv("FLA_TRITON_CHECK", "1")

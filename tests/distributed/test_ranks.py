@@ -10,9 +10,12 @@ from tests.helpers import matrix
 from tests.processes import run_ranks, start_ranks
 
 
-@pytest.mark.parametrize("size", matrix([(2,), (4,)], lambda size: size == 2))
-def test_ranks_agree_with_one_process(size, tmp_path):
-    ranks = start_ranks(size, "-m", "tests.distributed.worker", tmp_path)
+@pytest.mark.parametrize(
+    ("size", "models"),
+    matrix([(2, "few"), (2, "all"), (4, "few")], lambda *case: case == (2, "few")),
+)
+def test_ranks_agree_with_one_process(size, models, tmp_path):
+    ranks = start_ranks(size, "-m", "tests.distributed.worker", tmp_path, models)
     said = [process.communicate(timeout=300) for process in ranks]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
     wrong = {name: [x.get(name) for x in found if x.get(name)] for name in found[0]}

@@ -410,7 +410,7 @@ REFUSED = {
     "gated_deltanet-experts", "mamba3", "mesa_net",
     "log_linear_mamba2", "deltaformer", "mom",
 }  # fmt: skip
-FEW = {
+FEW = {  # one model of a kind
     f"model {n}"
     for n in ("gated_deltanet", "longnet", "mamba", "rwkv7", "samba", "transformer")
 }  # fmt: skip
@@ -485,13 +485,12 @@ def refusals(rank, size):
                 raise AssertionError(f"nothing said {said!r}")
 
 
-def main(folder):
+def main(folder, models):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, size = dist.get_rank(), dist.get_world_size()
     results = {}
-    # four ranks take turns on two cores: one model of a kind there, all of them on two
-    left_out = {f"model {n}" for n in MODELS} - FEW if size > 2 else set()
+    left_out = {f"model {n}" for n in MODELS} - FEW if models == "few" else set()
     for name, function in CHECKS.items():
         if name in left_out:
             continue
@@ -509,4 +508,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -192,7 +192,7 @@ def test_seq_idx_bounds_the_convolution_too():
 
 
 EACH_IN_A_CHILD = """
-import os, sys, torch
+import os, sys, torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
 for code in sys.argv[1:]:
     child = os.fork()
     if child == 0:
@@ -203,7 +203,7 @@ for code in sys.argv[1:]:
 
 
 def run_in_fresh_interpreters(codes):
-    """Each in a process that has imported torch and nothing else."""
+    """Each in a process that has imported torch, with what of it transformers imports, and nothing else."""
     subprocess.run([sys.executable, "-c", EACH_IN_A_CHILD, *codes], check=True)
 
 
