@@ -17,9 +17,10 @@ class Comba(GatedDeltaNet):
 
         q, k, v = silu(conv(W x))        p = sigmoid(decay) k        q <- q - D p
         beta = sigmoid(W_b x)            g = -exp(A_log) softplus(W_a x + dt_bias)
-        o = W_o (rms_norm(comba(q/|q|, k/|k|, v, p/|k|, g, beta)) * silu(W_g x))
+        o = W_o (rms_norm(comba(q/|q|, k/|k|, v, p/|p|, g, beta)) * sigmoid(W_g x))
 
-    Published code normalises p as well, which cancels the rate `decay`; here p keeps it.
+    As in published code p is normalised too, so the rate sigmoid(decay) acts on q - D p alone.
+    `normalize_feedback=False` is the paper's way: p/|k|, which keeps the rate.
     `use_inner_decay=False` leaves the rate out, `use_output_correction=False` the D, which starts
     at `correction_factor`.
 
@@ -45,6 +46,7 @@ class Comba(GatedDeltaNet):
         conv_bias: bool = False,
         layer_idx: int | None = None,
         norm_eps: float = 1e-5,
+        normalize_feedback: bool = True,
     ):
         super().__init__(
             hidden_size,
@@ -60,9 +62,10 @@ class Comba(GatedDeltaNet):
             conv_bias,
             layer_idx,
             norm_eps,
+            output_gate_activation="sigmoid",
         )
         self.use_inner_decay, self.use_output_correction = use_inner_decay, use_output_correction
-        self.correction_factor = correction_factor
+        self.correction_factor, self.normalize_feedback = correction_factor, normalize_feedback
         if use_inner_decay:
             self.decay = nn.Parameter(torch.ones(num_heads))
         if use_output_correction:
@@ -79,15 +82,17 @@ class Comba(GatedDeltaNet):
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         q, k, v, conv = self.heads(x, context)
         rate = self.decay.sigmoid().unsqueeze(-1) if self.use_inner_decay else 1.0
+        p = rate * k
         if self.use_output_correction:
-            q = q - self.D.unsqueeze(-1) * (rate * k)
+            q = q - self.D.unsqueeze(-1) * p
         q, k = l2norm(q), l2norm(k)
+        p = l2norm(p) if self.normalize_feedback else rate * k
         rule = fused_recurrent_comba if self.token_by_token(x) else chunk_comba
         o, state = rule(
             q=q.to(v.dtype),
             k=k,
             v=v,
-            p=(rate * k).to(v.dtype),
+            p=p.to(v.dtype),
             g=softplus_gate(self.a_proj(x), self.A_log, self.dt_bias),
             beta=self.b_proj(x).sigmoid(),
             **context.sequences,

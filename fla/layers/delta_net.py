@@ -24,7 +24,7 @@ class DeltaNet(RecurrentMixer):
         o = W_o rms_norm(delta_rule(q, k, v, beta))             (times silu(W_g x) with use_gate)
 
     qk_activation is silu, relu, elu (plus 1) or identity; qk_norm is "l2" or "sum" (divide by the
-    sum of entries).
+    sum of absolute values, at least 1e-6).
 
     Example:
         >>> DeltaNet(hidden_size=64, num_heads=2)(torch.randn(2, 10, 64))[0].shape
@@ -103,7 +103,7 @@ class DeltaNet(RecurrentMixer):
         if not activated:
             q, k = (ACTIVATIONS[self.qk_activation](y) for y in (q, k))
         if self.qk_norm == "sum":
-            q, k = (y / y.sum(-1, keepdim=True) for y in (q, k))
+            q, k = (F.normalize(y, p=1.0, dim=-1, eps=1e-6) for y in (q, k))
         if self.use_beta:
             beta = self.b_proj(x).sigmoid()
         else:

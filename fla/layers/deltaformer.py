@@ -15,11 +15,11 @@ from fla.ops.deltaformer import deltaformer_attn
 class DeltaFormerAttention(RecurrentMixer):
     """DeltaFormer between projections, on `[B, T, hidden_size]`.
 
-        q, k = rotary(W x)        v = W_v x        beta = sigmoid(W_b x + c)
+        q, k = rotary(W x)        v = W_v x        beta = W_b x + c
         o = W_o deltaformer(q, k, v, beta)
 
-    The state is the keys and u of all tokens so far, the tokens of a row at its end, and their
-    number per row.
+    beta is not bounded, as in published code. The state is the keys and u of all tokens so far, the
+    tokens of a row at its end, and their number per row.
 
     Example:
         >>> DeltaFormerAttention(hidden_size=64, num_heads=2)(torch.randn(2, 10, 64))[0].shape
@@ -66,7 +66,7 @@ class DeltaFormerAttention(RecurrentMixer):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.rotary(q, k, positions=context.layout.positions(x.device))
         k, v = repeat_heads(self.num_heads, self.num_kv_heads, k, v)
-        beta = self.b_proj(x).sigmoid()
+        beta = self.b_proj(x)
         if not context.keep and context.state is None:
             o: Any = deltaformer_attn(q, k, v, beta, cu_seqlens=context.cu_seqlens)
             return self.o_proj(o.flatten(-2)), None

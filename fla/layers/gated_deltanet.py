@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, gate_steps, register, whole
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
+from fla.modules.fused_norm_gate import ACTIVATIONS
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
 
@@ -16,9 +17,10 @@ class GatedDeltaNet(RecurrentMixer):
 
         q, k, v = silu(conv(W x))
         beta = sigmoid(W_b x)        g = -exp(A_log) softplus(W_a x + dt_bias)
-        o = W_o (rms_norm(gated_delta_rule(q/|q|, k/|k|, v, g, beta)) * silu(W_g x))
+        o = W_o (rms_norm(gated_delta_rule(q/|q|, k/|k|, v, g, beta)) * act(W_g x))
 
     q and k have num_heads heads of head_dim, v has num_v_heads of head_dim * expand_v.
+    act is silu, or sigmoid by `output_gate_activation` ("swish" and "silu" are the same).
     `allow_neg_eigval` doubles beta. `o_norm_eps` is the output norm's where it is not `norm_eps`.
 
     Example:
@@ -45,6 +47,7 @@ class GatedDeltaNet(RecurrentMixer):
         conv_bias: bool = False,
         layer_idx: int | None = None,
         norm_eps: float = 1e-5,
+        output_gate_activation: str = "swish",
         o_norm_eps: float | None = None,
     ):
         super().__init__()
@@ -54,6 +57,11 @@ class GatedDeltaNet(RecurrentMixer):
             raise ValueError(
                 f"GatedDeltaNet: num_v_heads is {num_v_heads}; it must be a multiple of "
                 f"num_heads={num_heads}"
+            )
+        if output_gate_activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{type(self).__name__}: output_gate_activation is {output_gate_activation!r}; "
+                f"expected one of {', '.join(ACTIVATIONS)}"
             )
         self.head_k_dim = head_dim
         self.head_v_dim = whole("GatedDeltaNet", "head_dim * expand_v", head_dim * expand_v)
@@ -73,7 +81,9 @@ class GatedDeltaNet(RecurrentMixer):
         eps = norm_eps if o_norm_eps is None else o_norm_eps
         if use_gate:
             self.g_proj = nn.Linear(hidden_size, value_dim, bias=False)
-            self.o_norm = FusedRMSNormGated(self.head_v_dim, eps=eps)
+            self.o_norm = FusedRMSNormGated(
+                self.head_v_dim, eps=eps, activation=output_gate_activation
+            )
         else:
             self.o_norm = RMSNorm(self.head_v_dim, eps=eps)
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)

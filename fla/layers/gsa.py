@@ -19,6 +19,9 @@ class GatedSlotAttention(RecurrentMixer):
         g = log sigmoid(W_f x) / gate_logit_normalizer        s = 1 - exp(g)
         o = W_o rms_norm(swish(gsa(q, k, v, s, g)))
 
+    The norm's eps is `o_norm_eps`: published code leaves it at 1e-5 and takes `norm_eps` without
+    using it.
+
     Example:
         >>> import torch
         >>> GatedSlotAttention(hidden_size=64, num_heads=2)(torch.randn(2, 10, 64))[0].shape
@@ -45,6 +48,7 @@ class GatedSlotAttention(RecurrentMixer):
         use_norm: bool = True,
         layer_idx: int | None = None,
         scale: float = 1.0,
+        o_norm_eps: float = 1e-5,
     ):
         super().__init__()
         name = "GatedSlotAttention"
@@ -73,7 +77,7 @@ class GatedSlotAttention(RecurrentMixer):
             self.k_conv1d = ShortConvolution(key_dim // groups, conv_size, conv_bias)
             self.v_conv1d = ShortConvolution(value_dim // groups, conv_size, conv_bias)
         if use_norm:
-            self.g_norm = RMSNorm(value_dim, elementwise_affine, eps=norm_eps)
+            self.g_norm = RMSNorm(value_dim, elementwise_affine, eps=o_norm_eps)
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
 
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:

@@ -76,6 +76,10 @@ class HGRN2Attention(RecurrentMixer):
         q = swish(W_q x)        g = forget(W_f x)        k = 1 - exp(g)        v = W_i x
         o = W_o rms_norm(gla(q, k, v, g))
 
+    A head has `expand_ratio` key channels, and there are hidden_size / expand_ratio heads whatever
+    `num_heads` says; it counts where `expand_ratio` is None. The norm's eps is `o_norm_eps`:
+    published code leaves it at 1e-5 and takes `norm_eps` without using it.
+
     Example:
         >>> HGRN2Attention(hidden_size=64, expand_ratio=32)(torch.randn(2, 10, 64))[0].shape
         torch.Size([2, 10, 64])
@@ -93,10 +97,12 @@ class HGRN2Attention(RecurrentMixer):
         elementwise_affine: bool = True,
         norm_eps: float = 1e-5,
         layer_idx: int | None = None,
+        o_norm_eps: float = 1e-5,
     ):
         super().__init__()
         name = "HGRN2Attention"
         self.mode, self.layer_idx = check_mode(name, mode), layer_idx
+        num_heads = num_heads if expand_ratio is None else None  # as published code
         num_heads, expand_ratio = heads_and_ratio(name, hidden_size, num_heads, expand_ratio)
         self.num_heads, self.use_short_conv = num_heads, use_short_conv
         width = num_heads * expand_ratio
@@ -107,7 +113,7 @@ class HGRN2Attention(RecurrentMixer):
             self.q_conv1d = ShortConvolution(width, conv_size, conv_bias, activation=None)
             self.f_conv1d = ShortConvolution(width, conv_size, conv_bias, activation=None)
             self.i_conv1d = ShortConvolution(hidden_size, conv_size, conv_bias, activation=None)
-        self.g_norm = RMSNorm(hidden_size, elementwise_affine, eps=norm_eps)
+        self.g_norm = RMSNorm(hidden_size, elementwise_affine, eps=o_norm_eps)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:

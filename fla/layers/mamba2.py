@@ -65,17 +65,14 @@ class Mamba2(RecurrentMixer):
         if hidden_act not in ("silu", "swish"):
             raise ValueError(f"{name}: hidden_act is {hidden_act!r}; expected 'silu'")
         heads = multiple(name, "expand * hidden_size", width, "head_dim", head_dim)
-        if num_heads not in (None, heads):
-            raise ValueError(
-                f"{name}: num_heads is {num_heads}; expand * hidden_size / head_dim = {heads} was "
-                "expected"
-            )
+        heads = heads if num_heads is None else num_heads
         multiple(name, "num_heads", heads, "n_groups", n_groups)
         self.layer_idx, self.num_heads, self.head_dim = layer_idx, heads, head_dim
         self.state_size, self.n_groups = state_size, n_groups
         self.dt_limit, self.D_has_hdim = (float(dt_limit[0]), float(dt_limit[1])), D_has_hdim
         self.ranges = (A_init_range, (dt_min, dt_max, dt_init_floor), conv_init)
         self.sizes = [width, width + 2 * n_groups * state_size, heads, *self.extra_sizes()]
+        self.check_width()
         self.conv1d = ShortConvolution(self.sizes[1], conv_kernel, bias=use_conv_bias)
         self.in_proj = nn.Linear(hidden_size, sum(self.sizes), bias=use_bias)
         register(self)
@@ -85,6 +82,15 @@ class Mamba2(RecurrentMixer):
                 width, norm_eps, width // n_groups, norm_before_gate=norm_before_gate
             )
         self.out_proj = nn.Linear(width, hidden_size, bias=use_bias)
+
+    def check_width(self) -> None:
+        """`ValueError` unless the heads fill the width."""
+        heads = self.sizes[0] // self.head_dim
+        if self.num_heads != heads:
+            raise ValueError(
+                f"{type(self).__name__}: num_heads is {self.num_heads}; expand * hidden_size / "
+                f"head_dim = {heads} was expected"
+            )
 
     def extra_sizes(self) -> list[int]:
         """Widths that the projection has beyond Mamba-2's."""

@@ -271,6 +271,6 @@ def repeat_heads(heads: int, kv_heads: int, *tensors: Tensor) -> list[Tensor]:
 
 def whole(name: str, what: str, value: float) -> int:
     """`value` as an int, or `ValueError` where it is not whole."""
-    if value != int(value):
+    if not math.isclose(value, round(value)):  # 0.58 * 100 is 57.99999999999999
         raise ValueError(f"{name}: {what} is {value}; it must be a whole number")
-    return int(value)
+    return round(value)

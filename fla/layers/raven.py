@@ -19,7 +19,7 @@ from fla.layers.mixer import (
     register,
     whole,
 )
-from fla.modules import RMSNorm, RotaryEmbedding
+from fla.modules import FusedRMSNormGated, RMSNorm, RotaryEmbedding
 from fla.modules.activations import ACT2FN
 from fla.ops.engine.recurrence.gates import softplus_gate
 from fla.ops.gsa import chunk_gsa, fused_recurrent_gsa
@@ -29,14 +29,15 @@ class Raven(RecurrentMixer):
     """Routed slots, on `[B, T, hidden_size]`.
 
         q, k = rms_norm(map(W x))        v = silu(W_v x)
-        r = score(W_r x), kept for the topk slots of a head and 0 for the others
+        r = score(W_r x), kept for the topk slots of a head (of score + bias), else 0
         g = -exp(A_log) softplus(W_a x + dt_bias) r        s = 1 - exp(g)
-        o = W_o rms_norm(silu(gsa(q, k, v, s, g)))
+        o = W_o rms_norm(gate_fn(gsa(q, k, v, s, g)))
 
     so a slot that is not chosen neither forgets nor is written. With `decay_type="GLA"`
-    `g = r log sigmoid(W_f x) / gate_logit_normalizer`, per slot. `router_score` is sigmoid or
-    softmax; in training Gumbel noise joins the choice (`add_gumbel_noise`), not the score.
-    `bias_rmm` adds a learnt bias to the choice.
+    `g = r log sigmoid(W_f x) / gate_logit_normalizer`, per slot. `router_score` is sigmoid, whose
+    kept scores are divided by their sum, or softmax. In training Gumbel noise joins W_r x
+    (`add_gumbel_noise`), so it changes the scores too. `bias_rmm` adds a bias to the choice alone.
+    With `use_output_gate` the norm is per head: `rms_norm(gate_fn(o)) * swish(W_g x)`.
 
     Example:
         >>> layer = Raven(hidden_size=64, num_heads=2, num_slots=8, topk=2)
@@ -114,9 +115,11 @@ class Raven(RecurrentMixer):
         self.r_bias = nn.Parameter(torch.zeros(slots)) if bias_rmm else None
         self.q_norm = RMSNorm(head_k, elementwise_affine, eps=norm_eps)
         self.k_norm = RMSNorm(head_k, elementwise_affine, eps=norm_eps)
-        self.g_norm = RMSNorm(value_dim, elementwise_affine, eps=norm_eps)
         if use_output_gate:
             self.o_gate_proj = nn.Linear(hidden_size, value_dim, bias=False)
+            self.o_norm = FusedRMSNormGated(self.head_v_dim, elementwise_affine, norm_eps)
+        else:
+            self.g_norm = RMSNorm(value_dim, elementwise_affine, eps=norm_eps)
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
         self.rotary = RotaryEmbedding(head_k, base=rope_theta) if use_rope else None
 
@@ -129,17 +132,17 @@ class Raven(RecurrentMixer):
 
     def route(self, x: Tensor) -> Tensor:
         """Scores `[B, T, H, M]`, zero but for the topk slots of a head."""
-        logits = self.r_proj(x).unflatten(-1, (-1, self.num_slots)).float()
-        if x.dtype == torch.float64:
-            logits = logits.double()
+        logits = promote_to_fp32(self.r_proj(x)).unflatten(-1, (-1, self.num_slots))
+        if self.training and self.add_gumbel_noise:
+            logits = logits - torch.empty_like(logits).exponential_().log()
         scores = logits.sigmoid() if self.router_score == "sigmoid" else logits.softmax(-1)
-        choice = logits.detach()
+        choice = scores.detach()
         if self.r_bias is not None:
             choice = choice + self.r_bias.view(-1, self.num_slots)
-        if self.training and self.add_gumbel_noise:
-            choice = choice - torch.empty_like(choice).exponential_().log()
-        chosen = torch.zeros_like(scores).scatter(-1, choice.topk(self.topk, -1).indices, 1.0)
-        return scores * chosen
+        kept = scores * torch.zeros_like(scores).scatter(-1, choice.topk(self.topk).indices, 1.0)
+        if self.router_score == "sigmoid":
+            kept = kept / (kept.sum(-1, keepdim=True) + 1e-9)
+        return kept
 
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         (q, k, v), _ = self.project(x, context)
@@ -160,7 +163,9 @@ class Raven(RecurrentMixer):
         rule = fused_recurrent_gsa if self.token_by_token(x) else chunk_gsa
         s = (1 - g.exp()).to(v.dtype)
         o, state = rule(q, k, v, s, g, scale=self.scale, **context.sequences)
-        o = self.g_norm(F.silu(o.flatten(-2)))
+        o = ACT2FN[self.gate_fn](o)
         if self.use_output_gate:
-            o = o * ACT2FN[self.gate_fn](self.o_gate_proj(x))
+            o = self.o_norm(o, self.o_gate_proj(x).view_as(o)).flatten(-2)
+        else:
+            o = self.g_norm(o.flatten(-2))
         return self.o_proj(o), context.after(state)

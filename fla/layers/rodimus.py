@@ -24,7 +24,7 @@ class RodimusAttention(RecurrentMixer):
         u = W_up x        s = silu(conv(u))        tau = sigmoid(W_tau s)        a = softplus(W_g s)
         g = -a tau        k = a^tau * W_k s / |W_k s|        q = W_q s        v = sigmoid(I u) u
         o = gla(q, k, v, g) + residual_weight * s
-        y = W_down (rms_norm(o) * silu(W_gate x))
+        y = W_down rms_norm(o * silu(W_gate x))
 
     The state has `expand_ratio` rows; I has rank `input_gate_low_rank` ("auto" is 16 or
     hidden_size / 64, whichever is more). `residual_in_fp32` adds the residual in fp32.
@@ -90,10 +90,9 @@ class RodimusAttention(RecurrentMixer):
         rule = fused_recurrent_gla if self.token_by_token(x) else chunk_gla
         o, state = rule(q, k, v, g, **context.sequences)
         residual = self.residual_weight * shifted
-        if self.residual_in_fp32 and o.dtype != torch.float64:
-            residual = residual.float()
-        o = self.activation_norm((o.squeeze(2) + residual).to(x.dtype))
-        return self.down_proj(o * F.silu(self.gate_proj(x))), context.after(state, conv)
+        residual = promote_to_fp32(residual) if self.residual_in_fp32 else residual
+        o = (o.squeeze(2) + residual).to(x.dtype) * F.silu(self.gate_proj(x))
+        return self.down_proj(self.activation_norm(o)), context.after(state, conv)
 
 
 class SlidingWindowSharedKeyAttention(Attention):

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fla.core.layout import SequenceLayout
+from fla.core.precision import promote_to_fp32
 from fla.layers.rwkv4 import RWKV4FeedForward
 from fla.layers.rwkv6 import RWKV6FeedForward
 from fla.layers.rwkv7 import RWKV7FeedForward
@@ -44,7 +45,7 @@ class MixerBlock(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             shared=shared,
         )
-        return (hidden.float() if self.residual_in_fp32 else hidden) + mixed
+        return (promote_to_fp32(hidden) if self.residual_in_fp32 else hidden) + mixed
 
 
 class MixerMLPBlock(GradientCheckpointingLayer):

@@ -25,6 +25,7 @@ class CombaConfig(DecoderConfig):
     use_output_correction: bool = True
     use_inner_decay: bool = True
     correction_factor: float = 1.0
+    normalize_feedback: bool = True
     num_hidden_layers: int = 21
 
 

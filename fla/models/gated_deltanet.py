@@ -25,6 +25,7 @@ class GatedDeltaNetConfig(DecoderConfig):
     num_v_heads: int | None = None
     o_norm_eps: float | None = None
     num_hidden_layers: int = 21
+    output_gate_activation: str = "swish"
 
 
 class GatedDeltaNetModel(DecoderModel):

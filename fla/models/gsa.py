@@ -9,7 +9,9 @@ from fla.models.decoder import DecoderForCausalLM, DecoderModel, register
 
 
 class GSAConfig(DecoderConfig):
-    """`DecoderConfig` with the arguments of `fla.layers.GatedSlotAttention`."""
+    """`DecoderConfig` with the arguments of `fla.layers.GatedSlotAttention`, whose norm runs with
+    `o_norm_eps`, as in published code.
+    """
 
     model_type = "gsa"
     mixer: ClassVar = GatedSlotAttention
@@ -26,6 +28,7 @@ class GSAConfig(DecoderConfig):
     use_output_gate: bool = False
     use_norm: bool = True
     elementwise_affine: bool = True
+    o_norm_eps: float = 1e-5
 
     def __post_init__(self, **kwargs: Any) -> None:
         # published configs spell these two so

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 
+from fla.core.precision import promote_to_fp32
 from fla.layers import HGRNAttention
 from fla.models.config import DecoderConfig
 from fla.models.decoder import DecoderForCausalLM, DecoderModel, register
@@ -40,7 +41,7 @@ class HGRNModel(DecoderModel):
         """Bounds `[layers, D]` that grow from 0 with the depth."""
         if not self.config.use_lower_bound:
             return {}
-        steps = self.lower_bounds.float().softmax(0)
+        steps = promote_to_fp32(self.lower_bounds).softmax(0)
         return {"lower_bounds": (steps.cumsum(0) - steps[0]).to(self.lower_bounds.dtype)}
 
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 
+from fla.core.precision import promote_to_fp32
 from fla.layers import HGRN2Attention
 from fla.models.config import DecoderConfig
 from fla.models.decoder import DecoderForCausalLM, DecoderModel, register
@@ -13,7 +14,8 @@ from fla.models.decoder import DecoderForCausalLM, DecoderModel, register
 
 class HGRN2Config(DecoderConfig):
     """`DecoderConfig` with the arguments of `fla.layers.HGRN2Attention`; `use_lower_bound` learns
-    how little each layer forgets at least.
+    how little each layer forgets at least. `expand_ratio` wins over `num_heads`, and the mixer's
+    norm runs with `o_norm_eps`, as in published code.
     """
 
     model_type = "hgrn2"
@@ -26,6 +28,7 @@ class HGRN2Config(DecoderConfig):
     conv_size: int = 4
     use_lower_bound: bool = True
     elementwise_affine: bool = True
+    o_norm_eps: float = 1e-5
 
 
 class HGRN2Model(DecoderModel):
@@ -41,7 +44,7 @@ class HGRN2Model(DecoderModel):
         """Bounds `[layers, D]` that grow from 0 with the depth."""
         if not self.config.use_lower_bound:
             return {}
-        steps = self.lower_bounds.float().softmax(0)
+        steps = promote_to_fp32(self.lower_bounds).softmax(0)
         return {"lower_bounds": (steps.cumsum(0) - steps[0]).to(self.lower_bounds.dtype)}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Mamba-2, arXiv:2405.21060."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fla.layers import Mamba2
 from fla.models.blocks import BackboneForCausalLM, BackboneModel, MixerBlock
@@ -13,7 +13,7 @@ class Mamba2Config(DecoderConfig):
     """`DecoderConfig` with the arguments of `fla.layers.Mamba2`. There is no MLP."""
 
     model_type = "mamba2"
-    mixer: ClassVar = Mamba2
+    mixer: ClassVar[Any] = Mamba2
     # transformers' names, so that its checkpoints load here as they are
     attribute_map: ClassVar[dict[str, str]] = {
         "layer_norm_epsilon": "norm_eps",

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.layers import MomAttention
 from fla.models.config import DecoderConfig
 from fla.models.decoder import DecoderForCausalLM, DecoderModel, register
@@ -42,7 +43,9 @@ class MomModel(DecoderModel):
         """`aux_loss_scale` times the mean over layers of how unevenly memories are used."""
         if not self.config.aux_loss_scale:
             return super().auxiliary_loss(shared)
-        p = [logits.flatten(0, 1).float().softmax(-1) for logits in shared["router_logits"]]
+        p = [
+            promote_to_fp32(logits.flatten(0, 1)).softmax(-1) for logits in shared["router_logits"]
+        ]
         layers = [load_balance(x, x.topk(self.config.topk, -1).indices) for x in p]
         return self.config.aux_loss_scale * torch.stack(layers).mean()
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fla.core.layout import SequenceLayout
+from fla.core.precision import promote_to_fp32
 from fla.layers import RodimusAttention, SlidingWindowSharedKeyAttention
 from fla.models.config import DecoderConfig
 from fla.models.decoder import DecoderForCausalLM, DecoderModel, build_mixer, register
@@ -19,8 +20,9 @@ from fla.modules import GatedMLP, RMSNorm
 class RodimusConfig(DecoderConfig):
     """`DecoderConfig` with the arguments of `fla.layers.RodimusAttention`. `block_type` "rodimus"
     is that mixer alone in every block; "rodimus_plus" adds sliding-window attention with a shared
-    key, described by `ska_attn` (num_heads, qkv_bias, qk_norm, window_size, rope_theta), and an
-    MLP.
+    key, described by `ska_attn` (num_heads, which it needs; qkv_bias, qk_norm, window_size of 1024,
+    rope_theta), and an MLP. `residual_in_fp32` is the mixer's, `block_residual_in_fp32` keeps what
+    the blocks add up in fp32.
     """
 
     model_type = "rodimus"
@@ -29,6 +31,7 @@ class RodimusConfig(DecoderConfig):
     block_type: str = "rodimus_plus"
     attn_mode: str = "chunk"
     residual_in_fp32: bool = True
+    block_residual_in_fp32: bool = False
     expand_ratio: int = 64
     input_gate_low_rank: int | str = "auto"
     use_short_conv: bool = True
@@ -54,19 +57,27 @@ class RodimusConfig(DecoderConfig):
 
 
 class RodimusBlock(GradientCheckpointingLayer):
-    """`h + mixer(norm(h))`; in Rodimus+ then `h + ska_attn(norm(h))` and `h + mlp(norm(h))`."""
+    """`r = h + mixer(norm(h))`; in Rodimus+ `y = r + ska_attn(norm(r))` and `r + mlp(norm(y))`: the
+    MLP reads what the attention says, and the residual is the mixer's, as in published code.
+    """
 
     def __init__(self, config: RodimusConfig, layer_idx: int):
         super().__init__()
         size, eps = config.hidden_size, config.norm_eps
         self.mixer_norm = RMSNorm(size, eps=eps)
         self.mixer = build_mixer(config, layer_idx)
+        self.residual_in_fp32 = config.block_residual_in_fp32
         self.plus = config.block_type == "rodimus_plus"
         if self.plus:
             self.ska_attn_norm = RMSNorm(size, eps=eps)
             # in the cache its keys come after the keys of all blocks' mixers
             index = config.num_hidden_layers + layer_idx
-            spec = config.ska_attn or {}
+            spec = {"window_size": 1024} | (config.ska_attn or {})
+            if "num_heads" not in spec:
+                raise ValueError(
+                    f"RodimusConfig: ska_attn is {config.ska_attn}; rodimus_plus needs "
+                    "ska_attn={'num_heads': ...}, or pass block_type='rodimus'"
+                )
             self.ska_attn = SlidingWindowSharedKeyAttention(size, **spec, layer_idx=index)
             self.mlp_norm = RMSNorm(size, eps=eps)
             self.mlp = GatedMLP(
@@ -81,11 +92,13 @@ class RodimusBlock(GradientCheckpointingLayer):
         shared: dict[str, Any] | None = None,
     ) -> Tensor:
         call: dict[str, Any] = dict(layout=layout, past_key_values=past_key_values, shared=shared)
-        hidden = hidden + self.mixer(self.mixer_norm(hidden), **call)[0]
+        dtype = self.mixer_norm.weight.dtype
+        hidden = promote_to_fp32(hidden) if self.residual_in_fp32 else hidden
+        hidden = hidden + self.mixer(self.mixer_norm(hidden).to(dtype), **call)[0]
         if not self.plus:
             return hidden
-        hidden = hidden + self.ska_attn(self.ska_attn_norm(hidden), **call)[0]
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        heard = hidden + self.ska_attn(self.ska_attn_norm(hidden).to(dtype), **call)[0]
+        return hidden + self.mlp(self.mlp_norm(heard).to(dtype))
 
 
 class RodimusModel(DecoderModel):

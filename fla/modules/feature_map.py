@@ -63,7 +63,7 @@ class T2RFeatureMap(nn.Module):
 
 
 class DPFPFeatureMap(nn.Module):
-    """Products of `[relu(x), relu(-x)]` with itself rolled by 1 .. nu; Schlag et al. (2021),
+    """Products of `relu([x, -x])` with itself rolled by 1 .. nu; Schlag et al. (2021),
     arXiv:2102.11174.
     """
 
@@ -72,7 +72,7 @@ class DPFPFeatureMap(nn.Module):
         self.nu = nu
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([x.relu(), (-x).relu()], -1)
+        x = torch.cat([x, -x], -1).relu()
         rolled = torch.cat([x.roll(shifts=j, dims=-1) for j in range(1, self.nu + 1)], -1)
         return torch.cat([x] * self.nu, -1) * rolled
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-r"""# DeltaFormer: a delta rule whose keys meet through softmax
+r"""# DeltaFormer: a delta rule that reads and erases through softmax
 
 Zhong et al. (2025), *Understanding Transformer from the Perspective of Associative Memory*,
 arXiv:2505.19488.
 
-    u_t = v_t - beta_t sum_{j < t} softmax_{j < t}(scale k_t . k_j) u_j
+    u_t = v_t - beta_t sum_{j < t} softmax_{j < t}(scale q_t . k_j) u_j
     o_t = sum_{j <= t} softmax_{j <= t}(scale q_t . k_j) u_j
 
 | symbol | argument | shape |
@@ -13,6 +13,9 @@ arXiv:2505.19488.
 | v | `v` | `[B, T, H, V]` |
 | beta | `beta` | `[B, T, H]`, absent 1 |
 | S_t = (k, u) | `initial_state`, result | the keys and u of all tokens so far, `[N, P + T, H, .]` |
+
+Both stages weigh with the scores of q, as published code does; the first leaves out the token
+itself. beta may have any sign and size: the published layer passes it without a sigmoid.
 
 Cost grows with T squared; the state grows with T. `attention_mask` `[B, T]` marks real tokens of
 padded rows: the others write nothing and their o is 0.
@@ -59,7 +62,7 @@ def naive_deltaformer_attn(
     for t in range(q.shape[1]):
         u = v[:, t]
         if keys:
-            scores = scale * torch.einsum("bhk,bjhk->bhj", k[:, t], torch.stack(keys, 1))
+            scores = scale * torch.einsum("bhk,bjhk->bhj", q[:, t], torch.stack(keys, 1))
             read = torch.einsum("bhj,bjhv->bhv", scores.softmax(-1), torch.stack(us, 1))
             u = u - (read if beta is None else beta[:, t, :, None] * read)
         keys.append(k[:, t])
@@ -70,19 +73,20 @@ def naive_deltaformer_attn(
     return torch.stack(out, 1), final
 
 
-def _block(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, keys: Tensor, us: Tensor):
+def _block(q: Tensor, v: Tensor, beta: Tensor, keys: Tensor, us: Tensor):
     """(o, u) `[B, H, C, V]` of one block whose own keys end `keys` `[B, H, P + C, K]`; `us`
     `[B, H, P, V]` are those of the tokens before it.
     """
-    n, past, scale = q.shape[2], us.shape[2], 1 / math.sqrt(k.shape[-1])
+    n, past, scale = q.shape[2], us.shape[2], 1 / math.sqrt(q.shape[-1])
     above = torch.ones(n, past + n, dtype=torch.bool, device=q.device).triu(past)
-    scores = (scale * (k @ keys.mT)).masked_fill(above, -torch.inf)
+    scores = scale * (q @ keys.mT)
+    before = scores.masked_fill(above, -torch.inf)
     if past == 0:  # the first token of all meets none
-        scores = scores.masked_fill(torch.arange(n, device=q.device)[:, None] == 0, 0.0)
-    weights = beta.unsqueeze(-1) * scores.softmax(-1).masked_fill(above, 0.0)
+        before = before.masked_fill(torch.arange(n, device=q.device)[:, None] == 0, 0.0)
+    weights = beta.unsqueeze(-1) * before.softmax(-1).masked_fill(above, 0.0)
     rhs = v - weights[..., :past] @ us
     u = torch.linalg.solve_triangular(weights[..., past:], rhs, upper=False, unitriangular=True)
-    scores = (scale * (q @ keys.mT)).masked_fill(above.triu(past + 1), -torch.inf)
+    scores = scores.masked_fill(above.triu(past + 1), -torch.inf)
     return scores.softmax(-1) @ torch.cat([us, u], 2), u
 
 
@@ -94,7 +98,7 @@ def _sequence(
     us = v[:, :, :0] if state is None else state[1]
     past, out = us.shape[2], []
     for begin in range(0, q.shape[2], C):
-        rows = [x[:, :, begin : begin + C] for x in (q, k, v, beta)]
+        rows = [x[:, :, begin : begin + C] for x in (q, v, beta)]
         seen = keys[:, :, : past + begin + rows[0].shape[2]]
         o, u = checkpoint(_block, *rows, seen, us, use_reentrant=False)
         us = torch.cat([us, u], 2)

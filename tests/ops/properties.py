@@ -155,7 +155,7 @@ def dense_deltaformer(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> list[Ten
     T, scale = q.shape[2], q.shape[3] ** -0.5
     past = torch.ones(T, T, dtype=torch.bool).tril(-1)
     past[0, 0] = True  # the first token reads nothing: its row is masked again
-    weights = (scale * k @ k.mT).masked_fill(~past, -torch.inf).softmax(-1).tril(-1)
+    weights = (scale * q @ k.mT).masked_fill(~past, -torch.inf).softmax(-1).tril(-1)
     weights = beta.unsqueeze(-1) * weights
     u = torch.linalg.solve_triangular(weights, v, upper=False, unitriangular=True)
     scores = (scale * q @ k.mT).masked_fill(torch.ones_like(past).triu(1), -torch.inf)
