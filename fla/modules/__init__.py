@@ -32,9 +32,10 @@ __getattr__, __all__ = lazy_names(
             "RMSNorm",
             "RMSNormLinear",
         ],
+        "fla.modules.long_conv": ["ImplicitLongConvolution", "LongConvolution"],
         "fla.modules.mlp": ["GatedMLP", "SubNormMLP"],
         "fla.modules.moe": ["Experts", "MixtureOfExperts"],
-        "fla.modules.token_shift": ["token_shift"],
+        "fla.modules.token_shift": ["TokenShift", "token_shift"],
         "fla.modules.rotary": ["RotaryEmbedding"],
     },
 )
