@@ -27,7 +27,7 @@ def fft_conv(
     gelu: bool = True,
     k_rev: Tensor | None = None,
 ) -> Tensor:
-    """The module's equation of u `[B, D, T]` with filters k `[D, taps]` or `[1, D, taps]`, and GELU.
+    """The module's equation of u `[B, D, T]` with filters k `[D, taps]` or `[1, D, taps]`; GELU.
 
     k_rev, of k's shape, adds `sum_s k_rev_s u_{t+s}`, which looks ahead; dropout_mask `[B, D]` is
     multiplied last.
