@@ -33,7 +33,7 @@ __getattr__, __all__ = lazy_names(
             "RMSNormLinear",
         ],
         "fla.modules.long_conv": ["ImplicitLongConvolution", "LongConvolution"],
-        "fla.modules.mlp": ["GatedMLP", "SubNormMLP"],
+        "fla.modules.mlp": ["GatedMLP", "SubNormMLP", "SwiGLULinear"],
         "fla.modules.moe": ["Experts", "MixtureOfExperts"],
         "fla.modules.token_shift": ["TokenShift", "token_shift"],
         "fla.modules.rotary": ["RotaryEmbedding"],
