@@ -101,7 +101,7 @@ class _Fused(torch.autograd.Function):
         logits, ids, lse = ctx.saved_tensors
         dlogp = dloss * ctx.slopes[0] + dkl * ctx.slopes[1]
         out = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        for rows, tokens in _blocks(*ids.shape, logits.shape[-1]):
+        for rows, tokens in _blocks(ids.shape[0], ids.shape[1], logits.shape[-1]):
             weight = dlogp[rows, tokens, None]
             dz = logits[rows, tokens].to(lse.dtype) - lse[rows, tokens, None]
             dz = dz.exp_().mul_(-weight)

@@ -44,8 +44,8 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> No
     for name, parameter in module.named_parameters(recurse=False):
         if not isinstance(parameter, DTensor):
             placed = distribute_tensor(parameter, mesh, [placement])
-            placed = nn.Parameter(placed, requires_grad=parameter.requires_grad)
-            module.register_parameter(name, placed)
+            kept = nn.Parameter(placed, requires_grad=parameter.requires_grad)
+            module.register_parameter(name, kept)
 
 
 class PrepareModuleWeight(ParallelStyle):
@@ -80,7 +80,7 @@ class NormParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         _distribute(module, device_mesh, Replicate())
-        module.forward = partial(self._forward, module, device_mesh)  # type: ignore[method-assign]
+        module.forward = partial(self._forward, module, device_mesh)
         return module
 
     def _forward(self, module: nn.Module, mesh: DeviceMesh, *args: Any, **kwargs: Any) -> Any:
@@ -127,7 +127,7 @@ class SwiGLULinearParallel(ParallelStyle):
         self.use_local_output = use_local_output
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module.forward = partial(self._forward, module, device_mesh)  # type: ignore[method-assign]
+        module.forward = partial(self._forward, module, device_mesh)
         return module
 
     def _forward(
@@ -171,7 +171,7 @@ class LinearLossParallel(ParallelStyle):
                 "LinearLossParallel: use_l2warp is on, whose penalty is an average over the tokens "
                 "of one rank; turn it off"
             )
-        module.forward = partial(self._forward, module, device_mesh)  # type: ignore[method-assign]
+        module.forward = partial(self._forward, module, device_mesh)
         return module
 
     def _forward(
