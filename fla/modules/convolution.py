@@ -17,16 +17,30 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._lazy import lazy_names
 from fla.core.boundaries import boundaries_to_list, count_sequences
 from fla.core.checks import check_sequences, check_shapes
 from fla.core.parallel import SequenceParallel, refuse_sharded, tie, using
 from fla.core.stage import Form, Stage
+from fla.modules.packed import check_packed
 from fla.ops.engine.kernels import operators as triton
 from fla.ops.engine.kernels import support
 from fla.ops.engine.native import conv as native
 from fla.ops.engine.native import library
 from fla.ops.engine.scan.sharded import tokens_before
 
+# where they stood before they had a module
+__getattr__, _names = lazy_names(
+    __name__,
+    {
+        "fla.modules.long_conv": [
+            "ImplicitLongConvolution",
+            "LongConvolution",
+            "PositionalEmbedding",
+            "fft_conv",
+        ]
+    },
+)
 ACTIVATIONS = (None, "silu", "swish")
 
 
@@ -40,12 +54,15 @@ def causal_conv1d(
     activation: str | None = None,
     backend: str | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution above: x `[B, T, D]`, weight `[D, W]`, initial_state `[N, D, W]`; returns (y,
     final state or None).
 
     Differentiable in every tensor, the states included. `cu_seqlens` bounds packed sequences and
-    needs B = 1.
+    needs B = 1; `cu_seqlens_cpu` and `chunk_indices`, which published kernels take, follow from it
+    and are only checked.
 
     Example:
         >>> y, _ = causal_conv1d(torch.ones(1, 3, 1), torch.tensor([[1.0, 10.0]]))
@@ -62,6 +79,7 @@ def causal_conv1d(
         initial_state=(initial_state, "N D W"),
     )
     check_sequences(op, x.shape[0], cu_seqlens, initial_state)
+    check_packed(op, cu_seqlens, cu_seqlens_cpu, chunk_indices)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}; expected None, 'silu' or 'swish'")
     if initial_state is not None or output_final_state:
@@ -70,6 +88,53 @@ def causal_conv1d(
     y, final = CONVOLUTION(op, backend, x, weight, bias, initial_state, cu_seqlens, silu)
     y = y if residual is None else y + residual
     return y, final.to(x.dtype) if output_final_state else None
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    cache: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token for each of N sequences: x `[N, D]`, `[N, 1, D]` or `[1, N, D]`, weight `[D, W]`;
+    returns (y of x's shape, cache). The cache `[N, D, W]` is moved on in place. No gradients: for
+    those call `causal_conv1d` with an initial state.
+
+    Example:
+        >>> cache = torch.ones(1, 1, 2)
+        >>> y, _ = causal_conv1d_update(
+        ...     torch.tensor([[3.0]]), cache, weight=torch.tensor([[1.0, 10.0]])
+        ... )
+        >>> y.item(), cache.flatten().tolist()
+        (31.0, [1.0, 3.0])
+    """
+    op = "causal_conv1d_update"
+    if weight is None:
+        raise ValueError(f"{op}: weight is None; pass the filters [D, W]")
+    D, W = check_shapes(op, weight=(weight, "D W")).values()
+    if x.dim() not in (2, 3) or x.shape[-1] != D or (x.dim() == 3 and 1 not in x.shape[:2]):
+        raise ValueError(
+            f"{op}: x has shape {list(x.shape)}; expected one token per sequence, [N, D={D}], "
+            f"[N, 1, D={D}] or [1, N, D={D}]; pass several tokens to causal_conv1d"
+        )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(
+            f"{op}: residual has shape {list(residual.shape)}; expected that of x, {list(x.shape)}"
+        )
+    N = x.numel() // D
+    if cache.shape != (N, D, W):
+        raise ValueError(
+            f"{op}: cache has shape {list(cache.shape)}; expected [N={N}, D={D}, W={W}], the last "
+            "W inputs of every sequence"
+        )
+    with torch.no_grad():
+        added = None if residual is None else residual.reshape(N, 1, D)
+        y, after = causal_conv1d(x.reshape(N, 1, D), weight, bias, added, cache, True, activation)
+        assert after is not None  # it was asked for
+        cache.copy_(after)
+    return y.view(x.shape), cache
 
 
 def _convolve(
@@ -231,6 +296,7 @@ class ShortConvolution(nn.Conv1d):
         cache: Tensor | None = None,
         output_final_state: bool = False,
         cu_seqlens: Tensor | None = None,
+        chunk_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x `[B, T, D]`; mask `[B, T]` reads masked tokens as zero (they stay in place: to drop
         padding altogether pack it with `SequenceLayout`).
@@ -251,6 +317,7 @@ class ShortConvolution(nn.Conv1d):
             self.activation,
             self.backend,
             cu_seqlens,
+            chunk_indices=chunk_indices,
         )
 
     def step(

@@ -30,14 +30,14 @@ def shape_logits(logits: Tensor, logit_scale: float, logit_softcapping: float | 
 
 class _Triton(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, shape: LogitShape):
+    def forward(ctx: Any, logits: Tensor, target: Tensor, shape: LogitShape, inplace: bool):
         from fla.modules.kernels import cross_entropy
 
         logits = logits.contiguous()
         with on_device(logits.device):
             rows = cross_entropy.forward(logits, target, shape)
         ctx.save_for_backward(logits, target, *rows)
-        ctx.shape = shape
+        ctx.shape, ctx.inplace = shape, inplace
         return rows.loss, rows.z_loss
 
     @staticmethod
@@ -47,15 +47,32 @@ class _Triton(torch.autograd.Function):
 
         logits, target, *rows = ctx.saved_tensors
         grads = (dloss.contiguous(), dz_loss.contiguous())
-        out = torch.empty_like(logits)
+        out = logits.detach() if ctx.inplace else torch.empty_like(logits)
         with on_device(logits.device):
             cross_entropy.backward(
                 logits, target, cross_entropy.Rows(*rows), *grads, ctx.shape, out
             )
-        return out, None, None
+        return out, None, None, None
 
 
-def _plain(logits: Tensor, target: Tensor, shape: LogitShape) -> tuple[Tensor, Tensor]:
+class _WriteOver(torch.autograd.Function):
+    """x, whose gradient is written into its memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> Tensor:
+        return ctx.saved_tensors[0].detach().copy_(dx)
+
+
+def _plain(
+    logits: Tensor, target: Tensor, shape: LogitShape, inplace: bool
+) -> tuple[Tensor, Tensor]:
+    logits = _WriteOver.apply(logits) if inplace else logits
     z = shape_logits(logits, shape.logit_scale, shape.logit_softcapping)
     how: Any = dict(ignore_index=shape.ignore_index, label_smoothing=shape.label_smoothing)
     loss = F.cross_entropy(z, target, **how, reduction="none")
@@ -66,15 +83,17 @@ def _plain(logits: Tensor, target: Tensor, shape: LogitShape) -> tuple[Tensor, T
     return loss + z_loss, z_loss
 
 
-def _in_triton(logits: Tensor, target: Tensor, shape: LogitShape) -> tuple[Tensor, Tensor]:
-    return _Triton.apply(logits, target, shape)
+def _in_triton(
+    logits: Tensor, target: Tensor, shape: LogitShape, inplace: bool
+) -> tuple[Tensor, Tensor]:
+    return _Triton.apply(logits, target, shape, inplace)
 
 
 def _problem(facts: Facts) -> tuple[Any, ...]:
     logits = torch.randn(5, 5000, generator=torch.Generator().manual_seed(0))
     shape = LogitShape(1.5, 4.0, 0.1, 0.01, ignore_index=3)
     target = torch.arange(5, device=facts.device)
-    return logits.to(facts.device, facts.dtype), target, shape
+    return logits.to(facts.device, facts.dtype), target, shape, False
 
 
 CROSS_ENTROPY = Stage(
@@ -102,14 +121,21 @@ def cross_entropy_loss(
     lse_square_scale: float = 0.0,
     logit_softcapping: float | None = None,
     ignore_index: int = -100,
+    inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Loss and z-loss (already part of the loss) of every row: logits `[M, V]`, target `[M]`; 0
-    where ignored.
+    where ignored. `inplace_backward` writes the gradient over the logits, which nothing may read
+    after that.
+
+    Example:
+        >>> loss, z_loss = cross_entropy_loss(torch.zeros(2, 4), torch.tensor([1, -100]))
+        >>> loss.exp().round().tolist()
+        [4.0, 1.0]
     """
     shape = LogitShape(
         logit_scale, logit_softcapping, label_smoothing, lse_square_scale, ignore_index
     )
-    return CROSS_ENTROPY("cross_entropy_loss", None, logits, target, shape)
+    return CROSS_ENTROPY("cross_entropy_loss", None, logits, target, shape, inplace_backward)
 
 
 class FusedCrossEntropyLoss(nn.Module):
@@ -133,6 +159,7 @@ class FusedCrossEntropyLoss(nn.Module):
         logit_scale: float = 1.0,
         lse_square_scale: float = 0.0,
         logit_softcapping: float | None = None,
+        inplace_backward: bool = False,
         process_group: object | None = None,
         return_z_loss: bool = False,
     ):
@@ -152,6 +179,7 @@ class FusedCrossEntropyLoss(nn.Module):
             lse_square_scale=lse_square_scale,
             logit_softcapping=logit_softcapping,
             ignore_index=ignore_index,
+            inplace_backward=inplace_backward,
         )
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:

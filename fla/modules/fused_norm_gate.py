@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """RMSNorm with an output gate: `y = rms_norm(x + residual) * act(g)`, computed in fp32 for lower
-dtypes. Autograd keeps x + residual and g alone.
+dtypes. Autograd keeps x + residual and g alone. The same with LayerNorm, in plain torch, and
+either of them before a linear layer that is given.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, not_compiled, tokenwise
-from fla.modules.layernorm import RMSNorm, rms_norm
+from fla.modules.layernorm import LayerNorm, Normed, RMSNorm, layer_norm, project, rms_norm
 from fla.ops.engine.kernels import support
 from fla.ops.engine.kernels.tensors import on_device
 from fla.ops.engine.native import library
@@ -162,6 +163,21 @@ RMS_NORM_GATED = Stage(
 )
 
 
+def check_activation(op: str, activation: str) -> None:
+    """Raise `ValueError` for an activation that gates do not have."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{op}: activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}"
+        )
+
+
+def _sum(x: Tensor, residual: Tensor | None, in_fp32: bool) -> Tensor:
+    """x + residual; x itself where there is nothing to add."""
+    if residual is None:
+        return promote_to_fp32(x) if in_fp32 else x
+    return promote_to_fp32(x) + residual
+
+
 def rms_norm_gated(
     x: Tensor,
     g: Tensor,
@@ -174,14 +190,8 @@ def rms_norm_gated(
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`rms_norm(x + residual) * activation(g)`; with `prenorm` the pair (y, x + residual)."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"rms_norm_gated: activation is {activation!r}; expected one of "
-            f"{', '.join(ACTIVATIONS)}"
-        )
-    total = x
-    if residual is not None or residual_in_fp32:
-        total = promote_to_fp32(x) if residual is None else promote_to_fp32(x) + residual
+    check_activation("rms_norm_gated", activation)
+    total = _sum(x, residual, residual_in_fp32)
     y = RMS_NORM_GATED("rms_norm_gated", None, total, g, weight, bias, activation, eps)
     y = y.to(x.dtype)
     return (y, total if residual_in_fp32 else total.to(x.dtype)) if prenorm else y
@@ -207,11 +217,7 @@ class FusedRMSNormGated(RMSNorm):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(hidden_size, elementwise_affine, False, eps, device, dtype)
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"FusedRMSNormGated: activation is {activation!r}; expected one of "
-                f"{', '.join(ACTIVATIONS)}"
-            )
+        check_activation(type(self).__name__, activation)
         self.activation = activation
 
     def forward(  # type: ignore[override]  # the gate comes second
@@ -247,3 +253,182 @@ class FusedRMSNormSwishGate(FusedRMSNormGated):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(hidden_size, elementwise_affine, eps, "swish", device, dtype)
+
+
+def layer_norm_gated(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str = "swish",
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Normed:
+    """`layer_norm(x + residual) * activation(g)`; with `prenorm` the pair (y, x + residual).
+
+    Example:
+        >>> x, g = torch.randn(2, 2, 3, 8)
+        >>> layer_norm_gated(x, g, torch.ones(8), None, "sigmoid").shape
+        torch.Size([2, 3, 8])
+    """
+    check_activation("layer_norm_gated", activation)
+    total = _sum(x, residual, residual_in_fp32)
+    y: Any = layer_norm(promote_to_fp32(total), weight, bias, eps=eps)
+    y = (y * ACTIVATIONS[activation](promote_to_fp32(g))).to(x.dtype)
+    return (y, total if residual_in_fp32 else total.to(x.dtype)) if prenorm else y
+
+
+def layer_norm_swish_gate_linear(
+    x: Tensor,
+    g: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Normed:
+    """`linear(layer_norm(x + residual) * swish(g))`. Its gradients are those of this equation; the
+    published kernel leaves the gate out of the linear weight's.
+
+    Example:
+        >>> x, g = torch.randn(2, 2, 3, 8)
+        >>> layer_norm_swish_gate_linear(x, g, None, None, torch.randn(4, 8), None).shape
+        torch.Size([2, 3, 4])
+    """
+    options = ("swish", residual, prenorm, residual_in_fp32, eps)
+    normed = layer_norm_gated(x, g, norm_weight, norm_bias, *options)
+    return project(normed, linear_weight, linear_bias)
+
+
+def rms_norm_swish_gate_linear(
+    x: Tensor,
+    g: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Normed:
+    """`linear(rms_norm(x + residual) * swish(g))`, as `layer_norm_swish_gate_linear`.
+
+    Example:
+        >>> x, g = torch.randn(2, 2, 3, 8)
+        >>> rms_norm_swish_gate_linear(x, g, None, None, torch.randn(4, 8), None).shape
+        torch.Size([2, 3, 4])
+    """
+    options = ("swish", residual, prenorm, residual_in_fp32, eps)
+    normed = rms_norm_gated(x, g, norm_weight, norm_bias, *options)
+    return project(normed, linear_weight, linear_bias)
+
+
+class FusedLayerNormGated(LayerNorm):
+    """`layer_norm(x) * activation(g)` over the last axis, `[..., hidden_size]`; activation is
+    swish, silu or sigmoid.
+
+    Example:
+        >>> x, g = torch.randn(2, 2, 3, 8)
+        >>> FusedLayerNormGated(8, bias=True)(x, g).shape
+        torch.Size([2, 3, 8])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        elementwise_affine: bool = True,
+        bias: bool = False,
+        activation: str = "swish",
+        eps: float = 1e-5,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(hidden_size, elementwise_affine, bias, eps, device, dtype)
+        check_activation(type(self).__name__, activation)
+        self.activation = activation
+
+    def forward(  # type: ignore[override]  # the gate comes second
+        self,
+        x: Tensor,
+        g: Tensor,
+        residual: Tensor | None = None,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> Normed:
+        options = (self.activation, residual, prenorm, residual_in_fp32, self.eps)
+        return layer_norm_gated(x, g, self.weight, self.bias, *options)
+
+
+class FusedLayerNormSwishGate(FusedLayerNormGated):
+    """`FusedLayerNormGated` with the swish activation, under its older name."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        elementwise_affine: bool = True,
+        bias: bool = False,
+        eps: float = 1e-5,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(hidden_size, elementwise_affine, bias, "swish", eps, device, dtype)
+
+
+class _GatedLinear(LayerNorm):
+    """A norm without a bias, a swish gate, and a linear layer that is given."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        elementwise_affine: bool = True,
+        eps: float = 1e-5,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(hidden_size, elementwise_affine, False, eps, device, dtype)
+
+    def forward(  # type: ignore[override]  # the gate and the linear layer come second and third
+        self,
+        x: Tensor,
+        g: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> Normed:
+        form = rms_norm_swish_gate_linear if self.is_rms_norm else layer_norm_swish_gate_linear
+        options = (residual, prenorm, residual_in_fp32, self.eps)
+        return form(x, g, self.weight, self.bias, weight, bias, *options)
+
+
+class FusedLayerNormGatedLinear(_GatedLinear):
+    """`layer_norm_swish_gate_linear` with the norm's weight; forward takes the linear layer's.
+
+    Example:
+        >>> x, g = torch.randn(2, 2, 3, 8)
+        >>> FusedLayerNormGatedLinear(8)(x, g, torch.randn(4, 8)).shape
+        torch.Size([2, 3, 4])
+    """
+
+
+class FusedRMSNormGatedLinear(_GatedLinear):
+    """`rms_norm_swish_gate_linear` with the norm's weight; forward takes the linear layer's.
+
+    Example:
+        >>> x, g = torch.randn(2, 2, 3, 8)
+        >>> FusedRMSNormGatedLinear(8)(x, g, torch.randn(4, 8)).shape
+        torch.Size([2, 3, 4])
+    """
+
+    is_rms_norm = True
+
+
+FusedLayerNormSwishGateLinear = FusedLayerNormGatedLinear
+FusedRMSNormSwishGateLinear = FusedRMSNormGatedLinear

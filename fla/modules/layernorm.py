@@ -5,7 +5,8 @@ arXiv:1910.07467), with a residual.
     s = x + residual        RMSNorm: y = w * s / sqrt(mean(s^2) + eps) + b
                             LayerNorm: y = w * (s - mean(s)) / sqrt(var(s) + eps) + b
 
-Over the last axis, in fp32 for lower dtypes. With `prenorm` the result is the pair (y, s).
+Over the last axis, in fp32 for lower dtypes. With `prenorm` the result is the pair (y, s). The
+`*_linear` forms are `linear(y)` in the dtype of the linear weight `[out, hidden_size]`.
 """
 
 from typing import Any, NamedTuple
@@ -15,10 +16,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._lazy import lazy_names
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, not_compiled, tokenwise
 from fla.ops.engine.native import library
 from fla.ops.engine.native import rows as native
+
+# loads torch's DTensor, which takes a second
+__getattr__, _names = lazy_names(__name__, {"fla.modules.parallel": ["NormParallel"]})
 
 
 def layer_norm(
@@ -249,3 +254,229 @@ class GroupNorm(nn.Module):
             self.is_rms_norm,
             self.num_groups,
         )
+
+
+Normed = Tensor | tuple[Tensor, Tensor]
+
+
+def project(normed: Normed, weight: Tensor, bias: Tensor | None) -> Normed:
+    """`linear(y)` of y or of (y, s)."""
+    y, *rest = (normed,) if isinstance(normed, Tensor) else normed
+    if y.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"norm and linear: linear_weight has shape {list(weight.shape)}; expected "
+            f"[out, {y.shape[-1]}], as x has {y.shape[-1]} channels"
+        )
+    out = F.linear(y.to(weight.dtype), weight, bias)
+    return (out, rest[0]) if rest else out
+
+
+def layer_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+    num_groups: int = 1,
+) -> Normed:
+    """`linear(norm(x + residual))`, normed over each of `num_groups` parts of the last axis.
+
+    Example:
+        >>> x, weight = torch.randn(2, 3, 8), torch.randn(4, 8)
+        >>> layer_norm_linear(x, torch.ones(8), None, weight, None).shape
+        torch.Size([2, 3, 4])
+    """
+    options = (residual, eps, prenorm, residual_in_fp32, is_rms_norm)
+    if num_groups == 1:
+        normed = layer_norm(x, norm_weight, norm_bias, *options)
+    else:
+        normed = group_norm(x, norm_weight, norm_bias, *options, num_groups)
+    return project(normed, linear_weight, linear_bias)
+
+
+def rms_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+) -> Normed:
+    """`linear(rms_norm(x + residual))`.
+
+    Example:
+        >>> x, weight = torch.randn(2, 3, 8), torch.randn(4, 8)
+        >>> rms_norm_linear(x, None, None, weight, None).shape
+        torch.Size([2, 3, 4])
+    """
+    normed = rms_norm(x, norm_weight, norm_bias, residual, eps, prenorm, residual_in_fp32)
+    return project(normed, linear_weight, linear_bias)
+
+
+def group_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+    num_groups: int = 1,
+) -> Normed:
+    """`layer_norm_linear` under the name its groups give it.
+
+    Example:
+        >>> x, weight = torch.randn(2, 3, 8), torch.randn(4, 8)
+        >>> group_norm_linear(x, None, None, weight, None, num_groups=2).shape
+        torch.Size([2, 3, 4])
+    """
+    return layer_norm_linear(
+        x, norm_weight, norm_bias, linear_weight, linear_bias,
+        residual, eps, prenorm, residual_in_fp32, is_rms_norm, num_groups,
+    )  # fmt: skip
+
+
+class LayerNormLinear(LayerNorm):
+    """`LayerNorm`, then a linear layer that is given: forward takes its weight `[out,
+    hidden_size]` and its bias.
+
+    Example:
+        >>> LayerNormLinear(8)(torch.randn(2, 3, 8), torch.randn(4, 8)).shape
+        torch.Size([2, 3, 4])
+    """
+
+    def forward(  # type: ignore[override]  # the linear layer comes second
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> Normed:
+        normed = super().forward(x, residual, prenorm, residual_in_fp32)
+        return project(normed, weight, bias)
+
+
+class RMSNormLinear(LayerNormLinear):
+    """`RMSNorm`, then a linear layer that is given, as in `LayerNormLinear`.
+
+    Example:
+        >>> RMSNormLinear(8)(torch.randn(2, 3, 8), torch.randn(4, 8)).shape
+        torch.Size([2, 3, 4])
+    """
+
+    is_rms_norm = True
+
+
+class GroupNormLinear(GroupNorm):
+    """`GroupNorm`, then a linear layer that is given, as in `LayerNormLinear`.
+
+    Example:
+        >>> GroupNormLinear(2, 8)(torch.randn(2, 3, 8), torch.randn(4, 8)).shape
+        torch.Size([2, 3, 4])
+    """
+
+    def forward(  # type: ignore[override]  # the linear layer comes second
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> Normed:
+        normed = super().forward(x, residual, prenorm, residual_in_fp32)
+        return project(normed, weight, bias)
+
+
+def group_norm_ref(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    is_rms_norm: bool = False,
+    prenorm: bool = False,
+    upcast: bool = False,
+) -> Normed:
+    """`group_norm` term by term in plain torch, in the dtype of x, or in fp32 with `upcast`.
+
+    Example:
+        >>> group_norm_ref(torch.tensor([3.0, 4.0, 1.0, 1.0]), None, None, 2, is_rms_norm=True)[2:]
+        tensor([1.0000, 1.0000])
+    """
+    if x.shape[-1] % num_groups:
+        raise ValueError(
+            f"group_norm_ref: num_groups is {num_groups}, which does not divide the "
+            f"{x.shape[-1]} channels of x; pass a divisor"
+        )
+    total = x if residual is None else x + residual
+    total = promote_to_fp32(total) if upcast else total.to(x.dtype)
+    parts = total.unflatten(-1, (num_groups, -1))
+    if not is_rms_norm:
+        parts = parts - parts.mean(-1, keepdim=True)
+    y = (parts / (parts.square().mean(-1, keepdim=True) + eps).sqrt()).flatten(-2)
+    y = y if weight is None else y * weight
+    y = (y if bias is None else y + bias).to(x.dtype)
+    return (y, total) if prenorm else y
+
+
+def layer_norm_ref(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    prenorm: bool = False,
+    upcast: bool = False,
+) -> Normed:
+    """`layer_norm` as `group_norm_ref` has it."""
+    return group_norm_ref(x, weight, bias, 1, residual, eps, False, prenorm, upcast)
+
+
+def rms_norm_ref(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    prenorm: bool = False,
+    upcast: bool = False,
+) -> Normed:
+    """`rms_norm` as `group_norm_ref` has it."""
+    return group_norm_ref(x, weight, bias, 1, residual, eps, True, prenorm, upcast)
+
+
+class GroupNormRef(GroupNorm):
+    """`GroupNorm` as `group_norm_ref` has it, in fp32 for lower dtypes.
+
+    Example:
+        >>> x = torch.randn(2, 3, 8)
+        >>> torch.allclose(GroupNormRef(2, 8)(x), GroupNorm(2, 8)(x), atol=1e-6)
+        True
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> Normed:
+        options = (self.num_groups, residual, self.eps, self.is_rms_norm, True, True)
+        y, total = group_norm_ref(x, self.weight, self.bias, *options)
+        total = total if residual_in_fp32 else total.to(x.dtype)
+        return (y, total) if prenorm else y

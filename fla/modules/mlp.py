@@ -8,8 +8,12 @@ import math
 import torch.nn as nn
 from torch import Tensor
 
-from fla.modules.activations import ACT2FN, swiglu, swiglu_linear
+from fla._lazy import lazy_names
+from fla.modules.activations import ACT2FN, powglu, powglu_linear, swiglu, swiglu_linear
 from fla.modules.layernorm import LayerNorm
+
+# loads torch's DTensor, which takes a second
+__getattr__, _names = lazy_names(__name__, {"fla.modules.parallel": ["SwiGLULinearParallel"]})
 
 
 def intermediate_width(hidden_size: int, hidden_ratio: float | None) -> int:
@@ -18,9 +22,31 @@ def intermediate_width(hidden_size: int, hidden_ratio: float | None) -> int:
     return 256 * math.ceil(int(hidden_size * ratio * 2 / 3) / 256)
 
 
+class SwiGLULinear(nn.Module):
+    """`swiglu_linear(x, y, weight, bias)` as a module without parameters, which a
+    `SwiGLULinearParallel` can be put on.
+
+    Example:
+        >>> import torch
+        >>> SwiGLULinear()(torch.randn(3, 8), torch.randn(3, 8), torch.randn(4, 8)).shape
+        torch.Size([3, 4])
+    """
+
+    def forward(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return swiglu_linear(x, y, weight, bias)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear layer is its weight and its bias alone: no adapter, no quantised layer in
+    its place, no hooks on it.
+    """
+    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+
+
 class GatedMLP(nn.Module):
-    """SwiGLU MLP on `[..., hidden_size]`. `fuse_swiglu` recomputes the gated product in the
-    backward instead of storing it.
+    """Gated MLP on `[..., hidden_size]`, by SwiGLU, or with `hidden_act="powlu"` by `powglu` of
+    `powglu_power`. `fuse_swiglu` recomputes the gated product of SwiGLU in the backward instead of
+    storing it, as long as `down_proj` is a plain linear layer; another one is called.
 
     Example:
         >>> import torch
@@ -35,21 +61,33 @@ class GatedMLP(nn.Module):
         intermediate_size: int | None = None,
         hidden_act: str = "swish",
         fuse_swiglu: bool = True,
+        powglu_power: float = 3.0,
     ):
         super().__init__()
-        if hidden_act not in ("swish", "silu"):
-            raise ValueError(f"GatedMLP: hidden_act is {hidden_act!r}; expected 'swish' or 'silu'")
+        if hidden_act not in ("swish", "silu", "powlu"):
+            raise ValueError(
+                f"GatedMLP: hidden_act is {hidden_act!r}; expected 'swish', 'silu' or 'powlu'"
+            )
         width = intermediate_size or intermediate_width(hidden_size, hidden_ratio)
         self.hidden_size, self.intermediate_size, self.fuse_swiglu = hidden_size, width, fuse_swiglu
+        self.hidden_act, self.powglu_power = hidden_act, powglu_power
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
         self.up_proj = nn.Linear(hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.swiglu_linear = SwiGLULinear()
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.fuse_swiglu:
-            return swiglu_linear(gate, up, self.down_proj.weight, self.down_proj.bias)
-        return self.down_proj(swiglu(gate, up))
+        gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+        fused = self.fuse_swiglu and is_plain(down)
+        if self.hidden_act == "powlu":
+            if fused:
+                return powglu_linear(gate, up, down.weight, down.bias, self.powglu_power)
+            return down(powglu(gate, up, self.powglu_power))
+        return (
+            self.swiglu_linear(gate, up, down.weight, down.bias)
+            if fused
+            else down(swiglu(gate, up))
+        )
 
 
 class SubNormMLP(nn.Module):

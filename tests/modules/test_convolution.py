@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fla.modules import ShortConvolution
-from fla.modules.convolution import causal_conv1d
+from fla.modules.convolution import LongConvolution, causal_conv1d, causal_conv1d_update
 from tests.helpers import assert_same, gradients
 
 D = 6
@@ -137,3 +137,65 @@ def test_wrong_module_arguments():
         ShortConvolution(D, 4)(
             torch.zeros(1, 5, D), mask=torch.ones(1, 5), cu_seqlens=torch.tensor([0, 5])
         )
+
+
+@pytest.mark.parametrize("shape", [(3, D), (3, 1, D), (1, 3, D)])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_update_moves_its_cache_on(shape, activation):
+    x = make(B=3, T=7)
+    weight, bias, cache = (x[n].detach() for n in ("weight", "bias", "initial_state"))
+    residual = torch.randn(3, 7, D, dtype=torch.float64)
+    want, final = causal_conv1d(
+        **x, residual=residual, activation=activation, output_final_state=True
+    )
+    place = cache = cache.clone()
+    for t in range(7):
+        token, added = x["x"][:, t].view(shape), residual[:, t].view(shape)
+        y, cache = causal_conv1d_update(token, cache, added, weight, bias, activation)
+        assert y.shape == shape and cache is place and not y.requires_grad
+        assert_same(y.view(3, D), want[:, t], "y")
+    assert_same(cache, final, "cache")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": None}, "weight is None; pass the filters"),
+        ({"x": torch.zeros(2, 2, D)}, r"x has shape \[2, 2, 6\]; expected one token per sequence"),
+        (
+            {"cache": torch.zeros(2, D, 3)},
+            r"cache has shape \[2, 6, 3\]; expected \[N=2, D=6, W=4\]",
+        ),
+        ({"residual": torch.zeros(2, 1)}, "residual has shape .* expected that of x"),
+        ({"activation": "relu"}, "activation is 'relu'"),
+    ],
+)
+def test_update_refuses(arguments, message):
+    good = {"x": torch.zeros(2, D), "cache": torch.zeros(2, D, 4), "weight": torch.zeros(D, 4)}
+    with pytest.raises(ValueError, match=message):
+        causal_conv1d_update(**good | arguments)
+
+
+def test_what_follows_from_the_boundaries_is_checked():
+    x, bounds = make(B=1, N=2), torch.tensor([0, 4, 11])
+    chunks = torch.tensor([[0, 0], [1, 0]])
+    got, _ = causal_conv1d(**x, cu_seqlens=bounds, cu_seqlens_cpu=bounds, chunk_indices=chunks)
+    assert_same(got, causal_conv1d(**x, cu_seqlens=bounds)[0], "y")
+    conv = ShortConvolution(D, 4).double()
+    packed = {"cu_seqlens": bounds}
+    assert_same(conv(x["x"], **packed, chunk_indices=chunks)[0], conv(x["x"], **packed)[0], "conv")
+    for wrong, message in (
+        ({"cu_seqlens": bounds, "cu_seqlens_cpu": bounds - 1}, "cu_seqlens_cpu differs"),
+        ({"cu_seqlens": bounds, "chunk_indices": bounds}, r"shape \[3\]; expected \[chunks, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            causal_conv1d(**x, **wrong)
+    del x["initial_state"]
+    with pytest.raises(ValueError, match="chunk_indices is given without cu_seqlens"):
+        causal_conv1d(**x, chunk_indices=chunks)
+
+
+def test_long_convolutions_are_importable_where_they_stood():
+    from fla.modules import long_conv
+
+    assert LongConvolution is long_conv.LongConvolution

@@ -166,3 +166,15 @@ def test_wrong_arguments():
         FusedCrossEntropyLoss(process_group=object())
     with pytest.raises(ValueError, match="x has width 5"):
         fused_linear_cross_entropy_loss(torch.zeros(2, 5), torch.zeros(2).long(), torch.zeros(7, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.5, "logit_softcapping": 2.0}])
+def test_inplace_backward_writes_the_gradient_over_the_logits(dtype, options):
+    logits = torch.randn(5, 7).to(dtype).requires_grad_()
+    target = torch.tensor([0, 3, -100, 6, 1])
+    (want,) = torch.autograd.grad(FusedCrossEntropyLoss(**options)(logits, target), logits)
+    loss = FusedCrossEntropyLoss(**options, inplace_backward=True)
+    memory = logits.data_ptr()
+    (grad,) = torch.autograd.grad(loss(logits, target), logits)
+    assert torch.equal(grad, want) and grad.data_ptr() == memory

@@ -139,3 +139,47 @@ def test_mlp():
     assert fused.down_proj.weight.grad.dtype == torch.float32
     with pytest.raises(ValueError, match="hidden_act is 'gelu'"):
         GatedMLP(D, hidden_act="gelu")
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_powlu_mlp(fuse):
+    from fla.modules.activations import powglu
+
+    mlp = GatedMLP(D, intermediate_size=20, hidden_act="powlu", fuse_swiglu=fuse, powglu_power=2.0)
+    x = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
+    mlp.double()
+    want = powglu(mlp.gate_proj(x), mlp.up_proj(x), 2.0) @ mlp.down_proj.weight.mT
+    leaves = {"x": x, **dict(mlp.named_parameters())}
+    assert_same(mlp(x), want, "y")
+    expected = gradients([want], leaves)
+    for name, grad in gradients([mlp(x)], leaves).items():
+        assert_same(grad, expected[name], f"d{name}")
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer with an adapter of rank 2 beside it, whose weight is the base's."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+        self.down = torch.nn.Linear(base.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_a_layer_in_the_place_of_down_proj_is_called():
+    mlp, x = GatedMLP(D, intermediate_size=20).double(), torch.randn(3, D, dtype=torch.float64)
+    plain, base = mlp(x), mlp.down_proj
+    mlp.down_proj = Adapted(base).double()
+    y = mlp(x)
+    assert (y - plain).abs().max() > 1e-3
+    y.sum().backward()
+    assert mlp.down_proj.up.weight.grad.abs().sum() > 0
+    merged = mlp.down_proj.up.weight @ mlp.down_proj.down.weight
+    base.weight.data += merged
+    mlp.down_proj = base
+    assert_same(mlp(x), y, "merged")
+    with base.register_forward_hook(lambda module, args, y: 2 * y):
+        assert_same(mlp(x), 2 * y, "hook")
