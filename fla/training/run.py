@@ -99,7 +99,9 @@ def architectures() -> dict[str, type[DecoderConfig]]:
 def prepare_model(
     run: RunArguments,
 ) -> tuple[Callable[[], PreTrainedModel], PreTrainedTokenizerBase]:
-    """What builds a fresh model of a registered architecture, or returns a saved one; and its tokenizer."""
+    """What builds a fresh model of a registered architecture, or returns a saved one; and its
+    tokenizer.
+    """
     if Path(run.model).is_dir():
         if run.model_config:
             raise UsageError("--model_config: a saved model has its config; drop the overrides")
@@ -273,6 +275,7 @@ def make_trainer(
     its constructor.
     """
     args.remove_unused_columns = False
+    args.use_cache = True  # it goes into the saved config; training itself keeps no cache
     args.logging_nan_inf_filter = False  # a NaN loss must be seen, not averaged away
     args.disable_tqdm = True
     if args.device.type == "cpu":
