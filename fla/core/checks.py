@@ -191,9 +191,3 @@ def refuse(op: str, name: str, value: object, fix: str) -> None:
     """Raise `ValueError` when an argument this implementation cannot honour was given."""
     if value is not None:
         raise ValueError(f"{op}: {name} is not supported here (got {type(value).__name__}); {fix}")
-
-
-def refuse_cp_context(op: str, cp_context: object) -> None:
-    """Raise `ValueError` for a context of sequence parallelism given as an argument."""
-    fix = "call it inside `with fla.distributed.sequence_parallel(group):` instead, and drop it"
-    refuse(op, "cp_context", cp_context, fix)

@@ -10,28 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from fla.core.parallel import SequenceParallel, current, using
-
-Ranks = dist.ProcessGroup | DeviceMesh | None
-
-
-def group_of(ranks: Ranks) -> dist.ProcessGroup:
-    """The group of `ranks`: itself, a 1-D mesh's, or all processes; `ValueError` without one."""
-    if not dist.is_initialized():
-        raise ValueError(
-            "sequence_parallel: torch.distributed is not initialised; launch with torchrun and "
-            "call torch.distributed.init_process_group"
-        )
-    if isinstance(ranks, DeviceMesh):
-        if ranks.ndim != 1:
-            raise ValueError(
-                f"sequence_parallel: the mesh has {ranks.ndim} dimensions; pass one of them, such "
-                "as mesh['sequence']"
-            )
-        return ranks.get_group()
-    return dist.group.WORLD if ranks is None else ranks  # type: ignore[return-value]
+from fla.ops.engine.sharding import Ranks, group_of
 
 
 @contextmanager
@@ -55,7 +36,7 @@ def sequence_parallel(
         with sequence_parallel():
             o, _ = fla.chunk_gated_delta_rule(q, k, v, g, beta)
     """
-    group = group_of(ranks)
+    group = group_of("sequence_parallel", ranks)
     if current() is not None:
         raise ValueError("sequence_parallel: it is already active; leave the outer block first")
     size = dist.get_world_size(group)
@@ -81,14 +62,14 @@ def split_evenly(total: int, size: int) -> list[int]:
 
 def shard_sequence(x: Tensor, ranks: Ranks = None, dim: int = 1) -> Tensor:
     """This rank's part of x along its tokens, as `split_evenly` cuts it."""
-    group = group_of(ranks)
+    group = group_of("sequence_parallel", ranks)
     lengths = split_evenly(x.shape[dim], dist.get_world_size(group))
     return x.split(lengths, dim)[dist.get_rank(group)].contiguous()
 
 
 def gather_sequence(x: Tensor, ranks: Ranks = None, dim: int = 1) -> Tensor:
     """all_gather of the ranks' parts into the whole sequence, on every rank, without a gradient."""
-    group = group_of(ranks)
+    group = group_of("sequence_parallel", ranks)
     mine = torch.tensor([x.shape[dim]], device=x.device)
     lengths = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(lengths, mine, group=group)
@@ -103,7 +84,7 @@ def gather_sequence(x: Tensor, ranks: Ranks = None, dim: int = 1) -> Tensor:
 
 def reduce_gradients(module: nn.Module, ranks: Ranks = None) -> None:
     """Sum the gradients of a module's parameters over the ranks; one without is zero."""
-    group = group_of(ranks)
+    group = group_of("sequence_parallel", ranks)
     for p in module.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()

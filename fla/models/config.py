@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
@@ -95,6 +97,25 @@ class DecoderConfig(PretrainedConfig):
             )
         self.sliding_window = next(iter(windows), None)
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save the config, and a module that lets transformers find the package by itself
+        (`trust_remote_code=True`) where it is installed but not imported.
+        """
+        home, name = type(self).__module__, type(self).__name__.removesuffix("Config")
+        if home.startswith("fla.models."):
+            classes = {"AutoConfig": "Config", "AutoModel": "Model"}
+            classes["AutoModelForCausalLM"] = "ForCausalLM"
+            self.auto_map = {auto: f"modeling_fla.{name}{kind}" for auto, kind in classes.items()}
+            names = ", ".join(f"{name}{kind}" for kind in classes.values())
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            shim = f"from {home} import {names}\n\n__all__ = {[*names.split(', ')]}\n"
+            Path(save_directory, "modeling_fla.py").write_text(shim)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: the saved module names the package, whose sources are not to be copied."""
 
     def layer_type(self, layer_idx: int) -> str:
         """The entry of `layer_types` for a layer."""

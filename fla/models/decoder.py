@@ -106,6 +106,10 @@ class DecoderPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = {"correction_bias"}  # noqa: RUF012
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: the saved module names the package, whose sources are not to be copied."""
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Mixer | HedgehogFeatureMap):

@@ -23,6 +23,7 @@ from fla.core.checks import check_sequences, check_shapes
 from fla.core.parallel import SequenceParallel, refuse_sharded, tie, using
 from fla.core.stage import Form, Stage
 from fla.modules.packed import check_packed
+from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.kernels import operators as triton
 from fla.ops.engine.kernels import support
 from fla.ops.engine.native import conv as native
@@ -56,6 +57,7 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     chunk_indices: Tensor | None = None,
+    cp_context: FLACPContext | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution above: x `[B, T, D]`, weight `[D, W]`, initial_state `[N, D, W]`; returns (y,
     final state or None).
@@ -69,6 +71,8 @@ def causal_conv1d(
         >>> y.flatten().tolist()
         [10.0, 11.0, 11.0]
     """
+    if cp_context is not None:
+        return on_ranks(causal_conv1d, locals(), taps=weight.shape[-1])
     op = "causal_conv1d"
     check_shapes(
         op,
@@ -297,6 +301,7 @@ class ShortConvolution(nn.Conv1d):
         output_final_state: bool = False,
         cu_seqlens: Tensor | None = None,
         chunk_indices: Tensor | None = None,
+        cp_context: FLACPContext | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x `[B, T, D]`; mask `[B, T]` reads masked tokens as zero (they stay in place: to drop
         padding altogether pack it with `SequenceLayout`).
@@ -318,6 +323,7 @@ class ShortConvolution(nn.Conv1d):
             self.backend,
             cu_seqlens,
             chunk_indices=chunk_indices,
+            cp_context=cp_context,
         )
 
     def step(

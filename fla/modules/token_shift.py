@@ -11,6 +11,7 @@ from torch import Tensor
 from fla.core.checks import check_sequences, check_tensors
 from fla.core.parallel import refuse_sharded
 from fla.modules.packed import check_packed
+from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.scan.running import lasts, starts
 
 
@@ -20,6 +21,7 @@ def token_shift(
     cache: Tensor | None = None,
     output_cache: bool = False,
     chunk_indices: Tensor | None = None,
+    cp_context: FLACPContext | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`x_{t-1} - x_t` per sequence of x `[B, T, D]`, where the token before the first is `cache`
     `[N, D]`, or 0; with `output_cache` the pair (difference, last token of every sequence).
@@ -29,6 +31,8 @@ def token_shift(
         >>> token_shift(torch.tensor([[[1.0], [3.0]]])).flatten().tolist()
         [-1.0, -2.0]
     """
+    if cp_context is not None:
+        return on_ranks(token_shift, locals())
     sizes = check_tensors("token_shift", x=(x, "B T D"), cache=(cache, "N D"))
     check_packed("token_shift", cu_seqlens, chunk_indices=chunk_indices)
     N = check_sequences("token_shift", sizes["B"], cu_seqlens, cache, "cache")

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fla.core.checks import check_tensors
 from fla.ops.case import SIZES, Inputs, OpCase, gated_delta
+from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
@@ -122,6 +123,7 @@ def chunk_gated_delta_product(
     cu_seqlens_cpu: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
     backend: str | None = None,
+    cp_context: FLACPContext | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaProduct chunk by chunk; `chunk_size` counts substeps.
 
@@ -132,6 +134,8 @@ def chunk_gated_delta_product(
         >>> o.shape
         torch.Size([1, 50, 2, 16])
     """
+    if cp_context is not None:
+        return on_ranks(chunk_gated_delta_product, locals())
     options = Options(
         scale, output_final_state, use_qk_l2norm_in_kernel, chunk_size=chunk_size, backend=backend
     )

@@ -26,9 +26,10 @@ On the one equation: scalar decay, a = -beta k, b = exp(g) k, written k and beta
 import torch
 from torch import Tensor
 
-from fla.core.checks import check_shapes, refuse, refuse_cp_context
+from fla.core.checks import check_shapes, refuse
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import QKV, OpCase, gated_delta
+from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import softplus_gate
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
@@ -147,7 +148,7 @@ def chunk_gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     chunk_indices: Tensor | None = None,
-    cp_context: object | None = None,
+    cp_context: FLACPContext | None = None,
     chunk_size: int = CHUNK_SIZE,
     use_gate_in_kernel: bool = False,
     A_log: Tensor | None = None,
@@ -164,9 +165,10 @@ def chunk_gated_delta_rule(
         >>> o.shape, state.shape
         (torch.Size([1, 100, 2, 16]), torch.Size([1, 2, 16, 16]))
     """
+    if cp_context is not None:
+        return on_ranks(chunk_gated_delta_rule, locals())
     op = "chunk_gated_delta_rule"
     refuse(op, "chunk_indices", chunk_indices, "chunks follow from cu_seqlens; drop it")
-    refuse_cp_context(op, cp_context)
     g, beta = _gates(
         op,
         v,

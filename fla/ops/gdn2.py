@@ -30,6 +30,7 @@ from torch import Tensor
 from fla.core.checks import check_groups, check_tensors, refuse
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import QKV, Inputs, OpCase
+from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import channel_gate, l2norm
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
@@ -139,6 +140,7 @@ def chunk_gdn2(
     dt_bias: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
     backend: str | None = None,
+    cp_context: FLACPContext | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """GDN-2 chunk by chunk.
 
@@ -149,6 +151,8 @@ def chunk_gdn2(
         >>> chunk_gdn2(q, k, v, g, b, w, use_qk_l2norm_in_kernel=True)[0].shape
         torch.Size([1, 100, 2, 16])
     """
+    if cp_context is not None:
+        return on_ranks(chunk_gdn2, locals())
     op = "chunk_gdn2"
     refuse(op, "disable_recompute", disable_recompute or None, "drop it")
     refuse(op, "return_intermediate_states", return_intermediate_states or None, "drop it")

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.core.checks import refuse_cp_context
 from fla.ops.case import QKV, OpCase, linear
+from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
@@ -170,10 +170,8 @@ def check_bounds(
     safe_gate: bool,
     lower_bound: float | None,
     disable_recompute: bool,
-    cp_context: object | None,
 ) -> None:
     """Raise `ValueError` for switches of the kernels that have no meaning here."""
-    refuse_cp_context(op, cp_context)
     if disable_recompute:
         raise ValueError(f"{op}: disable_recompute is not supported here; drop it")
     if lower_bound is not None and not safe_gate:
@@ -198,7 +196,7 @@ def chunk_dplr_delta_rule(
     safe_gate: bool = False,
     chunk_size: int | None = None,
     disable_recompute: bool = False,
-    cp_context: object | None = None,
+    cp_context: FLACPContext | None = None,
     lower_bound: float | None = None,
     backend: str | None = None,
 ) -> Result:
@@ -212,8 +210,10 @@ def chunk_dplr_delta_rule(
         >>> o.shape
         torch.Size([1, 100, 2, 16])
     """
+    if cp_context is not None:
+        return on_ranks(chunk_dplr_delta_rule, locals())
     op = "chunk_dplr_delta_rule"
-    check_bounds(op, safe_gate, lower_bound, disable_recompute, cp_context)
+    check_bounds(op, safe_gate, lower_bound, disable_recompute)
     options = Options(
         scale, output_final_state, chunk_size=chunk_size or CHUNK_SIZE, backend=backend
     )

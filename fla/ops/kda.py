@@ -28,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.core.checks import check_tensors, refuse, refuse_cp_context
+from fla.core.checks import check_tensors, refuse
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import QKV, OpCase, gated_delta
+from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import channel_gate, sigmoid_gate, softplus_gate
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
@@ -133,7 +134,7 @@ def chunk_kda(
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
-    cp_context: object | None = None,
+    cp_context: FLACPContext | None = None,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
@@ -148,8 +149,9 @@ def chunk_kda(
         >>> o.shape
         torch.Size([1, 100, 2, 16])
     """
+    if cp_context is not None:
+        return on_ranks(chunk_kda, locals())
     op = "chunk_kda"
-    refuse_cp_context(op, cp_context)
     refuse(op, "disable_recompute", disable_recompute or None, "drop it")
     refuse(op, "return_intermediate_states", return_intermediate_states or None, "drop it")
     options = Options(

@@ -39,10 +39,10 @@ from fla.core.checks import (
     check_sequences,
     check_tensors,
     refuse,
-    refuse_cp_context,
 )
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import QKV, OpCase
+from fla.ops.cp.context import refuse_cp_context
 from fla.ops.engine.recurrence.gates import l2norm
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms

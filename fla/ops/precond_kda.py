@@ -27,8 +27,9 @@ On the one equation: vector decay, a = -beta M k, b = exp(g) k, written M k and 
 
 from torch import Tensor
 
-from fla.core.checks import check_tensors, refuse, refuse_cp_context
+from fla.core.checks import check_tensors, refuse
 from fla.ops.case import QKV, OpCase
+from fla.ops.cp.context import refuse_cp_context
 from fla.ops.engine.recurrence.gates import channel_gate
 from fla.ops.engine.recurrence.recurrence import Options
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE

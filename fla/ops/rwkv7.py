@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fla.core.boundaries import boundaries_to_list
 from fla.ops.case import OpCase
+from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.recurrence import Options
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.generalized_delta_rule import (
@@ -75,7 +76,7 @@ def chunk_rwkv7(
     safe_gate: bool = False,
     chunk_size: int | None = None,
     disable_recompute: bool = False,
-    cp_context: object | None = None,
+    cp_context: FLACPContext | None = None,
     lower_bound: float | None = None,
     backend: str | None = None,
 ) -> Result:
@@ -88,8 +89,10 @@ def chunk_rwkv7(
         >>> chunk_rwkv7(r, w, k, v, -kk, kk * rate)[0].shape
         torch.Size([1, 100, 2, 16])
     """
+    if cp_context is not None:
+        return on_ranks(chunk_rwkv7, locals())
     op = "chunk_rwkv7"
-    check_bounds(op, safe_gate, lower_bound, disable_recompute, cp_context)
+    check_bounds(op, safe_gate, lower_bound, disable_recompute)
     options = Options(
         scale, output_final_state, chunk_size=chunk_size or CHUNK_SIZE, backend=backend
     )

@@ -275,6 +275,7 @@ def make_trainer(
     its constructor.
     """
     args.remove_unused_columns = False
+    args.use_cache = True  # it goes into the saved config; training itself keeps no cache
     args.logging_nan_inf_filter = False  # a NaN loss must be seen, not averaged away
     args.disable_tqdm = True
     if args.device.type == "cpu":

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: MIT
 """The checks that the ranks of a test run: each against the same computation in one process, in fp64."""
 
+import inspect
 import json
 import os
 import re
 import sys
 import traceback
 import warnings
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import accumulate, pairwise
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -26,8 +29,9 @@ from dilated_attention_pytorch import (
 from fla.core.parallel import current
 from fla.distributed import reduce_gradients, sequence_parallel
 from fla.layers import BlockSparseAttention
-from fla.modules.convolution import causal_conv1d
+from fla.modules.convolution import ShortConvolution, causal_conv1d
 from fla.modules.token_shift import token_shift
+from fla.ops import cp
 from fla.ops.block_sparse_attention import big_bird, block_sparse_attention
 from fla.ops.delta_rule import chunk_delta_rule
 from fla.ops.dilated_attention import dilated_attention
@@ -64,9 +68,10 @@ def close(got, want, what, rtol=1e-10):
         assert error <= rtol * max(1.0, want.abs().max().item()), f"{what}: off by {error:.2e}"
 
 
-def compare(run, tensors, lengths, rank, shared=(), along=None):
+def compare(run, tensors, lengths, rank, shared=(), along=None, on_ranks=None):
     """`run(**tensors)` -> (o, *finals) whole, and from shards of every tensor with tokens: outputs,
-    states and the sum of the ranks' gradients.
+    states and the sum of the ranks' gradients. `on_ranks` runs shards in place of `run`, with no
+    context around it.
     """
     along = along or {}
     ends = ends_of(lengths)
@@ -89,8 +94,8 @@ def compare(run, tensors, lengths, rank, shared=(), along=None):
         return x[:, ends[rank] * f : ends[rank + 1] * f].clone()
 
     mine = {n: cut(n, x).requires_grad_() for n, x in tensors.items()}
-    with sequence_parallel() as parallel:
-        got, *got_finals = run(**mine)
+    with nullcontext() if on_ranks else sequence_parallel() as parallel:
+        got, *got_finals = (on_ranks or run)(**mine)
     part = slice(ends[rank], ends[rank + 1])
     close(got, want[:, part], "o")
     for x, y in zip(got_finals, finals, strict=True):
@@ -143,6 +148,89 @@ def op_check(op, packed):
 for _op in family():
     for _packed in (False, True):
         CHECKS[f"{_op.title} {'packed' if _packed else 'rows'}"] = op_check(_op, _packed)
+
+
+def context_check(op):
+    def run_check(rank, size):
+        for bounds in ([0, 24], [0, 6, 6, 7, 20, 24]):
+            bounds = torch.tensor(bounds)
+            context = cp.build_cp_context(bounds, dist.group.WORLD)
+            inputs = op.inputs(1, 24, 2, 5, 6, dtype=torch.float64)
+            states = op.states(len(bounds) - 1, 2, 5, 6)
+            names = [f"state{i}" for i in range(len(states))]
+            along = {n: 2 if "T*n" in op.axes(n) else 1 for n in inputs}
+            shared = {n for n in inputs if not {"T", "T*n"} & set(op.axes(n))} | set(names)
+
+            def run(names=names, cu_seqlens=bounds, cp_context=None, **x):
+                own = [x.pop(n) for n in names]
+                more = {} if cp_context is None else dict(cp_context=cp_context)
+                return op.call(op.chunk, x, own, cu_seqlens=cu_seqlens, **more)
+
+            tensors = inputs | dict(zip(names, states, strict=True))
+            for own in (context.cu_seqlens, bounds):
+                compare(
+                    run, tensors, [24 // size] * size, rank, shared, along,
+                    partial(run, cu_seqlens=own, cp_context=context),
+                )  # fmt: skip
+
+    return run_check
+
+
+for _op in OPS:
+    takes = "cp_context" in inspect.signature(_op.chunk).parameters
+    if takes and not _op.name.startswith("precond"):  # which refuse it
+        CHECKS[f"{_op.title} with cp_context"] = context_check(_op)
+
+
+@check
+def convolution_and_shift_with_cp_context(rank, size):
+    lengths, generator = [12 // size] * size, torch.Generator().manual_seed(0)
+    for bounds in ([0, 12], [0, 1, 2, 9, 12]):
+        cu = torch.tensor(bounds)
+        context = cp.build_cp_context(cu, None, conv1d_kernel_size=4)
+        x, w, b = (
+            torch.randn(s, generator=generator, dtype=torch.float64)
+            for s in ((1, 12, 3), (3, 4), (3,))
+        )
+
+        def convolve(x, w, b, **options):
+            return causal_conv1d(x, w, b, x * x, activation="silu", **options)[:1]
+
+        def shift(x, **options):
+            return [token_shift(x, **options)]
+
+        one, several = dict(cu_seqlens=cu), dict(cp_context=context)
+        compare(
+            partial(convolve, **one), dict(x=x, w=w, b=b), lengths, rank, {"w", "b"}, None,
+            partial(convolve, **several),
+        )  # fmt: skip
+        compare(
+            partial(shift, **one), dict(x=x), lengths, rank, (), None, partial(shift, **several)
+        )
+        module = ShortConvolution(3, 4).double()
+        whole = module(x, **one)[0]
+        ends = ends_of(lengths)
+        part = slice(ends[rank], ends[rank + 1])
+        got = module(x[:, part], cu_seqlens=context.cu_seqlens, cp_context=context)[0]
+        close(got, whole[:, part], "ShortConvolution")
+    for broken in (
+        lambda: causal_conv1d(x[:, part], w[:, :2], cp_context=context),
+        lambda: token_shift(x[:, part], cu.roll(1), cp_context=context),
+        lambda: token_shift(x[:, part], cp_context=cp.get_cp_cu_seqlens(cu, None, size, rank)),
+    ):
+        with pytest.raises(ValueError, match="cp_context"):
+            broken()
+    with sequence_parallel(), pytest.raises(ValueError, match="cp_context was given inside"):
+        token_shift(x[:, part], cp_context=context)
+
+
+@check
+def what_neighbours_send(rank, size):
+    x = torch.full((2, 3), float(rank + 1))
+    assert cp.conv_cp_send_recv_fwd(x, dist.group.WORLD)[0, 0] == rank
+    assert cp.conv_cp_send_recv_bwd(x, dist.group.WORLD)[0, 0] == (rank + 2) % (size + 1)
+    assert cp.all_gather_into_tensor(x)[0].shape == (size, 2, 3)
+    assert cp.all_reduce_sum(x.clone())[0][0, 0] == sum(range(size + 1))
 
 
 @check

@@ -113,7 +113,7 @@ def test_kda_gates_in_kernel_equal_gates_outside(form):
         (dict(allow_neg_eigval=True), "doubles the in-kernel sigmoid"),
         (dict(return_intermediate_states=True), "return_intermediate_states is not supported"),
         (dict(disable_recompute=True), "disable_recompute is not supported"),
-        (dict(cp_context=object()), "cp_context is not supported"),
+        (dict(cp_context=object()), "cp_context is a object no such context"),
     ],
 )
 def test_kda_switches_that_contradict_or_cannot_be_honoured(switches, message):

@@ -9,8 +9,28 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from fla.core.parallel import Own, SequenceParallel, Shard, exchange, tie
+
+Ranks = dist.ProcessGroup | DeviceMesh | None
+
+
+def group_of(op: str, ranks: Ranks) -> dist.ProcessGroup:
+    """The group of `ranks`: itself, a 1-D mesh's, or all processes; `ValueError` without one."""
+    if not dist.is_initialized():
+        raise ValueError(
+            f"{op}: torch.distributed is not initialised; launch with torchrun and "
+            "call torch.distributed.init_process_group"
+        )
+    if isinstance(ranks, DeviceMesh):
+        if ranks.ndim != 1:
+            raise ValueError(
+                f"{op}: the mesh has {ranks.ndim} dimensions; pass one of them, such "
+                "as mesh['sequence']"
+            )
+        return ranks.get_group()
+    return dist.group.WORLD if ranks is None else ranks  # type: ignore[return-value]
 
 
 class _Shift(torch.autograd.Function):
