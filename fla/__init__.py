@@ -27,6 +27,7 @@ __getattr__, __all__ = lazy_names(
         ],
         "fla.core.stage": ["explain", "use_backend"],
         "fla.ops.engine.recurrence.recurrence": ["overwrite_states"],
+        "fla.models.provider": ["provide"],
         "fla.models.swap": ["accelerate"],
         "fla.layers": layers.__all__,
         "fla.models": [
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from fla.core.stage import explain, use_backend
     from fla.layers import *
     from fla.models import *
+    from fla.models.provider import provide
     from fla.models.swap import accelerate
     from fla.ops import (
         chunk_gated_delta_rule,

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
 
     import fla
     from fla.core.stage import STAGES
-    from fla.models.provider import report
+    from fla.models.provider import describe_packages, report
     from fla.ops.engine.native import library
     from fla.utils import get_available_device
 
@@ -60,6 +60,9 @@ def main(argv: list[str]) -> int:
     )
     for reason in dict.fromkeys(reasons):
         print(f"  {reason}")
+    print("packages that transformers models look up beside fla")
+    for package, runs in describe_packages().items():
+        line(package, runs)
     print("transformers models")
     for use in report():
         line(use.model, f"{use.function}: {use.runs} ({use.why})")

@@ -10,33 +10,12 @@ import sys
 from types import MethodType
 from typing import Any
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fla.models.provider import packed_causal_conv1d
-from fla.modules.convolution import causal_conv1d
+from fla.models.provided.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from fla.models.provider import implementation, stand_in
 from fla.modules.fused_norm_gate import rms_norm_gated
-
-
-def causal_conv1d_update(
-    hidden_states: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-) -> Tensor:
-    """transformers' function of that name: the tokens `[B, D, T]` behind `conv_state` `[B, D, S]`,
-    the last S inputs, which it moves on in place.
-    """
-    kept, width = conv_state.shape[-1], weight.shape[-1]
-    history = conv_state[..., -width:].to(weight.dtype)
-    if kept < width:
-        history = nn.functional.pad(history, (width - kept, 0))
-    x = hidden_states.transpose(1, 2).to(weight.dtype)
-    y, _ = causal_conv1d(x, weight, bias, initial_state=history, activation=activation)
-    conv_state.copy_(torch.cat([conv_state, hidden_states], -1)[..., -kept:])
-    return y.transpose(1, 2).to(hidden_states.dtype)
 
 
 def _gated_norm(self: Any, hidden_states: Tensor, gate: Tensor) -> Any:
@@ -56,9 +35,7 @@ class Acceleration:
         self.replaced: list[str] = []
         self._functions: list[tuple[Any, str, Any]] = []
         self._norms: list[nn.Module] = []
-        ours = dict(
-            causal_conv1d_fn=packed_causal_conv1d, causal_conv1d_update=causal_conv1d_update
-        )
+        ours = dict(causal_conv1d_fn=causal_conv1d_fn, causal_conv1d_update=causal_conv1d_update)
         homes = dict.fromkeys(type(module).__module__ for module in model.modules())
         for home in homes:
             if not home.startswith("transformers.models."):
@@ -66,9 +43,9 @@ class Acceleration:
             for name, function in ours.items():
                 module = sys.modules[home]
                 old = getattr(module, name, None)
-                if old is not None and old is not function:
+                if old is not None and implementation(old) is not function:
                     self._functions.append((module, name, old))
-                    setattr(module, name, function)
+                    setattr(module, name, stand_in(old, function))
                     self.replaced.append(f"{home}.{name}, in every model of that file")
         for path, module in model.named_modules():
             kind = type(module)

@@ -68,7 +68,10 @@ def ids(*shape):
 def test_transformers_finds_our_operators(name):
     uses = {use.function: use for use in provider.report() if use.model == name}
     assert set(uses) == set(provider.CONSUMERS[name])
-    assert all(use.runs == "fla" for use in uses.values())
+    for function, use in uses.items():
+        package = provider.LOOKED_UP[function][0]
+        assert use.runs == ("fla" if package == "fla" else "transformers")
+        assert package == "fla" or use.why == f"{package} was not found; fla.provide() gives ours"
 
 
 def test_report_says_why_where_ours_does_not_run(monkeypatch):
@@ -85,6 +88,7 @@ def test_report_says_why_where_ours_does_not_run(monkeypatch):
 
     monkeypatch.setattr(provider.inspect, "getclosurevars", lacking)
     kimi = [use for use in provider.report() if use.model == "kimi_linear"]
+    kimi = [use for use in kimi if provider.LOOKED_UP[use.function][0] == "fla"]
     assert kimi and all(use.runs == "transformers" and "fla has no" in use.why for use in kimi)
 
 
@@ -154,14 +158,13 @@ def test_packed_sequences_stay_apart(name, build, monkeypatch):
         use_cache=False,
     )
     packing["cu_seqlens" if name == "kimi_linear" else "cu_seq_lens_q"] = bounds
-    with provider.packed_convolution() as changed:
-        assert name in changed
+    with fla.provide():
         packed = model(x, **packing).logits
     separate = torch.cat([model(x[:, a:b], use_cache=False).logits for a, b in spans], 1)
     assert (packed - separate).abs().max() < 1e-4
     moved = x.clone()
     moved[:, :5] = moved[:, :5].flip(1)
-    with provider.packed_convolution():
+    with fla.provide():
         assert torch.equal(model(moved, **packing).logits[:, 5:], packed[:, 5:])
     if name == "kimi_linear" or not FALLBACK_REFUSES:
         return
@@ -181,14 +184,6 @@ def fallback_wrapper(module):
         "no_such_function", "no_such_package"
     )
     return decorate(module.torch_chunk_gated_delta_rule.__wrapped__)
-
-
-def test_seq_idx_bounds_the_convolution_too():
-    x, weight = torch.randn(1, 6, 9), torch.randn(6, 4)
-    a = provider.packed_causal_conv1d(x, weight, seq_idx=torch.tensor([[0] * 4 + [1] * 5]))
-    b = provider.packed_causal_conv1d(x, weight, cu_seq_lens_q=torch.tensor([0, 4, 9]))
-    assert torch.equal(a, b)
-    torch.testing.assert_close(a[..., 4:], provider.packed_causal_conv1d(x[..., 4:], weight))
 
 
 EACH_IN_A_CHILD = """
