@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The cache: transformers' cache layers, with states for recurrent mixers and a count of tokens; and
-the names under which layers written for the published package read and write it.
+"""The cache: transformers' cache layers, with states for recurrent mixers and a count of tokens;
+and the names under which layers written for the published package read and write it.
 """
 
 from __future__ import annotations

@@ -119,4 +119,4 @@ def test_softmax_products_and_sinkhorn():
     even = utils.sinkhorn(torch.randn(2, 4, 4, dtype=torch.float64), 200)
     for dim in (-1, -2):
         torch.testing.assert_close(even.sum(dim), torch.ones(2, 4).double(), rtol=0, atol=1e-9)
-    assert utils.constant.RCP_LN2 == pytest.approx(1.4426950408889634)
+    assert pytest.approx(1.4426950408889634) == utils.constant.RCP_LN2

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Running sums along time that restart at boundaries, or at every chunk."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from fla.ops.utils.index import prepare_cu_seqlens_from_lens, prepare_split_cu_s
 
 def _restarting(x: Tensor, bounds: list[int], reverse: bool) -> Tensor:
     """Inclusive sums along dimension 1 within each piece."""
-    parts = x.split([b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)], 1)
+    parts = x.split([b - a for a, b in pairwise(bounds)], 1)
     if reverse:
         return torch.cat([part.flip(1).cumsum(1).flip(1) for part in parts], 1)
     return torch.cat([part.cumsum(1) for part in parts], 1)

@@ -5,6 +5,8 @@ cu_seqlens `[N+1]` bounds N sequences, some of which may be empty. Where a copy 
 at hand, `cu_seqlens_cpu` spares a device's synchronisation.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -76,7 +78,7 @@ def prepare_split_cu_seqlens(
         bounds = [i * seq_len for i in range(batch_size + 1)]
     else:
         bounds = cu_seqlens.tolist()
-    pairs = zip(bounds[:-1], bounds[1:], strict=True)
+    pairs = pairwise(bounds)
     cuts = [cut for begin, end in pairs for cut in range(begin, end, split_size)]
     return torch.tensor([*cuts, bounds[-1]], dtype=dtype, device=device)
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Products, softmax and the inverse inside a chunk."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,7 +95,7 @@ def solve_tril(
         >>> solve_tril(torch.zeros(1, 3, 1, 16))[0, :, 0, :3].diag().tolist()
         [1.0, 1.0, 1.0]
     """
-    B, T, H, C = A.shape
+    B, T, _, C = A.shape
     if C not in (16, 32, 64):
         raise ValueError(f"solve_tril: A has chunks of {C} columns; expected 16, 32 or 64")
     if cu_seqlens is not None and B != 1:
@@ -102,7 +104,7 @@ def solve_tril(
     bounds = prepare_split_cu_seqlens(split_size=C, cu_seqlens=whole).tolist()
     wide = A.to(torch.promote_types(A.dtype, torch.float32)).transpose(1, 2)
     parts = []
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         size = end - begin
         lower = wide[:, :, begin:end, :size].tril(-1)
         eye = torch.eye(size, dtype=wide.dtype, device=A.device)
