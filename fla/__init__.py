@@ -3,14 +3,14 @@
 
 `import fla` imports neither torch nor Triton and touches no device; every name is loaded when first
 asked for. All layers and models are here (`fla.GatedDeltaNet`, `fla.GatedDeltaNetForCausalLM`), and
-the operators that transformers looks up; configs are in `fla.models`, everything else in its
-module.
+the operators that transformers looks up; everything else is in its module. Configs are here too.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fla import layers, models
+from fla._aliases import install as install_aliases
 from fla._lazy import lazy_names
 from fla._register import register_with_transformers
 
@@ -31,7 +31,9 @@ __getattr__, __all__ = lazy_names(
         "fla.models.swap": ["accelerate"],
         "fla.layers": layers.__all__,
         "fla.models": [
-            f"{name}{kind}" for name in models.MODELS.values() for kind in ("Model", "ForCausalLM")
+            f"{name}{kind}"
+            for name in models.MODELS.values()
+            for kind in ("Config", "Model", "ForCausalLM")
         ],
         "fla.utils": [],
     },
@@ -51,4 +53,5 @@ if TYPE_CHECKING:  # what editors and type checkers see
     )
     from fla.ops.engine.recurrence.recurrence import overwrite_states
 
+install_aliases(models.MODELS)
 register_with_transformers(models.MODELS)

@@ -75,6 +75,7 @@ class StateCache(Protocol):
     """The cache as mixers see it; `fla.models.utils.Cache` is one."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int: ...
+    def advance(self, tokens: int, padded: bool, layer_idx: int | None) -> None: ...
     def read_state(self, layer_idx: int) -> State | None: ...
     def write_state(self, layer_idx: int, state: State) -> None: ...
     def update_keys(
@@ -91,7 +92,8 @@ class Mixer(nn.Module):
     """A token mixer `[B, T, D] -> [B, T, D]`. Subclasses define `mix` on tokens that are all real.
 
     A decoder resolves the layout once, packs the real tokens and hands `layout` down. A mixer used
-    alone builds it from `attention_mask` or `cu_seqlens`, packs, and unpacks its result.
+    alone builds it from `attention_mask` or `cu_seqlens`, packs, unpacks its result, and counts its
+    tokens in the cache.
     """
 
     layer_idx: int | None
@@ -148,6 +150,9 @@ class Mixer(nn.Module):
             past_length=past,
         )
         o = self.mix(layout.pack(hidden_states), layout, past_key_values, shared)
+        if past_key_values is not None and (layout.padded or not layout.packed):
+            # a decoder, which hands a layout down, counts for all of its layers
+            past_key_values.advance(layout.length, layout.padded, self.cache_index())
         return layout.unpack(o), None, past_key_values
 
     def mix(

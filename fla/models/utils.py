@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""The cache: transformers' cache layers, with states for recurrent mixers and a count of tokens."""
+"""The cache: transformers' cache layers, with states for recurrent mixers and a count of tokens;
+and the names under which layers written for the published package read and write it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import (
+    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -78,6 +83,108 @@ class RecurrentLayer(LinearAttentionLayer):
             )
 
 
+STATES = ("recurrent_state", "attn_state", "conv_state", "ffn_state")
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """`function` of every tensor in nested tuples, lists, dictionaries and dataclasses.
+
+    Example:
+        >>> map_tensors(lambda x: x + 1, {"a": (torch.zeros(1), None)})
+        {'a': (tensor([1.]), None)}
+    """
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, x) for key, x in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(map_tensors(function, x) for x in tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = [field.name for field in dataclasses.fields(tree) if field.init]
+        return dataclasses.replace(
+            tree, **{name: map_tensors(function, getattr(tree, name)) for name in names}
+        )
+    return tree
+
+
+class FLALayer(CacheLayerMixin):
+    """What a layer written for the published cache keeps: `state`, a dictionary of
+    `recurrent_state`, `attn_state`, `conv_state` and `ffn_state`, each None until written. The
+    batch is dimension 0 of every tensor.
+    """
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: dict[str, Any] = dict.fromkeys(STATES)
+
+    def write(self, window: int | None, attn_state: tuple[Tensor, ...] | None, **new: Any) -> None:
+        """Replace the given states; tensors `[B, T, ...]` of attn_state are appended along time,
+        and the last `window` tokens are kept.
+        """
+        self.state.update({name: x for name, x in new.items() if x is not None})
+        if attn_state is not None:
+            before = self.state["attn_state"]
+            if before is not None:
+                attn_state = tuple(torch.cat(x, 1) for x in zip(before, attn_state, strict=True))
+            if window is not None:
+                attn_state = tuple(x[:, -window:] for x in attn_state)
+            self.state["attn_state"] = tuple(attn_state)
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise ValueError("Cache: this layer keeps states of the published protocol, no keys")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.lazy_initialization(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        attn = self.state["attn_state"]
+        return 0 if attn is None else attn[0].shape[1]
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.state = map_tensors(function, self.state)
+
+    def offload(self) -> None:
+        self.devices: dict[str, torch.device] = {}
+        self._map(lambda x: (self.devices.setdefault("last", x.device), x.to("cpu"))[1])
+
+    def prefetch(self) -> None:
+        device = getattr(self, "devices", {}).get("last")
+        if device is not None:
+            self._map(lambda x: x.to(device))
+
+    def reset(self) -> None:
+        self.state, self.is_initialized = dict.fromkeys(STATES), False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if not tokens_to_remove:
+            return
+        if any(self.state[name] is not None for name in STATES if name != "attn_state"):
+            raise ValueError(
+                "Cache.crop: a recurrent, convolution or ffn state cannot forget its last tokens; "
+                "keep a copy of the cache from before them"
+            )
+        if self.state["attn_state"] is not None:
+            self._map(lambda x: x[:, :tokens_to_remove])
+
+
 class Cache(DynamicCache):
     """Keys and values of attention layers, states of recurrent layers, and the number of tokens
     seen.
@@ -101,21 +208,147 @@ class Cache(DynamicCache):
             RecurrentLayer() if isinstance(x, LinearAttentionLayer) else x for x in self.layers
         ]
         self.seen_tokens = seen_tokens
+        self.alone: dict[int, int] = {}  # tokens of layers that were called outside a decoder
         self.padded = False
         self.extras: dict[tuple[int, str], Tensor] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far, padding included."""
-        return self.seen_tokens
+        """Tokens that a layer has seen so far, padding included."""
+        return self.seen_tokens + self.alone.get(layer_idx, 0)
 
-    def advance(self, tokens: int, padded: bool = False) -> None:
-        """Count the tokens of a forward pass, once per model; `padded` if some were padding."""
-        self.seen_tokens += tokens
+    def advance(self, tokens: int, padded: bool = False, layer_idx: int | None = None) -> None:
+        """Count the tokens of a forward pass: of a whole model, or of the one layer `layer_idx`
+        that was called by itself; `padded` if some were padding.
+        """
+        if layer_idx is None:
+            self.seen_tokens += tokens
+        else:
+            self.alone[layer_idx] = self.alone.get(layer_idx, 0) + tokens
         self.padded |= padded
+
+    def update(
+        self,
+        key_states: Tensor | None = None,
+        value_states: Tensor | None = None,
+        layer_idx: int = 0,
+        cache_kwargs: dict[str, Any] | None = None,
+        *,
+        recurrent_state: Any = None,
+        attn_state: tuple[Tensor, ...] | None = None,
+        conv_state: Any = None,
+        ffn_state: Any = None,
+        offset: int = 1,
+    ) -> Any:
+        """Two protocols. With key_states and value_states `[B, H, T, D]`: transformers' own, which
+        returns all keys and values. With states by name, as layers for the published cache call it:
+        the given states are replaced, tensors `[B, T, ...]` of attn_state appended (and trimmed to
+        `cache_kwargs["window_size"]`), the tokens counted (attn_state's, else `offset`), and the
+        layer's dictionary of states returned.
+
+        Example:
+            >>> cache = Cache()
+            >>> k = v = torch.zeros(2, 3, 8)
+            >>> state = cache.update(attn_state=(k, v), layer_idx=0)
+            >>> cache.update(attn_state=(k, v), layer_idx=0)["attn_state"][0].shape
+            torch.Size([2, 6, 8])
+            >>> cache.get_seq_length(0)
+            6
+        """
+        new = dict(recurrent_state=recurrent_state, conv_state=conv_state, ffn_state=ffn_state)
+        if key_states is not None and value_states is not None:
+            if attn_state is not None or any(x is not None for x in new.values()):
+                raise ValueError(
+                    "Cache.update: give key_states and value_states, or states by name, not both"
+                )
+            return super().update(key_states, value_states, layer_idx)
+        if key_states is not None or value_states is not None:
+            raise ValueError("Cache.update: give both key_states and value_states, or neither")
+        layer = self._published(layer_idx)
+        layer.write((cache_kwargs or {}).get("window_size"), attn_state, **new)
+        self.advance(offset if attn_state is None else attn_state[0].shape[1], layer_idx=layer_idx)
+        return layer.state
+
+    def _published(self, layer_idx: int) -> FLALayer:
+        """The layer at layer_idx as one that keeps states by name; a recurrent layer's state moves
+        into it.
+        """
+        while len(self.layers) <= layer_idx:
+            self.layers.append(DynamicLayer())
+        layer = self.layers[layer_idx]
+        if isinstance(layer, FLALayer):
+            return layer
+        recurrent = isinstance(layer, RecurrentLayer)
+        if not recurrent and layer.is_initialized:
+            raise ValueError(
+                f"Cache.update: layer {layer_idx} already holds keys and values, not states by name"
+            )
+        published = self.layers[layer_idx] = FLALayer()
+        if recurrent:
+            published.state.update(_by_name(layer.read()))
+            published.is_initialized = published.state["recurrent_state"] is not None
+        return published
+
+    def __getitem__(self, layer_idx: int) -> dict[str, Any]:
+        """The states of a layer by their published names: `recurrent_state`, `attn_state` (keys and
+        values `[B, T, H*D]`), `conv_state` and `ffn_state`; None where there is none.
+        """
+        if not 0 <= layer_idx < len(self.layers):
+            raise KeyError(f"Cache: layer {layer_idx} of {len(self.layers)}")
+        layer = self.layers[layer_idx]
+        if isinstance(layer, FLALayer):
+            return layer.state
+        states = _by_name(layer.read() if isinstance(layer, RecurrentLayer) else None)
+        if isinstance(layer, DynamicLayer) and layer.is_initialized:
+            kept: Any = (layer.keys, layer.values)
+            states["attn_state"] = tuple(x.transpose(1, 2).flatten(2) for x in kept)
+        states["ffn_state"] = self.read_extra(layer_idx, "ffn")
+        return states
+
+    def __iter__(self) -> Any:
+        return (self[i] for i in range(len(self.layers)))
+
+    def to_legacy_cache(self) -> tuple[dict[str, Any], ...]:
+        """The states of all layers by their published names."""
+        return tuple(self)
+
+    @classmethod
+    def from_legacy_cache(
+        cls, past_key_values: Cache | Iterable[dict[str, Any]] | None = None, seen_tokens: int = 0
+    ) -> Cache:
+        """A cache of states by name, one dictionary per layer, in which every layer has seen
+        `seen_tokens` (attention: at least what it holds); a `Cache` is returned as it is.
+
+        Example:
+            >>> states = {"recurrent_state": torch.zeros(1, 2, 4, 4)}
+            >>> Cache.from_legacy_cache([states], seen_tokens=5).get_seq_length()
+            5
+        """
+        if isinstance(past_key_values, Cache):
+            return past_key_values
+        cache = cls()
+        for i, states in enumerate(past_key_values or ()):
+            if not isinstance(states, dict) or not set(states) <= set(STATES):
+                raise TypeError(
+                    f"Cache.from_legacy_cache: layer {i} is {type(states).__name__} "
+                    f"{list(states) if isinstance(states, dict) else ''}; expected a dictionary of "
+                    f"{', '.join(STATES)}"
+                )
+            layer = cache._published(i)
+            layer.write(None, **{"attn_state": None, **states})
+            cache.alone[i] = max(seen_tokens, layer.get_seq_length())
+        return cache
+
+    def get_max_length(self) -> int | None:
+        """None: the cache grows with its tokens."""
+        return None
 
     def read_state(self, layer_idx: int) -> State | None:
         """The state of a recurrent layer; None before it was written."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if isinstance(layer, FLALayer):
+            recurrent, conv = layer.state["recurrent_state"], layer.state["conv_state"]
+            conv = () if conv is None else conv if isinstance(conv, tuple | list) else (conv,)
+            return None if recurrent is None else State(recurrent, tuple(conv))
         return layer.read() if isinstance(layer, RecurrentLayer) else None
 
     def write_state(self, layer_idx: int, state: State) -> None:
@@ -123,6 +356,9 @@ class Cache(DynamicCache):
         while len(self.layers) <= layer_idx:
             self.layers.append(DynamicLayer())
         layer = self.layers[layer_idx]
+        if isinstance(layer, FLALayer):
+            layer.write(None, None, recurrent_state=state.recurrent, conv_state=state.conv or None)
+            return
         if not isinstance(layer, RecurrentLayer):
             if layer.is_initialized:
                 raise ValueError(
@@ -181,7 +417,7 @@ class Cache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        self.seen_tokens, self.padded, self.extras = 0, False, {}
+        self.seen_tokens, self.alone, self.padded, self.extras = 0, {}, False, {}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens (a number <= 0, as in transformers); not with
@@ -192,7 +428,7 @@ class Cache(DynamicCache):
                 "Cache.crop: a token shift cannot forget its last tokens; keep a copy of the cache"
             )
         # recurrent layers first: they refuse before anything is cut
-        for layer in sorted(self.layers, key=lambda x: not isinstance(x, RecurrentLayer)):
+        for layer in sorted(self.layers, key=lambda x: isinstance(x, DynamicLayer)):
             layer.crop(tokens_to_remove)
         self.seen_tokens += tokens_to_remove
 
@@ -200,7 +436,10 @@ class Cache(DynamicCache):
         """Memory held by all states, keys and values."""
         total = sum(x.numel() * x.element_size() for x in self.extras.values())
         for layer in self.layers:
-            if isinstance(layer, RecurrentLayer):
+            tensors: list[Any] = []
+            if isinstance(layer, FLALayer):
+                map_tensors(lambda x, found=tensors: found.append(x) or x, layer.state)
+            elif isinstance(layer, RecurrentLayer):
                 tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]
             else:
                 tensors = [layer.keys, layer.values] if layer.is_initialized else []
@@ -208,3 +447,28 @@ class Cache(DynamicCache):
                 x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor)
             )
         return total
+
+
+def _by_name(state: State | None) -> dict[str, Any]:
+    """A recurrent layer's state under the published names."""
+    states: dict[str, Any] = dict.fromkeys(STATES)
+    if state is not None:
+        states.update(recurrent_state=state.recurrent, conv_state=state.conv or None)
+    return states
+
+
+class FLAGenerationMixin(GenerationMixin):
+    """`generate` of a model that was written for the published cache: it starts from an empty
+    `Cache`, which the model's layers fill.
+    """
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.use_cache is not False and not model_kwargs.get("past_key_values"):
+            model_kwargs["past_key_values"] = Cache()
+
+
+# One cache and one way to generate stand behind all published names.
+FLACache = LegacyFLACache = Cache
+FLAUnsupportedCacheGenerationMixin = FLAGenerationMixin

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 LEVELS = [
     "fla.core",
     "fla.data",
+    "fla._aliases",
     "fla._lazy",
     "fla._register",
     "fla.ops.engine",
