@@ -28,13 +28,14 @@ from torch import Tensor
 
 from fla.core.checks import check_shapes, refuse, refuse_cp_context
 from fla.core.precision import promote_to_fp32
-from fla.ops.case import QKV, OpCase, gated_delta
+from fla.ops.case import QKV, OpCase, gated_delta, literal
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import softplus_gate
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
+@literal("q", "k")
 def naive_recurrent_gated_delta_rule(
     q: Tensor,
     k: Tensor,
