@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,14 +61,21 @@ def assert_close(
 
 
 def input_guard(
-    fn: Callable | None = None, *, no_guard_contiguous: bool | list[str] = False
+    fn: Callable | None = None, *, no_guard_contiguous: bool | Sequence[str] = False
 ) -> Callable:
-    """Decorator: tensor arguments are made contiguous (none with True, all but the named with a
-    list), and the call runs on the device of the first tensor.
+    """Decorator: tensor arguments are made contiguous (none with True, all but the named with
+    names), and the call runs on the device of the first tensor.
+
+    Raises `TypeError` for one string, whose letters would be taken for names.
     """
+    if isinstance(no_guard_contiguous, str):
+        raise TypeError(
+            f"input_guard: no_guard_contiguous is {no_guard_contiguous!r}; expected a bool or a "
+            f"sequence of names; pass ({no_guard_contiguous!r},)"
+        )
     if fn is None:
         return functools.partial(input_guard, no_guard_contiguous=no_guard_contiguous)
-    skipped = no_guard_contiguous if isinstance(no_guard_contiguous, list) else []
+    skipped = () if isinstance(no_guard_contiguous, bool) else tuple(no_guard_contiguous)
     names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
 
     def guard(name: str, x: Any) -> Any:

@@ -36,6 +36,10 @@ def test_input_guard_makes_tensors_contiguous():
     def but_a(a, b):
         return a.is_contiguous(), b.is_contiguous()
 
+    @utils.input_guard(no_guard_contiguous=("a",))
+    def a_in_a_tuple(a, b):
+        return a.is_contiguous(), b.is_contiguous()
+
     @utils.contiguous(no_guard_contiguous=True)
     def none(a):
         return a.is_contiguous()
@@ -43,7 +47,10 @@ def test_input_guard_makes_tensors_contiguous():
     x = torch.randn(3, 4).mT
     assert every(x, b=x) == (True, True)
     assert but_a(x, x) == (False, True) and but_a(a=x, b=x) == (False, True)
+    assert a_in_a_tuple(x, x) == (False, True) and a_in_a_tuple(b=x, a=x) == (False, True)
     assert none(x) is False
+    with pytest.raises(TypeError, match=r"no_guard_contiguous is 'a'.*pass \('a',\)"):
+        utils.input_guard(no_guard_contiguous="a")
 
 
 def test_facts_agree_with_torch_and_are_not_computed_at_import():

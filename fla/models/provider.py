@@ -294,14 +294,12 @@ def _version(name: str) -> str:
 
 
 def _register(package: str) -> None:
-    from fla import __version__
-
     ours, version = PACKAGES[package].ours, PACKAGES[package].version
     for name, functions in PACKAGES[package].modules.items():
         module = ModuleType(name, f"{ours.__doc__} Provided by fla.provide().")
         module.__spec__ = ModuleSpec(name, None, origin="fla.provide()", is_package=True)
         module.__path__ = []
-        module.__version__ = f"{version}+fla.{__version__}"  # type: ignore[attr-defined]
+        module.__version__ = f"{version}+fla"  # type: ignore[attr-defined]
         for function in functions:
             setattr(module, function, getattr(ours, function))
         _registered[name] = sys.modules[name] = module
@@ -356,7 +354,7 @@ def _look_up_again() -> None:
             continue
         for name in functions:
             package, wanted = LOOKED_UP[name]
-            function = getattr(module, name, None)
+            function: Any = getattr(module, name, None)
             if package in PACKAGES and hasattr(function, "__wrapped__"):
                 decorate = hub.use_kernel_func_from_hub_with_fallback(wanted, package)
                 setattr(module, name, decorate(function.__wrapped__))

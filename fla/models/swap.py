@@ -7,6 +7,7 @@ they look for in another package, and the gated RMSNorm. Their recurrences come 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -35,7 +36,9 @@ class Acceleration:
         self.replaced: list[str] = []
         self._functions: list[tuple[Any, str, Any]] = []
         self._norms: list[nn.Module] = []
-        ours = dict(causal_conv1d_fn=causal_conv1d_fn, causal_conv1d_update=causal_conv1d_update)
+        ours: dict[str, Callable[..., Any]] = dict(
+            causal_conv1d_fn=causal_conv1d_fn, causal_conv1d_update=causal_conv1d_update
+        )
         homes = dict.fromkeys(type(module).__module__ for module in model.modules())
         for home in homes:
             if not home.startswith("transformers.models."):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, not_compiled, tokenwise
 from fla.ops.engine.native import library
 from fla.ops.engine.native import rows as native
@@ -116,14 +117,32 @@ def sigmoidglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None 
 
 
 def powglu(x: Tensor, y: Tensor, power: float = 3.0) -> Tensor:
-    """`relu(x)^power * y`: a gate that is a power."""
-    return F.relu(x).pow(power) * y
+    """`x^(power / (sqrt(x) + 1)) * sigmoid(x) * y` where x > 0, elsewhere `x * sigmoid(x) * y`:
+    near zero a power, for large x almost `sigmoid(x) * y`. Computed in fp32 or wider, in x's dtype.
+
+    Example:
+        >>> x = torch.tensor([2.0, -1.0])
+        >>> [round(z, 4) for z in powglu(x, torch.ones(2)).tolist()]
+        [2.0842, -0.2689]
+    """
+    wide = promote_to_fp32(x)
+    positive = wide > 0
+    # ones stand in for the others, whose root and logarithm would put NaN into the gradient
+    base = wide.masked_fill(~positive, 1.0)
+    gate = torch.where(positive, base.pow(power / (base.sqrt() + 1)), wide) * wide.sigmoid()
+    return (gate * promote_to_fp32(y)).to(x.dtype)
 
 
 def powglu_linear(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None, power: float = 3.0
 ) -> Tensor:
-    """`linear(relu(x)^power * y)`."""
+    """`linear(powglu(x, y, power))`.
+
+    Example:
+        >>> x, y = torch.randn(2, 3, 8)
+        >>> powglu_linear(x, y, torch.randn(4, 8)).shape
+        torch.Size([3, 4])
+    """
     return F.linear(powglu(x, y, power), weight, bias)
 
 

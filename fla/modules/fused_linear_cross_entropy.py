@@ -7,7 +7,8 @@ exist.
 Each chunk's logits are turned into gradients at once and forgotten, so memory is one chunk of
 logits, in the forward as in the backward. With p = softmax(z) and y the smoothed target,
 `dz = p - y + 2 zw lse(z) p`, taken through the soft cap (`1 - (z/cap)^2`) and the scale.
-l2warp (RWKV) adds `factor * max(z) / M` to the gradient of each row's largest logit.
+l2warp (RWKV) adds `factor * max(z) / M` to the gradient of the largest logit of each of the M rows,
+those with an ignored label too, as `l2_warp` does.
 """
 
 from dataclasses import dataclass
@@ -51,9 +52,16 @@ class LinearLoss:
                 f"linear cross entropy: num_chunks is {self.num_chunks}; expected at least 1"
             )
 
-    def rows(self, logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def penalty(self, rows: int) -> float | None:
+        """l2warp's factor for each of all the rows; None without l2warp."""
+        return self.l2_penalty_factor / max(1, rows) if self.use_l2warp else None
+
+    def rows(
+        self, logits: Tensor, target: Tensor, weight: Tensor, penalty: float | None
+    ) -> tuple[Tensor, Tensor]:
         """Summed loss of one chunk, and the gradient of its logits `[rows, V]`, which are
-        overwritten, of the loss times `weight`.
+        overwritten, of the loss times `weight`, with `penalty` times its largest logit for every
+        row.
         """
         V = logits.shape[-1]
         z = shape_logits(logits, self.logit_scale, self.logit_softcapping)
@@ -70,34 +78,34 @@ class LinearLoss:
         if self.label_smoothing:
             grad.sub_(self.label_smoothing / V)
         grad.scatter_add_(-1, index, torch.full_like(picked, self.label_smoothing - 1))
-        if self.use_l2warp:
+        grad.mul_(kept * weight)
+        if penalty is not None:
             largest, where = z.max(-1, keepdim=True)
-            grad.scatter_add_(-1, where, largest * self.l2_penalty_factor)
+            grad.scatter_add_(-1, where, largest * penalty)
         if self.logit_softcapping:
             grad.mul_(1 - (z / self.logit_softcapping).square())
-        return (loss * kept).sum(), grad.mul_(kept * (self.logit_scale * weight))
+        return (loss * kept).sum(), grad.mul_(self.logit_scale)
 
     def rows_in_triton(
-        self, logits: Tensor, target: Tensor, weight: Tensor
+        self, logits: Tensor, target: Tensor, weight: Tensor, penalty: float | None
     ) -> tuple[Tensor, Tensor]:
         """`rows` in Triton, without a copy of the logits."""
         from fla.modules.kernels import cross_entropy
 
         shape = LogitShape(**{name: getattr(self, name) for name in LogitShape._fields})
-        factor = self.l2_penalty_factor if self.use_l2warp else None
         with on_device(logits.device):
             rows = cross_entropy.forward(logits, target, shape)
             dloss = weight.expand(len(target)).contiguous()
             zero = torch.zeros_like(dloss)
-            cross_entropy.backward(logits, target, rows, dloss, zero, shape, logits, factor)
+            cross_entropy.backward(logits, target, rows, dloss, zero, shape, logits, penalty)
         return rows.loss.sum(), logits
 
 
 def _problem(facts: Facts) -> tuple[Any, ...]:
     logits = torch.randn(5, 5000, generator=torch.Generator().manual_seed(0))
     options = LinearLoss(3, 0.1, 1.5, 4.0, lse_square_scale=0.01)
-    target, weight = torch.arange(5, device=facts.device), torch.tensor(0.5, device=facts.device)
-    return options, logits.to(facts.device, facts.dtype), target, weight
+    target, weight = torch.arange(1, 6, device=facts.device), torch.tensor(0.5, device=facts.device)
+    return options, logits.to(facts.device, facts.dtype), target, weight, 0.1
 
 
 LINEAR_ROWS = Stage(
@@ -141,11 +149,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = x.new_zeros((), dtype=wide)
         count = (target != options.ignore_index).sum().clamp(min=1).to(wide)
         share = 1 / count if options.reduction == "mean" else torch.ones_like(count)
-        size = max(1, -(-x.shape[0] // options.num_chunks))
+        size, penalty = max(1, -(-len(x) // options.num_chunks)), options.penalty(len(x))
         for x_c, t_c, dx_c in zip(
             x.split(size), target.split(size), (x if dx is None else dx).split(size), strict=True
         ):
-            loss, grad = rows(F.linear(x_c, weight, bias), t_c, share)
+            loss, grad = rows(F.linear(x_c, weight, bias), t_c, share, penalty)
             total += loss
             if dbias is not None:
                 dbias += grad.sum(0, dtype=sums)

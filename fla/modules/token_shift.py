@@ -68,7 +68,7 @@ class TokenShift(torch.autograd.Function):
         chunk_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         refuse_sharded("TokenShift", "it has a gradient of its own; call token_shift instead")
-        delta, last = token_shift(x, cu_seqlens, cache, True, chunk_indices)
+        delta, last = token_shift(x, cu_seqlens, cache, True, chunk_indices=chunk_indices)
         ctx.save_for_backward(cu_seqlens, cache)
         ctx.x = (x.shape, x.dtype, x.device)
         return delta, last if output_cache else None

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fla.core.checks import check_groups, check_same, check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.case import QKV, OpCase
+from fla.ops.case import QKV, OpCase, literal
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
@@ -57,6 +57,7 @@ def taylor_features(x: Tensor) -> Tensor:
     return torch.cat([ones, x, pairs(x) * math.sqrt(0.5)], -1)
 
 
+@literal("q", "k")
 def naive_recurrent_based(
     q: Tensor,
     k: Tensor,

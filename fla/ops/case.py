@@ -3,14 +3,17 @@
 its own, `CASES`; `registry.py` collects them.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fla.core.precision import compute_dtype
 
 FAMILIES = {
     "no decay": "S ← S + k vᵀ",
@@ -24,6 +27,7 @@ FAMILIES = {
 }  # and what their state does
 
 Inputs = dict[str, Tensor]
+Loop = TypeVar("Loop", bound=Callable[..., Any])
 Equation = Callable[[Inputs], dict[str, Any]]
 
 QKV = dict(q="B T H K", k="B T H K unit", v="B T HV V")
@@ -197,6 +201,53 @@ class OpCase:
         for x in results:
             flat += x if isinstance(x, tuple) else [x]
         return [x for x in flat if x is not None]
+
+
+def _wide(x: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in a dtype, tuples of them too; anything else as it is."""
+    if isinstance(x, Tensor):
+        return x.to(dtype) if x.is_floating_point() else x
+    if isinstance(x, tuple):
+        parts = [_wide(part, dtype) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return x
+
+
+def literal(*grouped: str, of: str = "v") -> Callable[[Loop], Loop]:
+    """Decorator of a page's literal loop, which then takes every call that the other forms take.
+
+    Half precision is computed in fp32 (states, which are fp32, meet it there), the output comes
+    back in the dtype of the argument `of`, and the `grouped` arguments are repeated to its heads.
+
+    Example:
+        >>> @literal("q")
+        ... def product(q, v):
+        ...     return q * v
+        >>> o = product(torch.ones(1, 2, 1, 4).half(), torch.ones(1, 2, 3, 4).half())
+        >>> o.shape, o.dtype
+        (torch.Size([1, 2, 3, 4]), torch.float16)
+    """
+
+    def decorate(loop: Loop) -> Loop:
+        signature = inspect.signature(loop)
+
+        @wraps(loop)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs)
+            out, heads = given.arguments[of].dtype, given.arguments[of].shape[2:3]
+            for name, x in given.arguments.items():
+                given.arguments[name] = _wide(x, compute_dtype(out))
+            for name in grouped:
+                x, axis = given.arguments[name], 2 if given.arguments[name].dim() == 4 else 0
+                given.arguments[name] = x.repeat_interleave(heads[0] // x.shape[axis], axis)
+            result = loop(*given.args, **given.kwargs)
+            return (
+                result.to(out) if isinstance(result, Tensor) else (result[0].to(out), *result[1:])
+            )
+
+        return cast(Loop, call)
+
+    return decorate
 
 
 def renamed(function: Callable, **names: str) -> Callable:

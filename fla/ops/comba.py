@@ -31,13 +31,14 @@ import torch
 from torch import Tensor
 
 from fla.core.checks import check_groups, check_tensors
-from fla.ops.case import QKV, Inputs, OpCase, delta
+from fla.ops.case import QKV, Inputs, OpCase, delta, literal
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import l2norm
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
+@literal("q", "k", "p")
 def naive_recurrent_comba(
     q: Tensor,
     k: Tensor,

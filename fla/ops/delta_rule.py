@@ -22,12 +22,13 @@ On the one equation: no decay, a = -beta k, b = k, written k and beta v.
 import torch
 from torch import Tensor
 
-from fla.ops.case import QKV, OpCase, delta
+from fla.ops.case import QKV, OpCase, delta, literal
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
+@literal("q", "k")
 def naive_recurrent_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -30,12 +30,13 @@ import torch
 from torch import Tensor
 
 from fla.core.checks import check_tensors
-from fla.ops.case import SIZES, Inputs, OpCase, gated_delta
+from fla.ops.case import SIZES, Inputs, OpCase, gated_delta, literal
 from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
+@literal("q", "k")
 def naive_recurrent_gated_delta_product(
     q: Tensor,
     k: Tensor,

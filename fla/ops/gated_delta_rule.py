@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fla.core.checks import check_shapes, refuse
 from fla.core.precision import promote_to_fp32
-from fla.ops.case import QKV, OpCase, gated_delta
+from fla.ops.case import QKV, OpCase, gated_delta, literal
 from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import softplus_gate
@@ -36,6 +36,7 @@ from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
+@literal("q", "k")
 def naive_recurrent_gated_delta_rule(
     q: Tensor,
     k: Tensor,

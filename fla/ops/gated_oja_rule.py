@@ -31,12 +31,13 @@ from torch import Tensor
 
 from fla.core.checks import check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.case import OpCase
+from fla.ops.case import OpCase, literal
 from fla.ops.engine.recurrence.gates import l2norm
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
+@literal()
 def naive_recurrent_gated_oja_rule(
     q: Tensor,
     k: Tensor,

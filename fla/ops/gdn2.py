@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fla.core.checks import check_groups, check_tensors, refuse
 from fla.core.precision import promote_to_fp32
-from fla.ops.case import QKV, Inputs, OpCase
+from fla.ops.case import QKV, Inputs, OpCase, literal
 from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import channel_gate, l2norm
@@ -37,6 +37,7 @@ from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
+@literal("q", "k")
 def naive_recurrent_gdn2(
     q: Tensor,
     k: Tensor,

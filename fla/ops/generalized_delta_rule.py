@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla.ops.case import QKV, OpCase, linear
+from fla.ops.case import QKV, OpCase, linear, literal
 from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
@@ -35,6 +35,7 @@ from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 Result = tuple[Tensor, Tensor | None]
 
 
+@literal("q", "k")
 def naive_recurrent_dplr_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -59,6 +60,7 @@ def naive_recurrent_dplr_delta_rule(
     return torch.stack(out, 1), S if output_final_state else None
 
 
+@literal("q", "k")
 def naive_recurrent_iplr_delta_rule(
     q: Tensor,
     k: Tensor,

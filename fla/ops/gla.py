@@ -23,11 +23,12 @@ On the one equation: vector decay, no erase.
 import torch
 from torch import Tensor
 
-from fla.ops.case import QKV, OpCase, linear, renamed
+from fla.ops.case import QKV, OpCase, linear, literal, renamed
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
+@literal("q", "k")
 def naive_recurrent_gla(
     q: Tensor,
     k: Tensor,

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fla.core.checks import check_groups, check_parts, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.case import OpCase
+from fla.ops.case import OpCase, literal
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 from fla.ops.engine.scan.running import log_cumulative_sum
@@ -42,6 +42,7 @@ from fla.ops.engine.scan.running import log_cumulative_sum
 State = tuple[Tensor, ...]
 
 
+@literal()
 def naive_recurrent_gsa(
     q: Tensor,
     k: Tensor,

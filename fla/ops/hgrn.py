@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fla.core.checks import check_log_decay, check_sequences, check_tensors
-from fla.ops.case import OpCase
+from fla.ops.case import OpCase, literal
 from fla.ops.engine.recurrence.recurrence import (
     Options,
     call_trace_hooks,
@@ -32,6 +32,7 @@ from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.engine.scan.stages import VECTOR_SCAN
 
 
+@literal(of="x")
 def naive_recurrent_hgrn(
     x: Tensor, g: Tensor, initial_state: Tensor | None = None, output_final_state: bool = False
 ) -> tuple[Tensor, Tensor | None]:

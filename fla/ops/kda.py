@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fla.core.checks import check_tensors, refuse
 from fla.core.precision import promote_to_fp32
-from fla.ops.case import QKV, OpCase, gated_delta
+from fla.ops.case import QKV, OpCase, gated_delta, literal
 from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import channel_gate, sigmoid_gate, softplus_gate
@@ -47,6 +47,7 @@ def naive_kda_lowerbound_gate(
     return sigmoid_gate(g, A_log, dt_bias, lower_bound)
 
 
+@literal("q", "k")
 def naive_recurrent_kda(
     q: Tensor,
     k: Tensor,

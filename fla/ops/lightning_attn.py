@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fla.core.checks import check_tensors
-from fla.ops.case import QKV, OpCase, constant
+from fla.ops.case import QKV, OpCase, constant, literal
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
@@ -39,6 +39,7 @@ def _log_decay(op: str, v: Tensor, layer_idx: int, num_layers: int) -> Tensor:
     return -rate * torch.arange(heads, device=v.device, dtype=torch.float64)
 
 
+@literal("q", "k")
 def naive_recurrent_lightning_attn(
     q: Tensor,
     k: Tensor,

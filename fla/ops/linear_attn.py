@@ -23,13 +23,14 @@ whose value is 1.
 import torch
 from torch import Tensor
 
-from fla.ops.case import QKV, OpCase, linear
+from fla.ops.case import QKV, OpCase, linear, literal
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import Terms
 
 State = Tensor | tuple[Tensor, Tensor] | None
 
 
+@literal("q", "k")
 def naive_recurrent_linear_attn(
     q: Tensor,
     k: Tensor,

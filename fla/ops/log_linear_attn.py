@@ -44,7 +44,7 @@ from fla.core.checks import (
 )
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, first_tensor
-from fla.ops.case import QKV, OpCase
+from fla.ops.case import QKV, OpCase, literal
 from fla.ops.engine.recurrence.equation import LOG_ZERO
 from fla.ops.engine.recurrence.recurrence import check_chunk_size
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE
@@ -79,6 +79,7 @@ def naive_log_linear_attn(
     return torch.einsum("bihk,bjhk,bhij,bjhv->bihv", q, k, weights * D.exp(), v)
 
 
+@literal()
 def naive_recurrent_log_linear_attn(
     q: Tensor,
     k: Tensor,

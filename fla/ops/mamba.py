@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fla.core.checks import check_log_decay, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.case import OpCase
+from fla.ops.case import OpCase, literal
 from fla.ops.engine.recurrence.recurrence import (
     Options,
     call_trace_hooks,
@@ -40,6 +40,7 @@ from fla.ops.engine.scan.stages import SELECTIVE_SCAN
 from fla.ops.mamba2 import step_sizes
 
 
+@literal(of="x")
 def naive_recurrent_mamba(
     x: Tensor,
     dt: Tensor,

@@ -28,13 +28,14 @@ from torch import Tensor
 
 from fla.core.checks import check_groups, check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.case import Inputs, OpCase
+from fla.ops.case import Inputs, OpCase, literal
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 NO_LIMIT = (0.0, float("inf"))
 
 
+@literal("B", "C", of="x")
 def naive_recurrent_mamba2(
     x: Tensor,
     dt: Tensor,

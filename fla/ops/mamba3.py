@@ -38,7 +38,7 @@ from torch import Tensor
 from fla.core.checks import check_parts, check_sequences, check_tensors
 from fla.core.parallel import refuse_sharded
 from fla.core.precision import promote_to_fp32
-from fla.ops.case import OpCase
+from fla.ops.case import OpCase, literal
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 from fla.ops.engine.scan.running import lasts, repeat_rows, running, starts
@@ -55,6 +55,7 @@ def rotate(x: Tensor, theta: Tensor) -> Tensor:
     return torch.cat([turned, x[..., 2 * R :]], -1)
 
 
+@literal(of="x")
 def naive_recurrent_mamba3(
     x: Tensor,
     dt: Tensor,

@@ -29,7 +29,7 @@ from torch import Tensor
 from fla.core.boundaries import count_sequences
 from fla.core.checks import check_groups, check_parts, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.case import QKV, OpCase
+from fla.ops.case import QKV, OpCase, literal
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 from fla.ops.engine.scan.running import lasts, repeat_rows, running, starts
@@ -37,6 +37,7 @@ from fla.ops.engine.scan.running import lasts, repeat_rows, running, starts
 State = tuple[Tensor, Tensor, Tensor]
 
 
+@literal("q", "k")
 def naive_recurrent_mlstm(
     q: Tensor,
     k: Tensor,

@@ -16,11 +16,14 @@ so k reads, k~ writes, and every entry of M lies in (1/x, x).
 |---|---|---|
 | q, k | `q`, `k` | `[B, T, H, K]`; normalised unless `use_qk_l2norm_in_kernel=False` |
 | v | `v` | `[B, T, HV, V]`, HV a multiple of H |
-| g, h | `g`, `g_atk` | `[B, T, HV]`, natural logs of the decays, any value <= 0 including -inf |
-| beta, beta' | `beta`, `beta_atk` | `[B, T, HV]` in [0, 1] |
-| x, eps, c | `x`, `eps`, `log_atk_scale` | floats; c also `[HV]`, 0 if absent |
+| g, beta | `g`, `beta` | `[B, T, HV]`; natural log of the decay <= 0, -inf too; in [0, 1] |
+| h, beta' | `g_atk`, `beta_atk` | `[B, T, H]` or `[B, T, HV]`, as g and beta |
+| x, eps, c | `x`, `eps`, `log_atk_scale` | floats; c also per head of h, -0.2 if absent |
 | S_0, S_T | `initial_state`, result | `[N, HV, K, V]` fp32 (transposed: `transpose_state_layout`) |
-| A_0, A_T | `initial_A_state`, result | `[N, HV, K]` fp32 |
+| A_0, A_T | `initial_A_state`, result | `[N, H, K]` fp32, with the heads of h |
+
+With grouped value heads the preconditioner is one per key head, or, where h and beta' have HV
+heads, one per value head.
 
 Returns three: (o, S, A). Numerics: as `gated_delta_rule`; A is a vector scan in fp32.
 
@@ -41,24 +44,26 @@ from fla.core.checks import (
     refuse,
 )
 from fla.core.precision import promote_to_fp32
-from fla.ops.case import QKV, OpCase
+from fla.ops.case import QKV, OpCase, literal
 from fla.ops.cp.context import refuse_cp_context
 from fla.ops.engine.recurrence.gates import l2norm
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 from fla.ops.engine.scan.stages import VECTOR_SCAN
 
+LOG_ATK_SCALE = -0.2  # where absent, as in published code
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def precondition(A: Tensor, x: float, eps: float, center: float | Tensor | None) -> Tensor:
-    """`M = x^(-r / (1 + |r|))` with `r = log(A + eps) - center`, A `[..., HV, K]`."""
+    """`M = x^(-r / (1 + |r|))` with `r = log(A + eps) - center`, A `[..., heads, K]`."""
     if isinstance(center, Tensor):
         center = promote_to_fp32(center).view(-1, 1)
-    r = (A + eps).log() - (0.0 if center is None else center)
+    r = (A + eps).log() - (LOG_ATK_SCALE if center is None else center)
     return torch.exp(-math.log(x) * r / (1 + r.abs()))
 
 
+@literal("q")
 def naive_recurrent_precond_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -75,21 +80,32 @@ def naive_recurrent_precond_gated_delta_rule(
     eps: float = 1e-6,
     log_atk_scale: float | Tensor | None = None,
 ) -> Result:
-    """The equation, token by token; g `[B, T, H]` or, for KDA, `[B, T, H, K]`. q and k as given."""
-    B, T, H, K = q.shape
-    S = q.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state
+    """The equation, token by token; g `[B, T, HV]`, for KDA `[B, T, HV, K]`; q and k as given."""
+    B, T, HV, V = v.shape
+    k = k.repeat_interleave(g_atk.shape[2] // k.shape[2], 2)
+    H, K = k.shape[2:]  # one preconditioner per head of g_atk
+    S = q.new_zeros(B, HV, K, V) if initial_state is None else initial_state
     A = q.new_zeros(B, H, K) if initial_A_state is None else initial_A_state
     decay = g.exp() if g.dim() == 4 else g.exp()[..., None]
     out = []
     for t in range(T):
         A = g_atk[:, t, :, None].exp() * A + beta_atk[:, t, :, None] * k[:, t].square()
-        S = decay[:, t, :, :, None] * S
-        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", S, k[:, t])
         write = precondition(A, x, eps, log_atk_scale) * k[:, t]
+        read, write = (y.repeat_interleave(HV // H, 1) for y in (k[:, t], write))
+        S = decay[:, t, :, :, None] * S
+        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", S, read)
         S = S + torch.einsum("bhk,bhv->bhkv", write, beta[:, t, :, None] * error)
         o = torch.einsum("bhkv,bhk->bhv", S, q[:, t])
         out.append((K**-0.5 if scale is None else scale) * o)
     return torch.stack(out, 1), *((S, A) if output_final_state else (None, None))
+
+
+def _check_center(op: str, center: float | Tensor | None, heads: int) -> None:
+    if isinstance(center, Tensor) and center.numel() not in (1, heads):
+        raise ValueError(
+            f"{op}: log_atk_scale has shape {list(center.shape)}; a number or {heads} values, one "
+            "per head of g_atk, were expected"
+        )
 
 
 def _precond(
@@ -102,29 +118,38 @@ def _precond(
     normalize: bool,
     **sequences: Any,
 ) -> Result:
-    """Both preconditioned rules: g `[B, T, HV]` or `[B, T, HV, K]`."""
-    g = tensors["g"]
+    """Both preconditioned rules: g `[B, T, HV]` or `[B, T, HV, K]`; the preconditioner with the
+    heads of g_atk.
+    """
+    g, g_atk = tensors["g"], tensors["g_atk"]
     vector = op.endswith("kda") or (isinstance(g, Tensor) and g.dim() == 4)
     gate = "B T HV K" if vector else "B T HV"
-    specs = dict(q="B T H K", k="B T H K", v="B T HV V", g_atk="B T HV", g=gate)
-    specs |= dict(beta_atk="B T HV", beta="B T HV")
+    wide = isinstance(g_atk, Tensor) and isinstance(tensors["v"], Tensor) and g_atk.dim() == 3
+    heads = (
+        "HV" if op.endswith("kda") or (wide and g_atk.shape[2:] == tensors["v"].shape[2:3]) else "H"
+    )
+    specs = dict(q="B T H K", k="B T H K", v="B T HV V", g_atk=f"B T {heads}", g=gate)
+    specs |= dict(beta_atk=f"B T {heads}", beta="B T HV")
     checked: dict[str, Any] = {name: (tensors[name], spec) for name, spec in specs.items()}
-    sizes = check_tensors(op, **checked, initial_A_state=(initial_A_state, "N HV K"))
+    sizes = check_tensors(op, **checked, initial_A_state=(initial_A_state, f"N {heads} K"))
     check_groups(op, sizes)
+    _check_center(op, squash[2], sizes[heads])
     cu_seqlens = sequences["cu_seqlens"]
     check_sequences(op, sizes["B"], cu_seqlens, initial_A_state, "initial_A_state")
     check_log_decay(op, g_atk=tensors["g_atk"])
     q, k, v = (tensors[name] for name in "qkv")
     if normalize:
         q, k = l2norm(q), l2norm(k)
-    groups = sizes["HV"] // sizes["H"]
-    if groups > 1:
-        q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
-    keys, decay = promote_to_fp32(k), tensors["g_atk"].unsqueeze(-1)
+    q, k = (
+        q.repeat_interleave(sizes["HV"] // sizes["H"], 2),
+        k.repeat_interleave(sizes[heads] // sizes["H"], 2),
+    )
+    keys, decay = promote_to_fp32(k), g_atk.unsqueeze(-1)
     gain = promote_to_fp32(tensors["beta_atk"]).unsqueeze(-1) * keys.square()
     rows = (gain, decay.expand_as(gain), initial_A_state, cu_seqlens, options.chunk_size)
     A, A_final = VECTOR_SCAN(op, "torch", *rows)  # which no language has with two axes of channels
     write = (precondition(A, *squash) * keys).to(k.dtype)
+    keys, write = (x.repeat_interleave(sizes["HV"] // sizes[heads], 2) for x in (keys, write))
     read = (promote_to_fp32(g) if vector else promote_to_fp32(g).unsqueeze(-1)).exp() * keys
     o, S = recurrence(
         op,
@@ -220,18 +245,18 @@ def fused_recurrent_precond_gated_delta_rule(
     op = "fused_recurrent_precond_gated_delta_rule"
     refuse(op, "gv", gv, "the preconditioned rules decay the state's rows; drop it")
     check_tensors(op, v=(v, "B T HV V"))
-    zeros, ones = (
-        promote_to_fp32(v).new_zeros(v.shape[:3]),
-        promote_to_fp32(v).new_ones(v.shape[:3]),
-    )
+    check_tensors(op, k=(k, "B T H K"))
+    wide = promote_to_fp32(v)
+    zeros, ones = wide.new_zeros(v.shape[:3]), wide.new_ones(v.shape[:3])
     g = zeros if g is None else g
+    given = next((x for x in (g_atk, beta_atk) if x is not None), k[..., 0])
     tensors = dict(
         q=q,
         k=k,
         v=v,
-        g_atk=zeros if g_atk is None else g_atk,
+        g_atk=torch.zeros_like(given, dtype=wide.dtype) if g_atk is None else g_atk,
         g=g if gk is None else g.unsqueeze(-1) + gk,
-        beta_atk=ones if beta_atk is None else beta_atk,
+        beta_atk=torch.ones_like(given, dtype=wide.dtype) if beta_atk is None else beta_atk,
         beta=ones if beta is None else beta,
     )
     options = Options(
@@ -263,9 +288,8 @@ CASES = [
         fused_recurrent_precond_gated_delta_rule,
         naive_recurrent_precond_gated_delta_rule,
         QKV
-        | dict(g_atk="B T HV decay", g="B T HV decay", beta_atk="B T HV rate", beta="B T HV rate"),
-        state=dict(initial_state="N HV K V", initial_A_state="N HV K rate"),
-        fixed=dict(log_atk_scale=-0.2),
+        | dict(g_atk="B T H decay", g="B T HV decay", beta_atk="B T H rate", beta="B T HV rate"),
+        state=dict(initial_state="N HV K V", initial_A_state="N H K rate"),
         chunk_fixed=dict(use_qk_l2norm_in_kernel=False),
     ),
 ]

@@ -15,6 +15,7 @@ Tumma, Loo, Rus (2026), *Preconditioned DeltaNet*, arXiv:2604.21100: Kimi delta 
 | g | `g` | `[B, T, HV, K]`, natural log of the decay, any value <= 0 including -inf |
 | h | `g_atk` | `[B, T, HV]`, as g |
 | beta, beta' | `beta`, `beta_atk` | `[B, T, HV]` in [0, 1] |
+| x, eps, c | `x`, `eps`, `log_atk_scale` | floats; c also `[HV]`, -0.2 if absent |
 | S_0, S_T | `initial_state`, result | `[N, HV, K, V]` fp32 (transposed: `transpose_state_layout`) |
 | A_0, A_T | `initial_A_state`, result | `[N, HV, K]` fp32 |
 
@@ -202,7 +203,6 @@ CASES = [
             g="B T HV K decay", g_atk="B T HV decay", beta_atk="B T HV rate", beta="B T HV rate"
         ),
         state=dict(initial_state="N HV K V", initial_A_state="N HV K rate"),
-        fixed=dict(log_atk_scale=-0.2),
         chunk_fixed=dict(use_qk_l2norm_in_kernel=False),
     ),
 ]

@@ -27,11 +27,12 @@ from torch import Tensor
 from fla.core.checks import check_groups, check_same, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.ops.based import pairs, polynomial_attention
-from fla.ops.case import QKV, OpCase
+from fla.ops.case import QKV, OpCase, literal
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
+@literal("q", "k")
 def naive_recurrent_rebased(
     q: Tensor,
     k: Tensor,

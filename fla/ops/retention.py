@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fla.core.checks import check_tensors
-from fla.ops.case import QKV, OpCase, constant
+from fla.ops.case import QKV, OpCase, constant, literal
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla, parallel_simple_gla
 
@@ -30,6 +30,7 @@ def log_decay(heads: int, device: torch.device | None = None) -> Tensor:
     return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, device=device, dtype=torch.float64)))
 
 
+@literal("q", "k")
 def naive_recurrent_retention(
     q: Tensor,
     k: Tensor,

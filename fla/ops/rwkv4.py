@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fla.core.checks import check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.case import OpCase
+from fla.ops.case import OpCase, literal
 from fla.ops.engine.recurrence.recurrence import (
     Options,
     call_trace_hooks,
@@ -39,6 +39,7 @@ from fla.ops.engine.scan.running import lasts, repeat_rows, running, starts
 from fla.ops.engine.scan.stages import VECTOR_SCAN
 
 
+@literal()
 def naive_recurrent_rwkv4(
     w: Tensor,
     u: Tensor,

@@ -27,11 +27,12 @@ from torch import Tensor
 
 from fla.core.checks import check_tensors
 from fla.core.precision import promote_to_fp32
-from fla.ops.case import Inputs, OpCase
+from fla.ops.case import Inputs, OpCase, literal
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
+@literal("r", "k", "u")
 def naive_recurrent_rwkv6(
     r: Tensor,
     k: Tensor,

@@ -21,7 +21,8 @@ On the one equation: vector decay, low-rank erase: DPLR under other names. `scal
 form unless given (`fused_recurrent_rwkv7` of other packages divides by sqrt(K) and always returns
 its state; the family's contract holds here).
 
-The elementwise maps of the RWKV-7 layer stand below the operator.
+The elementwise maps of the RWKV-7 layer stand below the operator. They compute in fp32 or wider
+and round once.
 """
 
 from typing import Any
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fla.core.boundaries import boundaries_to_list
+from fla.core.precision import promote_to_fp32
 from fla.ops.case import OpCase
 from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.recurrence import Options
@@ -166,8 +168,11 @@ def fused_addcmul_rwkv7(
     xg: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """`hidden_states + delta * x` for each mix x `[1, 1, D]`: (xr, xw, xk, xv, xa, xg or None)."""
-    mixes = (xr, xw, xk, xv, xa, xg)
-    return tuple(x if x is None else torch.addcmul(hidden_states, delta, x) for x in mixes)
+    mixes, dtype = (xr, xw, xk, xv, xa, xg), hidden_states.dtype
+    base, wide = promote_to_fp32(hidden_states), promote_to_fp32(delta)
+    return tuple(
+        x if x is None else torch.addcmul(base, wide, promote_to_fp32(x)).to(dtype) for x in mixes
+    )
 
 
 torch_addcmul_rwkv7 = fused_addcmul_rwkv7
@@ -184,7 +189,8 @@ def fused_k_rwkv7(
     for name, cu in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu)):
         if cu is not None:
             boundaries_to_list(cu, k.shape[1], f"fused_k_rwkv7 ({name})")
-    return k.addcmul(k * (a - 1), ka)
+    wide = promote_to_fp32(k)
+    return wide.addcmul(wide * (promote_to_fp32(a) - 1), promote_to_fp32(ka)).to(k.dtype)
 
 
 k_update_ref = fused_k_rwkv7
@@ -196,25 +202,47 @@ def gate_output_correction(
     """`(o + (sum_k r k r_k) v) g`: o, g `[B, T, H V]`, r, k `[B, T, H, K]`, r_k `[H, K]`, v
     `[B, T, H, V]`.
     """
+    dtype = o.dtype
+    o, r, k, r_k, v, g = (promote_to_fp32(x) for x in (o, r, k, r_k, v, g))
     bonus = (r * k * r_k).sum(-1, keepdim=True) * v
-    return (o + bonus.flatten(-2)) * g
+    return ((o + bonus.flatten(-2)) * g).to(dtype)
 
 
 gate_output_correction_ref = gate_output_correction
 
 
 def channel_mixing_rwkv7(
-    x: Tensor, x_prev: Tensor, x_k: Tensor, key_weight: Tensor, value_weight: Tensor
+    x: Tensor,
+    x_prev: Tensor,
+    x_k: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    inplace: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`relu(W_k (x_t + (x_{t-1} - x_t) x_k))^2 W_v` and the last token of every sequence.
+    """`relu(W_k (x_t + (x_{t-1} - x_t) x_k))^2 W_v` and the last token of every sequence, in the
+    shape of x_prev.
 
-    x `[B, T, D]`, x_prev `[B, D]` the token before, key_weight `[D, F]`, value_weight `[F, D]`.
+    x `[B, T, D]`, x_prev `[B, D]` or `[B, 1, D]` the token before, key_weight `[D, F]`,
+    value_weight `[F, D]`. `inplace` is about memory in published code and changes nothing.
+
+    Example:
+        >>> x, before = torch.randn(2, 5, 8), torch.zeros(2, 1, 8)
+        >>> y, last = channel_mixing_rwkv7(x, before, torch.rand(8), torch.eye(8), torch.eye(8))
+        >>> y.shape, last.shape
+        (torch.Size([2, 5, 8]), torch.Size([2, 1, 8]))
     """
-    if x.shape[1] == 0:
+    B, T, D = x.shape
+    if x_prev.shape not in ((B, D), (B, 1, D)):
+        raise ValueError(
+            f"channel_mixing_rwkv7: x_prev has shape {list(x_prev.shape)}; {[B, D]} or "
+            f"{[B, 1, D]} was expected"
+        )
+    if T == 0:
         return x, x_prev
-    before = torch.cat([x_prev.unsqueeze(1), x[:, :-1]], 1)
-    mixed = torch.addcmul(x, before - x, x_k)
-    return (mixed @ key_weight).relu().square() @ value_weight, x[:, -1]
+    wide = promote_to_fp32(x)
+    before = torch.cat([promote_to_fp32(x_prev).view(B, 1, D), wide[:, :-1]], 1)
+    mixed = torch.addcmul(wide, before - wide, promote_to_fp32(x_k)).to(x.dtype)
+    return (mixed @ key_weight).relu().square() @ value_weight, x[:, -1].view(x_prev.shape)
 
 
 channel_mixing_rwkv7_torch = channel_mixing_rwkv7

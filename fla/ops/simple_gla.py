@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from fla.core.boundaries import boundaries_to_list
-from fla.ops.case import QKV, OpCase, linear
+from fla.ops.case import QKV, OpCase, linear, literal
 from fla.ops.engine.recurrence.equation import LOG_ZERO
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
+@literal("q", "k")
 def naive_recurrent_simple_gla(
     q: Tensor,
     k: Tensor,

@@ -34,13 +34,14 @@ from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_parts, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, first_tensor
-from fla.ops.case import OpCase
+from fla.ops.case import OpCase, literal
 from fla.ops.engine.recurrence.recurrence import check_chunk_size
 from fla.ops.ttt import normalisation_gradient, residual_norm
 
 State = tuple[Tensor, Tensor]
 
 
+@literal()
 def naive_recurrent_titans_linear(
     q: Tensor,
     k: Tensor,

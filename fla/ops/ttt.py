@@ -9,8 +9,13 @@ with a residual, `f(z) = z + LN(z)`, by one gradient step per token, all gradien
 of `chunk_size` tokens taken at its first state (S_0, c_0):
 
     z_t = S_0^T k_t + c_0            u_t = d/dz |k_t + LN(z_t) - v_t|^2 / 2
-    S_t = S_{t-1} - eta_t k_t u_t^T          c_t = c_{t-1} - eta_t u_t
+    S_t = S_0 - eta_t sum_{s<=t} k_s u_s^T   c_t = c_0 - eta_t sum_{s<=t} u_s
     o_t = f(scale * S_t^T q_t + c_t)         LN(z) = w (z - mean) / sqrt(var + eps) + b
+
+The next mini-batch starts at the S and c of the last token. So a token reads with its own learning
+rate, and the last one's stays in the state. That is what published code computes; in the paper the
+rate belongs to the token that writes (`S_t = S_{t-1} - eta_t k_t u_t^T`). Both agree where eta does
+not change within a mini-batch.
 
 | symbol | argument | shape |
 |---|---|---|
@@ -38,7 +43,7 @@ from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, first_tensor
-from fla.ops.case import OpCase
+from fla.ops.case import OpCase, literal
 from fla.ops.engine.recurrence.recurrence import check_chunk_size
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
@@ -59,6 +64,7 @@ def residual_norm(z: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
     return z + F.layer_norm(z, z.shape[-1:], eps=eps) * w + b
 
 
+@literal()
 def naive_recurrent_ttt_linear(
     q: Tensor,
     k: Tensor,
@@ -81,14 +87,15 @@ def naive_recurrent_ttt_linear(
     for t in range(T):
         if t % chunk_size == 0:
             S_0, c_0 = S, c
+            sum_ku, sum_u = torch.zeros_like(S), torch.zeros_like(c)
         z = torch.einsum("bhkv,bhk->bhv", S_0, k[:, t]) + c_0
         with torch.enable_grad():
             leaf = z if z.requires_grad else z.detach().requires_grad_()
             normed = F.layer_norm(leaf, (D,), eps=eps) * w + b
             loss = (k[:, t] + normed - v[:, t]).square().sum() / 2
             (u,) = torch.autograd.grad(loss, leaf, create_graph=z.requires_grad)
-        S = S - torch.einsum("bhk,bhv->bhkv", eta[:, t] * k[:, t], u)
-        c = c - eta[:, t] * u
+        sum_ku, sum_u = sum_ku + torch.einsum("bhk,bhv->bhkv", k[:, t], u), sum_u + u
+        S, c = S_0 - eta[:, t, :, :, None] * sum_ku, c_0 - eta[:, t] * sum_u
         read = torch.einsum("bhkv,bhk->bhv", S, q[:, t]) * (D**-0.5 if scale is None else scale)
         out.append(residual_norm(read + c, w, b, eps))
     final = (S, c.unsqueeze(2)) if output_final_state else (None, None)
@@ -101,10 +108,9 @@ def _mini_batch(
     """One mini-batch of `[N, H, C, D]`: (o, S, c)."""
     q, k, v, eta = rows
     u = normalisation_gradient(k @ S + c, v - k, w, b, eps)
-    step = eta * u
-    scores = scale * (q @ k.mT).tril()
-    o = scale * (q @ S) - scores @ step + c - step.cumsum(2)
-    return residual_norm(o, w, b, eps), S - k.mT @ step, c - step.sum(2, keepdim=True)
+    scores, last = scale * (q @ k.mT).tril(), eta[:, :, -1:]
+    o = scale * (q @ S) + c - eta * (scores @ u + u.cumsum(2))
+    return residual_norm(o, w, b, eps), S - last * (k.mT @ u), c - last * u.sum(2, keepdim=True)
 
 
 def _sequences(

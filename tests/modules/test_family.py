@@ -129,16 +129,38 @@ def test_group_norm_is_torchs():
 def test_activations():
     x, y = rows(2, 3, 8).unbind()
     assert_same(A.sqrelu(x), x.relu() ** 2, "sqrelu")
-    assert_same(A.powglu(x, y, 2.0), x.relu() ** 2 * y, "powglu")
     assert_same(A.sigmoidglu(x, y), x.sigmoid() * y, "sigmoidglu")
     assert_same(A.logsigmoid(x, 2.0), F.logsigmoid(x) / 2, "logsigmoid")
     W = rows(4, 8)
-    assert_same(A.powglu_linear(x, y, W), (x.relu() ** 3 * y) @ W.T, "powglu_linear")
+    assert_same(A.powglu_linear(x, y, W), A.powglu(x, y) @ W.T, "powglu_linear")
     assert_same(A.sigmoidglu_linear(x, y, W), (x.sigmoid() * y) @ W.T, "sigmoidglu_linear")
     assert_same(A.bias_gelu_impl(x, y), F.gelu(x + y, approximate="tanh"), "bias_gelu")
     assert set(A.ACT2FN) == {
         "relu", "sigmoid", "logsigmoid", "silu", "swish", "sqrelu", "gelu", "bias_gelu",
     }  # fmt: skip
+
+
+def test_powglu_has_its_published_values_and_gradients():
+    x = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
+    want = torch.tensor([2.0842, -0.26894, 0.18412], dtype=torch.float64)
+    assert (A.powglu(x, torch.ones_like(x)) - want).abs().max() < 5e-5
+    x, y = rows(2, 3, 8).unbind()
+    x[0, 0], x[0, 1] = 0.0, 1e-300
+    leaves = {"x": x.requires_grad_(), "y": y.requires_grad_()}
+    power = x.clamp(min=0) ** (2 / (x.clamp(min=0).sqrt() + 1))
+    o = A.powglu(x, y, 2.0)
+    assert_same(o, torch.where(x > 0, power, x) * x.sigmoid() * y, "powglu")
+    assert all(g.isfinite().all() for g in gradients([o], leaves).values())
+    x, W = rows(4, 8), rows(3, 8)
+    x = (x + 0.1 * x.sign()).requires_grad_()
+    y = rows(4, 8).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, y: A.powglu_linear(x, y, W, power=3.0), (x, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_powglu_rounds_once(dtype):
+    x, y = rows(2, 64, 8).to(dtype).unbind()
+    assert torch.equal(A.powglu(x, y), A.powglu(x.float(), y.float()).to(dtype))
 
 
 def test_bit_linear_rounds_and_passes_gradients_through():
@@ -155,14 +177,22 @@ def test_bit_linear_rounds_and_passes_gradients_through():
     assert FusedBitLinear(8, 4).state_dict().keys() == {"weight", "norm.weight"}
 
 
-def test_l2_warp_is_what_the_fused_loss_does():
-    x, W = rows(5, 8), rows(9, 8).requires_grad_()
-    target = torch.randint(0, 9, (5,))
-    logits = x @ W.T
-    loss = l2_warp(F.cross_entropy(logits, target), logits, 0.1)
-    want = gradients([loss], {"W": W})["W"]
-    fused = FusedLinearCrossEntropyLoss(use_l2warp=True, l2_penalty_factor=0.1)(x, target, W)
+@pytest.mark.parametrize(
+    "labels", [[1, 2, 3, 4], [1, -100, 3, -100], [-100] * 4, [5, 6, 7, -100]], ids=str
+)
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_l2_warp_is_what_the_fused_loss_does(labels, num_chunks):
+    x, W, target = rows(4, 8).requires_grad_(), rows(9, 8).requires_grad_(), torch.tensor(labels)
+    logits, leaves = x @ W.T, {"x": x, "W": W}
+    plain = F.cross_entropy(logits, target, reduction="sum") / max(1, int((target >= 0).sum()))
+    loss = l2_warp(plain, logits, 1.0)
+    want = gradients([loss], leaves)
+    module = FusedLinearCrossEntropyLoss(
+        use_l2warp=True, l2_penalty_factor=1.0, num_chunks=num_chunks
+    )
+    fused = module(x, target, W)
     assert_same(fused, loss, "loss")
-    assert_same(gradients([fused], {"W": W})["W"], want, "dW")
-    plain = gradients([F.cross_entropy(x @ W.T, target)], {"W": W})["W"]
-    assert (want - plain).abs().max() > 1e-3
+    for name, grad in gradients([fused], leaves).items():
+        assert_same(grad, want[name], f"d{name}")
+    plain = F.cross_entropy(x @ W.T, target, reduction="sum")
+    assert (want["W"] - gradients([plain], {"W": W})["W"]).abs().max() > 1e-3

@@ -36,8 +36,7 @@ def named(inputs: dict[str, Tensor], states: list[Tensor]) -> dict[str, Tensor]:
 def reference(op: OpCase, inputs: dict[str, Tensor], states=None, form=token_form) -> list[Tensor]:
     """The recurrence on the operator's point of it; of an operator that is none, its loop."""
     if op.equation is None:
-        own_groups = any("M" in op.axes(n) for n in inputs)  # the slots' loops group their queries
-        return op.call(op.naive, inputs if own_groups else op.without_groups(inputs), states)
+        return op.call(op.naive, inputs, states)
     point = op.equation(op.without_groups(inputs))
     scale = point.pop("scale", op.fixed.get("scale", point["q"].shape[-1] ** -0.5))
     steps = point.pop("steps", 1)

@@ -20,11 +20,14 @@ from fla.ops import (
     mamba,
     mamba2,
     mesa_net,
+    precond_gated_delta_rule,
+    precond_kda,
     rebased,
     retention,
     rwkv4,
     rwkv6,
     rwkv7,
+    ttt,
 )
 from fla.ops import log_linear_attn as log_linear
 from fla.ops.registry import OPS
@@ -294,3 +297,62 @@ def test_deltaformer_padding_is_not_there():
         deltaformer.deltaformer_attn(
             **rows, cu_seqlens=torch.tensor([0, 5, 12]), output_final_state=True
         )
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.title)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_literal_loops_take_half_precision_and_fp32_states(op, dtype):
+    x = op.inputs(2, 3, 2, 8, 8, dtype=dtype)
+    if op.name in ("deltaformer", "mesa_net"):
+        pytest.skip("its loop is no naive_recurrent_*")
+    states = op.states(2, 2, 8, 8, dtype=torch.float32)
+    got = op.call(op.naive, x, states)
+    want = op.call(op.naive, {n: y.float() for n, y in x.items()}, states)
+    assert got[0].dtype == dtype and torch.equal(got[0], want[0].to(dtype))
+    assert all(torch.equal(a, b) for a, b in zip(got[1:], want[1:], strict=True))
+
+
+@pytest.mark.parametrize("name", ["gated_delta_rule", "kda"])
+def test_preconditioned_rules_have_their_published_default(name):
+    page = {"kda": precond_kda, "gated_delta_rule": precond_gated_delta_rule}[name]
+    one, beta, zero = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+    x = dict(q=one, k=one, v=one, g=0 * one if name == "kda" else zero, g_atk=zero)
+    for form in ("chunk", "fused_recurrent", "naive_recurrent"):
+        o = getattr(page, f"{form}_precond_{name}")(**x, beta_atk=beta, beta=beta)[0]
+        assert abs(o.item() - 0.934655) < 2e-6
+
+
+def test_ttt_reads_with_its_own_rate_and_keeps_the_last():
+    q, k, v = torch.randn(3, 1, 2, 1, 2, generator=torch.Generator().manual_seed(0)).double()
+    eta = torch.tensor([0.1, 0.2]).double().view(1, 2, 1, 1)
+    w, b = torch.ones(1, 2).double(), torch.zeros(1, 2).double()
+    for form in (ttt.chunk_ttt_linear, ttt.chunk_ttt_linear_ref):
+        S = form(q, k, v, w, b, eta, output_final_state=True)[1]
+        assert abs(S.flatten()[0].item() - 54.4487) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rwkv7_maps_round_once(dtype):
+    def check(function, *arguments):
+        wide = [x.double() for x in arguments]
+        got, want = function(*arguments), function(*wide)
+        pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
+        for x, y in pairs:
+            if x is not None:
+                assert (x.double() - y).norm() < torch.finfo(dtype).eps / 2 * y.norm()
+
+    x, delta, k, a = torch.randn(4, 2, 9, 8).to(dtype)
+    check(rwkv7.fused_addcmul_rwkv7, x, delta, *torch.randn(6, 1, 1, 8).to(dtype))
+    check(rwkv7.fused_k_rwkv7, k, a, torch.rand(8).to(dtype))
+    r, k, v = torch.randn(3, 2, 9, 2, 4).to(dtype)
+    check(rwkv7.gate_output_correction, x, r, k, torch.randn(2, 4).to(dtype), v, delta)
+
+
+def test_rwkv7_channel_mixing_takes_both_shapes_of_the_token_before():
+    x, before = torch.randn(2, 3, 8), torch.randn(2, 8)
+    weights = torch.rand(8), torch.randn(8, 16), torch.randn(16, 8)
+    y, last = rwkv7.channel_mixing_rwkv7(x, before, *weights)
+    same, column = rwkv7.channel_mixing_rwkv7(x, before[:, None], *weights, inplace=False)
+    assert torch.equal(y, same) and torch.equal(column, last[:, None])
+    with pytest.raises(ValueError, match=r"x_prev has shape \[8\]"):
+        rwkv7.channel_mixing_rwkv7(x, before[0], *weights)

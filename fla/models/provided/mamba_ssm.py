@@ -196,10 +196,10 @@ def mamba_inner_fn(
     if dt_rms_weight is not None:
         return None
     x, z = xz.chunk(2, dim=1)
-    x = causal_conv1d_fn(x, conv1d_weight.flatten(1), conv1d_bias, activation="silu")
-    assert isinstance(x, Tensor)
+    mixed = causal_conv1d_fn(x, conv1d_weight.flatten(1), conv1d_bias, activation="silu")
+    assert isinstance(mixed, Tensor)
     rank, N = delta_proj_weight.shape[1], A.shape[-1]
-    made = F.linear(x.transpose(1, 2), x_proj_weight)
+    made = F.linear(mixed.transpose(1, 2), x_proj_weight)
     delta = F.linear(made[..., :rank], delta_proj_weight).transpose(1, 2)
     given = ((B, B_proj_bias, b_rms_weight, made[..., rank : rank + N]),
              (C, C_proj_bias, c_rms_weight, made[..., -N:]))  # fmt: skip
@@ -210,7 +210,8 @@ def mamba_inner_fn(
             tensor = tensor if norm is None else _rms(tensor, norm, b_c_dt_rms_eps)
             tensor = tensor.transpose(1, 2)
         inputs.append(tensor)
-    y = selective_scan_fn(x, delta, A, *inputs, D, z, delta_bias, delta_softplus)
+    read_in, read_out = inputs
+    y = selective_scan_fn(mixed, delta, A, read_in, read_out, D, z, delta_bias, delta_softplus)
     assert isinstance(y, Tensor)
     dtype = out_proj_weight.dtype
     return F.linear(y.transpose(1, 2).to(dtype), out_proj_weight, _cast(out_proj_bias, dtype))
@@ -343,9 +344,10 @@ def mamba_split_conv1d_scan_combined(
         mixed.transpose(1, 2), conv1d_weight, conv1d_bias, activation=activation, **bounds
     ).transpose(1, 2)  # type: ignore[union-attr]
     x, B, C = mixed.split([dim, (channels - dim) // 2, (channels - dim) // 2], -1)
+    B, C = (b.unflatten(-1, (ngroups, -1)) for b in (B, C))
     y = mamba_chunk_scan_combined(
-        x.unflatten(-1, (heads, P)), dt, A, *(b.unflatten(-1, (ngroups, -1)) for b in (B, C)),
-        chunk_size, D, None, dt_bias, initial_states, dt_softplus=True, dt_limit=dt_limit,
+        x.unflatten(-1, (heads, P)), dt, A, B, C, chunk_size,
+        D, None, dt_bias, initial_states, dt_softplus=True, dt_limit=dt_limit,
         return_final_states=return_final_states, **bounds,
     )  # fmt: skip
     y, final = y if isinstance(y, tuple) else (y, None)

@@ -101,7 +101,7 @@ def cross_entropy_gradient_kernel(
     CAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
     SQUARE: tl.constexpr,
-    WARP: tl.constexpr,       # dloss factor (largest logit) is added to that logit's gradient
+    WARP: tl.constexpr,       # factor (largest logit) is added to its gradient, ignored or not
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one row's logits. Each block is read before it is written, and by the same
@@ -118,12 +118,12 @@ def cross_entropy_gradient_kernel(
         z = shaped(tl.load(logits + row * V + cols, mask=cols < V, other=0.0), SCALE, CAP)
         dz = tl.exp(z - lse) * mass - grad * SMOOTHING / V
         dz -= tl.where(cols == target, grad * (1.0 - SMOOTHING), 0.0)
+        dz = tl.where(kept, dz, 0.0)
         if WARP:
-            dz += tl.where(cols == top, grad * z * factor, 0.0)
+            dz += tl.where(cols == top, z * factor, 0.0)
         if CAP != 0:  # the slope of the cap, 1 - tanh^2
             dz *= 1.0 - z / CAP * (z / CAP)
-        dz = tl.where(kept, dz * SCALE, 0.0)
-        tl.store(out + row * V + cols, dz.to(out.dtype.element_ty), mask=cols < V)
+        tl.store(out + row * V + cols, (dz * SCALE).to(out.dtype.element_ty), mask=cols < V)
 
 
 def _switches(shape: LogitShape) -> dict[str, float]:
