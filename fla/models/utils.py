@@ -86,6 +86,23 @@ class RecurrentLayer(LinearAttentionLayer):
 STATES = ("recurrent_state", "attn_state", "conv_state", "ffn_state")
 
 
+def list_tensors(tree: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists, dictionaries and dataclasses.
+
+    Example:
+        >>> len(list_tensors({"a": (torch.zeros(1), None)}))
+        1
+    """
+    found: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    map_tensors(keep, tree)
+    return found
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """`function` of every tensor in nested tuples, lists, dictionaries and dataclasses.
 
@@ -338,7 +355,7 @@ class Cache(DynamicCache):
             cache.alone[i] = max(seen_tokens, layer.get_seq_length())
         return cache
 
-    def get_max_length(self) -> int | None:
+    def get_max_length(self) -> int | None:  # type: ignore[override]  # as published
         """None: the cache grows with its tokens."""
         return None
 
@@ -438,7 +455,7 @@ class Cache(DynamicCache):
         for layer in self.layers:
             tensors: list[Any] = []
             if isinstance(layer, FLALayer):
-                map_tensors(lambda x, found=tensors: found.append(x) or x, layer.state)
+                tensors = list_tensors(layer.state)
             elif isinstance(layer, RecurrentLayer):
                 tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]
             else:
@@ -462,7 +479,7 @@ class FLAGenerationMixin(GenerationMixin):
     `Cache`, which the model's layers fill.
     """
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         if generation_config.use_cache is not False and not model_kwargs.get("past_key_values"):

@@ -292,8 +292,7 @@ def layer_norm_swish_gate_linear(
     residual_in_fp32: bool = False,
     eps: float = 1e-6,
 ) -> Normed:
-    """`linear(layer_norm(x + residual) * swish(g))`. Its gradients are those of this equation; the
-    published kernel leaves the gate out of the linear weight's.
+    """`linear(layer_norm(x + residual) * swish(g))`.
 
     Example:
         >>> x, g = torch.randn(2, 2, 3, 8)

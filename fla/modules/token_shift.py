@@ -81,10 +81,11 @@ class TokenShift(torch.autograd.Function):
         # a linear map: its gradient does not look at x
         leaves = [torch.zeros(shape, dtype=dtype, device=device)]
         leaves += [] if cache is None else [cache.detach().clone()]
+        before = None if cache is None else leaves[1]
         with torch.enable_grad():
             for leaf in leaves:
                 leaf.requires_grad_()
-            outputs = token_shift(leaves[0], cu_seqlens, *leaves[1:] or (None,), True)
+            outputs = token_shift(leaves[0], cu_seqlens, before, True)
         known = ((y, dy) for y, dy in zip(outputs, (ddelta, dlast), strict=True) if dy is not None)
         ys, dys = zip(*known, strict=True)
         dx, *dcache = torch.autograd.grad(ys, leaves, dys)
