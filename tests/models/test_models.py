@@ -190,7 +190,8 @@ def test_half_precision_is_within_its_budget(name):
         )
         return parts if isinstance(output, tuple) else parts[0]
 
-    half = make(name).to(torch.bfloat16)
+    # Raven keeps all its slots: a rounding error may take another one into its choice
+    half = make(name, **({"topk": 8} if name == "raven" else {})).to(torch.bfloat16)
     exact = copy.deepcopy(half).double()
     plain = copy.deepcopy(exact)
     for module in plain.modules():
