@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from fla.layers.attn import Attention
 from fla.layers.block_sparse_attn import BlockSparseAttention
@@ -22,6 +24,16 @@ ATTENTIONS: dict[str, Any] = {
     "mla": MultiheadLatentAttention,
     "dilated": DilatedAttention,
     "block_sparse": BlockSparseAttention,
+}
+# Names beside a config's own that pass: what transformers sets and saves, our own results, and
+# fields of published configs that change no logits there.
+PASSED = {
+    *("auto_map", "model_type", "name_or_path", "num_labels", "quantization_config", "torch_dtype"),
+    *("attn_implementation", "experts_implementation", "output_attentions", "per_layer_config"),
+    *("rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "attnres_block_size"),
+    *("use_gk", "use_gv", "clamp_min", "clamp_max", "use_output_norm", "elementwise_affine"),
+    *("use_layer_wise_balance", "rescale_prenorm_residual", "gate_low_rank_dim", "attn_mode"),
+    "rope_max_position_embeddings",
 }
 OF_THE_MODEL = {"hidden_size", "max_position_embeddings", "layer_idx"}
 
@@ -78,6 +90,7 @@ class DecoderConfig(PretrainedConfig):
         for theirs, ours in self.attribute_map.items():
             if theirs in kwargs:
                 setattr(self, ours, kwargs.pop(theirs))
+        self._check_names(kwargs)
         self.layer_types = self._resolve_layer_types()
         self.experts(0)
         wrong = set(self.norm_after or ()) - set(LAYER_TYPES)
@@ -97,6 +110,25 @@ class DecoderConfig(PretrainedConfig):
             )
         self.sliding_window = next(iter(windows), None)
         super().__post_init__(**kwargs)
+
+    def _check_names(self, given: dict[str, Any]) -> None:
+        """Raise `ValueError` for names that neither the config nor transformers knows."""
+        name = type(self).__name__
+        if given.get("attnres_block_size") is not None:
+            raise ValueError(
+                f"{name}: attnres_block_size is {given['attnres_block_size']}; attention residuals "
+                "are not implemented: leave it None"
+            )
+        known = {f.name for f in fields(self)}
+        passed = known | PASSED | set(GenerationConfig().to_dict())
+        for field in given:
+            if field not in passed and not field.startswith("_"):
+                near = difflib.get_close_matches(field, known, n=3)
+                raise ValueError(
+                    f"{name}: there is no field {field!r}; "
+                    + (f"did you mean {' or '.join(map(repr, near))}?" if near else "")
+                    + ("" if near else f"the fields are {', '.join(sorted(known))}")
+                )
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save the config, and a module that lets transformers find the package by itself

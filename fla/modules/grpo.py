@@ -122,7 +122,7 @@ def fused_grpo_loss(
     inplace: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The module's loss of every token `[B, L]`, in fp32 (fp64 for fp64 logits); with `save_kl` the
-    pair (loss, KL). Beside the logits it keeps two numbers per token.
+    pair (loss, KL). Beside the logits it keeps per token its id, its log-sum-exp and two slopes.
 
     logits `[B, L + 1, V]` begin at the token before the completion; ref_logp, completion_mask
     `[B, L]`; input_ids `[B, P + L]`, whose last L are the completion; advantages `[B]`. Where the

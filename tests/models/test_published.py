@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fla.models import (
     GatedDeltaNetConfig,
     GatedDeltaNetForCausalLM,
+    GLAConfig,
     GSAConfig,
     GSAForCausalLM,
     HGRN2Config,
@@ -150,3 +151,26 @@ def test_the_output_gate_is_a_field():
     config = GatedDeltaNetConfig(**TINY, **options, output_gate_activation="tanh")
     with pytest.raises(ValueError, match="output_gate_activation is 'tanh'"):
         GatedDeltaNetForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (dict(hidden_sizee=3), "no field 'hidden_sizee'; did you mean 'hidden_size'"),
+        (dict(attnres_block_size=4), "attention residuals are not implemented"),
+        (dict(zzz=1), "no field 'zzz'; the fields are .*hidden_size"),
+    ],
+)
+def test_an_unknown_config_field_is_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        GLAConfig(**given)
+
+
+def test_fields_of_transformers_and_of_published_configs_pass(tmp_path):
+    config = GLAConfig(
+        num_heads=2, attnres_block_size=None, use_gk=True, torch_dtype="float32", temperature=0.5
+    )
+    assert config.use_gk and config.dtype is torch.float32
+    config.quantization_config = {"quant_method": "none"}
+    config.save_pretrained(tmp_path)
+    assert GLAConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
