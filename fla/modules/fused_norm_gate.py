@@ -429,5 +429,9 @@ class FusedRMSNormGatedLinear(_GatedLinear):
     is_rms_norm = True
 
 
-FusedLayerNormSwishGateLinear = FusedLayerNormGatedLinear
-FusedRMSNormSwishGateLinear = FusedRMSNormGatedLinear
+class FusedLayerNormSwishGateLinear(FusedLayerNormGatedLinear):
+    """`FusedLayerNormGatedLinear` under its older name."""
+
+
+class FusedRMSNormSwishGateLinear(FusedRMSNormGatedLinear):
+    """`FusedRMSNormGatedLinear` under its older name."""

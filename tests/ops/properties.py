@@ -3,6 +3,7 @@
 `AssertionError`."""
 
 from itertools import pairwise
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -36,7 +37,9 @@ def named(inputs: dict[str, Tensor], states: list[Tensor]) -> dict[str, Tensor]:
 def reference(op: OpCase, inputs: dict[str, Tensor], states=None, form=token_form) -> list[Tensor]:
     """The recurrence on the operator's point of it; of an operator that is none, its loop."""
     if op.equation is None:
-        return op.call(op.naive, inputs, states)
+        # what plain torch makes of half precision: the loop without its cast to fp32
+        with mock.patch("fla.ops.case.compute_dtype", lambda dtype: dtype):
+            return op.call(op.naive, inputs, states)
     point = op.equation(op.without_groups(inputs))
     scale = point.pop("scale", op.fixed.get("scale", point["q"].shape[-1] ** -0.5))
     steps = point.pop("steps", 1)
