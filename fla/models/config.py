@@ -34,6 +34,8 @@ PASSED = {
     *("use_gk", "use_gv", "clamp_min", "clamp_max", "use_output_norm", "elementwise_affine"),
     *("use_layer_wise_balance", "rescale_prenorm_residual", "gate_low_rank_dim", "attn_mode"),
     "rope_max_position_embeddings",
+    # of transformers' Mamba and Mamba-2, whose checkpoints load here: how it computes, or unused
+    *("use_associative_scan", "use_mambapy", "time_step_rank"),
 }
 OF_THE_MODEL = {"hidden_size", "max_position_embeddings", "layer_idx"}
 
