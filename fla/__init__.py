@@ -2,8 +2,9 @@
 """fla: sequence models whose cost grows linearly with length, on any machine.
 
 `import fla` imports neither torch nor Triton and touches no device; every name is loaded when first
-asked for. All layers and models are here (`fla.GatedDeltaNet`, `fla.GatedDeltaNetForCausalLM`), and
-the operators that transformers looks up; everything else is in its module. Configs are here too.
+asked for. All layers, models and configs are here (`fla.GatedDeltaNet`, `fla.GatedDeltaNetConfig`,
+`fla.GatedDeltaNetForCausalLM`), and the operators that transformers looks up; everything else is in
+its module.
 """
 
 from pathlib import Path

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Names that are imported from their module when first asked for (PEP 562)."""
 
-import difflib
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -56,9 +55,6 @@ def lazy_names(
             return value
         if name in children:
             return importlib.import_module(children[name])
-        near = difflib.get_close_matches(name, home)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        message = f"module {package!r} has no attribute {name!r}{hint}"
-        raise AttributeError(message, name=name, obj=module)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=module)
 
     return __getattr__, sorted(home)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla.ops.utils.index import prepare_cu_seqlens_from_lens, prepare_lens_from_mask
+
 
 def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
     """x `[N, ...]` at indices `[M]`: `[M, ...]`, with a gradient.
@@ -46,11 +48,10 @@ def get_unpad_data(attention_mask: Tensor) -> tuple[Tensor, Tensor, int]:
             f"get_unpad_data: attention_mask has shape {list(attention_mask.shape)}; expected "
             "[B, T], with 1 for real tokens and 0 for padding"
         )
-    mask = attention_mask.bool()
-    lengths = mask.sum(1, dtype=torch.int32)
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    lengths = prepare_lens_from_mask(attention_mask)
     longest = int(lengths.max()) if len(lengths) else 0
-    return mask.flatten().nonzero().flatten(), cu_seqlens, longest
+    indices = attention_mask.flatten().nonzero().flatten()
+    return indices, prepare_cu_seqlens_from_lens(lengths), longest
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch_size: int, seq_len: int) -> Tensor:

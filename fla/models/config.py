@@ -25,17 +25,11 @@ ATTENTIONS: dict[str, Any] = {
     "dilated": DilatedAttention,
     "block_sparse": BlockSparseAttention,
 }
-# Names beside a config's own that pass: what transformers sets and saves, our own results, and
-# fields of published configs that change no logits there.
+# Names beside a config's own that pass: what transformers sets and saves, and what is derived here.
 PASSED = {
     *("auto_map", "model_type", "name_or_path", "num_labels", "quantization_config", "torch_dtype"),
     *("attn_implementation", "experts_implementation", "output_attentions", "per_layer_config"),
-    *("rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "attnres_block_size"),
-    *("use_gk", "use_gv", "clamp_min", "clamp_max", "use_output_norm", "elementwise_affine"),
-    *("use_layer_wise_balance", "rescale_prenorm_residual", "gate_low_rank_dim", "attn_mode"),
-    "rope_max_position_embeddings",
-    # of transformers' Mamba and Mamba-2, whose checkpoints load here: how it computes, or unused
-    *("use_associative_scan", "use_mambapy", "time_step_rank"),
+    *("sliding_window", "attnres_block_size"),
 }
 OF_THE_MODEL = {"hidden_size", "max_position_embeddings", "layer_idx"}
 
@@ -62,6 +56,8 @@ class DecoderConfig(PretrainedConfig):
     mixer: ClassVar[Any] = None
     attention: ClassVar[Any] = Attention
     default_layer_type: ClassVar[str] = "linear_attention"
+    # further fields of published configs, which there change no logits of given weights
+    unused: ClassVar[tuple[str, ...]] = ()
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 32000
@@ -122,15 +118,13 @@ class DecoderConfig(PretrainedConfig):
                 "are not implemented: leave it None"
             )
         known = {f.name for f in fields(self)}
-        passed = known | PASSED | set(GenerationConfig().to_dict())
+        passed = known | PASSED | {*self.unused, *GenerationConfig().to_dict()}
         for field in given:
             if field not in passed and not field.startswith("_"):
                 near = difflib.get_close_matches(field, known, n=3)
-                raise ValueError(
-                    f"{name}: there is no field {field!r}; "
-                    + (f"did you mean {' or '.join(map(repr, near))}?" if near else "")
-                    + ("" if near else f"the fields are {', '.join(sorted(known))}")
-                )
+                hint = f"did you mean {' or '.join(map(repr, near))}?"
+                every = f"the fields are {', '.join(sorted(known))}"
+                raise ValueError(f"{name}: there is no field {field!r}; {hint if near else every}")
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save the config, and a module that lets transformers find the package by itself

@@ -12,6 +12,7 @@ class DeltaNetConfig(DecoderConfig):
     """`DecoderConfig` with the arguments of `fla.layers.DeltaNet`."""
 
     model_type = "delta_net"
+    unused: ClassVar[tuple[str, ...]] = ("use_output_norm",)
     mixer: ClassVar = DeltaNet
 
     attn_mode: str = "chunk"

@@ -12,6 +12,11 @@ class DeltaFormerConfig(DecoderConfig):
     """`DecoderConfig` with the arguments of `fla.layers.DeltaFormerAttention`."""
 
     model_type = "deltaformer"
+    unused: ClassVar[tuple[str, ...]] = (
+        "attn_mode",
+        "elementwise_affine",
+        "rope_max_position_embeddings",
+    )
     mixer: ClassVar = DeltaFormerAttention
 
     num_heads: int = 8

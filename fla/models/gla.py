@@ -12,6 +12,7 @@ class GLAConfig(DecoderConfig):
     """`DecoderConfig` with the arguments of `fla.layers.GatedLinearAttention`."""
 
     model_type = "gla"
+    unused: ClassVar[tuple[str, ...]] = ("use_gk", "use_gv")
     mixer: ClassVar = GatedLinearAttention
 
     attn_mode: str = "chunk"

@@ -14,6 +14,7 @@ class GSAConfig(DecoderConfig):
     """
 
     model_type = "gsa"
+    unused: ClassVar[tuple[str, ...]] = ("clamp_min", "clamp_max")
     mixer: ClassVar = GatedSlotAttention
 
     gate_logit_normalizer: int = 8

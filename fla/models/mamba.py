@@ -15,6 +15,11 @@ class MambaConfig(DecoderConfig):
     """
 
     model_type = "mamba"
+    unused: ClassVar[tuple[str, ...]] = (
+        "rescale_prenorm_residual",
+        "use_associative_scan",
+        "use_mambapy",
+    )
     mixer: ClassVar = Mamba
     # transformers' names, so that its checkpoints load here as they are
     attribute_map: ClassVar[dict[str, str]] = {

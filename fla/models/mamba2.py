@@ -13,6 +13,7 @@ class Mamba2Config(DecoderConfig):
     """`DecoderConfig` with the arguments of `fla.layers.Mamba2`. There is no MLP."""
 
     model_type = "mamba2"
+    unused: ClassVar[tuple[str, ...]] = ("rescale_prenorm_residual", "time_step_rank")
     mixer: ClassVar[Any] = Mamba2
     # transformers' names, so that its checkpoints load here as they are
     attribute_map: ClassVar[dict[str, str]] = {

@@ -13,6 +13,7 @@ class Mamba3Config(DecoderConfig):
     """`DecoderConfig` with the arguments of `fla.layers.Mamba3`. There is no MLP."""
 
     model_type = "mamba3"
+    unused: ClassVar[tuple[str, ...]] = ("rescale_prenorm_residual",)
     mixer: ClassVar = Mamba3
 
     head_dim: int = 64

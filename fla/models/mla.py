@@ -14,6 +14,7 @@ class MLAConfig(DecoderConfig):
     """
 
     model_type = "mla"
+    unused: ClassVar[tuple[str, ...]] = ("elementwise_affine",)
     attention: ClassVar = MultiheadLatentAttention
     default_layer_type: ClassVar[str] = "full_attention"
 

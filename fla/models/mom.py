@@ -19,6 +19,7 @@ class MomConfig(DecoderConfig):
     """
 
     model_type = "mom"
+    unused: ClassVar[tuple[str, ...]] = ("mom_backend", "use_layer_wise_balance")
     mixer: ClassVar = MomAttention
 
     attn_mode: str = "chunk"
@@ -34,6 +35,14 @@ class MomConfig(DecoderConfig):
     aux_loss_scale: float = 0.01
     shared_mem: bool = True
     single_kv_proj: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        backend = kwargs.get("mom_backend", "gated_deltanet")
+        if backend != "gated_deltanet":
+            raise ValueError(
+                f"MomConfig: mom_backend is {backend!r}; only 'gated_deltanet' is implemented"
+            )
+        super().__post_init__(**kwargs)
 
 
 class MomModel(DecoderModel):

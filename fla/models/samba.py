@@ -23,6 +23,7 @@ class SambaConfig(DecoderConfig):
     """
 
     model_type = "samba"
+    unused: ClassVar[tuple[str, ...]] = ("rescale_prenorm_residual", "residual_in_fp32")
     mixer: ClassVar = Mamba
 
     hidden_size: int = 2304

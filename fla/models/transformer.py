@@ -13,6 +13,7 @@ class TransformerConfig(DecoderConfig):
     """
 
     model_type = "transformer"
+    unused: ClassVar[tuple[str, ...]] = ("elementwise_affine",)
     default_layer_type: ClassVar[str] = "full_attention"
 
     num_heads: int = 32

@@ -135,6 +135,7 @@ class FLALayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.state: dict[str, Any] = dict.fromkeys(STATES)
+        self.home: list[torch.device] = []  # devices of what is offloaded
 
     def write(self, window: int | None, attn_state: tuple[Tensor, ...] | None, **new: Any) -> None:
         """Replace the given states; tensors `[B, T, ...]` of attn_state are appended along time,
@@ -170,13 +171,13 @@ class FLALayer(CacheLayerMixin):
         self.state = map_tensors(function, self.state)
 
     def offload(self) -> None:
-        self.devices: dict[str, torch.device] = {}
-        self._map(lambda x: (self.devices.setdefault("last", x.device), x.to("cpu"))[1])
+        self.home = [x.device for x in list_tensors(self.state)]
+        self._map(lambda x: x.to("cpu"))
 
     def prefetch(self) -> None:
-        device = getattr(self, "devices", {}).get("last")
-        if device is not None:
-            self._map(lambda x: x.to(device))
+        if self.home:  # all states of a layer lie on one device
+            self._map(lambda x: x.to(self.home[0]))
+        self.home = []
 
     def reset(self) -> None:
         self.state, self.is_initialized = dict.fromkeys(STATES), False

@@ -321,42 +321,13 @@ def rms_norm_linear(
     return project(normed, linear_weight, linear_bias)
 
 
-def group_norm_linear(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    residual: Tensor | None = None,
-    eps: float = 1e-5,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
-    is_rms_norm: bool = False,
-    num_groups: int = 1,
-) -> Normed:
-    """`layer_norm_linear` under the name its groups give it.
-
-    Example:
-        >>> x, weight = torch.randn(2, 3, 8), torch.randn(4, 8)
-        >>> group_norm_linear(x, None, None, weight, None, num_groups=2).shape
-        torch.Size([2, 3, 4])
-    """
-    return layer_norm_linear(
-        x, norm_weight, norm_bias, linear_weight, linear_bias,
-        residual, eps, prenorm, residual_in_fp32, is_rms_norm, num_groups,
-    )  # fmt: skip
+group_norm_linear = layer_norm_linear  # the published name of the form with groups
 
 
-class LayerNormLinear(LayerNorm):
-    """`LayerNorm`, then a linear layer that is given: forward takes its weight `[out,
-    hidden_size]` and its bias.
+class _ThenLinear(nn.Module):
+    """Before a norm in a class's bases: the norm, then a linear layer that is given."""
 
-    Example:
-        >>> LayerNormLinear(8)(torch.randn(2, 3, 8), torch.randn(4, 8)).shape
-        torch.Size([2, 3, 4])
-    """
-
-    def forward(  # type: ignore[override]  # the linear layer comes second
+    def forward(
         self,
         x: Tensor,
         weight: Tensor,
@@ -367,6 +338,16 @@ class LayerNormLinear(LayerNorm):
     ) -> Normed:
         normed = super().forward(x, residual, prenorm, residual_in_fp32)
         return project(normed, weight, bias)
+
+
+class LayerNormLinear(_ThenLinear, LayerNorm):  # type: ignore[misc]  # forward takes more
+    """`LayerNorm`, then a linear layer that is given: forward takes its weight `[out,
+    hidden_size]` and its bias.
+
+    Example:
+        >>> LayerNormLinear(8)(torch.randn(2, 3, 8), torch.randn(4, 8)).shape
+        torch.Size([2, 3, 4])
+    """
 
 
 class RMSNormLinear(LayerNormLinear):
@@ -380,25 +361,13 @@ class RMSNormLinear(LayerNormLinear):
     is_rms_norm = True
 
 
-class GroupNormLinear(GroupNorm):
+class GroupNormLinear(_ThenLinear, GroupNorm):  # type: ignore[misc]  # as above
     """`GroupNorm`, then a linear layer that is given, as in `LayerNormLinear`.
 
     Example:
         >>> GroupNormLinear(2, 8)(torch.randn(2, 3, 8), torch.randn(4, 8)).shape
         torch.Size([2, 3, 4])
     """
-
-    def forward(  # type: ignore[override]  # the linear layer comes second
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-        prenorm: bool = False,
-        residual_in_fp32: bool = False,
-    ) -> Normed:
-        normed = super().forward(x, residual, prenorm, residual_in_fp32)
-        return project(normed, weight, bias)
 
 
 def group_norm_ref(

@@ -15,13 +15,15 @@ from fla.models import (
     HGRN2ForCausalLM,
     LogLinearMamba2Config,
     LogLinearMamba2ForCausalLM,
+    MomConfig,
     RodimusConfig,
     RodimusForCausalLM,
     SambaConfig,
     SambaForCausalLM,
 )
 from tests.helpers import assert_same
-from tests.models.common import TINY, ids
+from tests.models.common import TINY, ids, make
+from tests.models.published_fields import COMMON, OWN
 
 
 def rms(x, weight, eps):
@@ -174,3 +176,19 @@ def test_fields_of_transformers_and_of_published_configs_pass(tmp_path):
     config.quantization_config = {"quant_method": "none"}
     config.save_pretrained(tmp_path)
     assert GLAConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_published_config_passes_with_all_its_fields(kind):
+    """A saved config.json holds every field; one that we lack changes nothing in published code."""
+    config = type(make(kind).config)
+    ours = config().to_dict()
+    values = {"attnres_block_size": None, "mom_backend": "gated_deltanet"}
+    given = {name: values.get(name, ours.get(name, 1)) for name in [*COMMON, *OWN[kind].split()]}
+    for name, value in config(**given).to_dict().items():
+        assert value == ours.get(name, given.get(name)) or name in ("expand_k", "expand_v"), name
+
+
+def test_a_backend_of_mom_that_is_not_here_is_refused():
+    with pytest.raises(ValueError, match="mom_backend is 'gla'; only 'gated_deltanet'"):
+        MomConfig(mom_backend="gla")

@@ -32,7 +32,7 @@ def test_running_sums(shape, reverse):
     assert utils.chunk_global_cumsum(x.half()).dtype == torch.float32
     with pytest.raises(ValueError, match="power of two"):
         utils.chunk_local_cumsum(x, 3)
-    with pytest.raises(ValueError, match="batch of 2"):
+    with pytest.raises(ValueError, match="batch size 2"):
         utils.chunk_global_cumsum(torch.cat([x, x]), cu_seqlens=BOUNDS)
 
 

@@ -72,6 +72,7 @@ def test_a_run_leaves_everything_behind(trained):
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ  # the next run has its own
     assert set(losses(trained)) == set(range(1, 9))
     model = AutoModelForCausalLM.from_pretrained(trained)
+    assert model.config.use_cache
     tokenizer = AutoTokenizer.from_pretrained(trained)
     ids = tokenizer("def ", return_tensors="pt", add_special_tokens=False).input_ids
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] <= 7

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fla.core.precision import promote_to_fp32
 from fla.models.provided.causal_conv1d import causal_conv1d_fn, row_boundaries
+from fla.modules.layernorm import group_norm
 from fla.ops.mamba import chunk_mamba, fused_recurrent_mamba
 from fla.ops.mamba2 import NO_LIMIT, chunk_mamba2
 
@@ -156,9 +157,9 @@ def selective_state_update(
 
 def _rms(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
     """RMSNorm over each of `groups` parts of the last axis, in fp32."""
-    parts = promote_to_fp32(x).unflatten(-1, (groups, -1))
-    parts = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + eps)
-    return parts.flatten(-2) * promote_to_fp32(weight)
+    y = group_norm(promote_to_fp32(x), weight, None, eps=eps, is_rms_norm=True, num_groups=groups)
+    assert isinstance(y, Tensor)
+    return y
 
 
 def mamba_inner_fn(

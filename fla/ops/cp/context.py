@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fla.core.boundaries import boundaries_to_list
-from fla.core.checks import check_boundaries
+from fla.core.checks import check_boundaries, refuse
 from fla.core.parallel import SequenceParallel, current, using
 from fla.ops.engine.sharding import Ranks, group_of
 
@@ -226,8 +226,5 @@ def _same(x: Any, y: Tensor | None) -> bool:
 
 def refuse_cp_context(op: str, cp_context: object) -> None:
     """Raise `ValueError` for a context given to an operator that takes none."""
-    if cp_context is not None:
-        raise ValueError(
-            f"{op}: cp_context is not supported here (got {type(cp_context).__name__}); call it "
-            "inside `with fla.distributed.sequence_parallel(group):` instead, and drop it"
-        )
+    fix = "call it inside `with fla.distributed.sequence_parallel(group):` instead, and drop it"
+    refuse(op, "cp_context", cp_context, fix)

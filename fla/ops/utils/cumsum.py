@@ -6,7 +6,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fla.ops.utils.index import prepare_cu_seqlens_from_lens, prepare_split_cu_seqlens
+from fla.core.checks import check_boundaries
+from fla.core.precision import promote_to_fp32
+from fla.ops.utils.index import prepare_split_cu_seqlens
 
 
 def _restarting(x: Tensor, bounds: list[int], reverse: bool) -> Tensor:
@@ -29,18 +31,10 @@ def _finish(
         raise ValueError(f"{name}: got shape {list(x.shape)}; expected [B, T, H] or [B, T, H, S]")
     if bounds[-1] != x.shape[1]:
         raise ValueError(f"{name}: cu_seqlens ends at {bounds[-1]}; expected T={x.shape[1]}")
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = promote_to_fp32(x)
     y = _restarting(wide, bounds, reverse) if x.shape[1] else wide
     y = y if scale is None else y * scale
     return y.to(x.dtype if output_dtype is None else output_dtype)
-
-
-def _packed(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
-    if cu_seqlens is not None and x.shape[0] != 1:
-        raise ValueError(
-            f"{name}: cu_seqlens bounds sequences packed into one row, got a batch of "
-            f"{x.shape[0]}; flatten it to batch 1"
-        )
 
 
 def chunk_global_cumsum(
@@ -58,7 +52,8 @@ def chunk_global_cumsum(
         >>> chunk_global_cumsum(x, cu_seqlens=torch.tensor([0, 1, 4])).flatten().tolist()
         [1.0, 1.0, 2.0, 3.0]
     """
-    _packed("chunk_global_cumsum", s, cu_seqlens)
+    if cu_seqlens is not None:
+        check_boundaries("chunk_global_cumsum", s.shape[0], cu_seqlens)
     bounds = [0, s.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     return _finish("chunk_global_cumsum", s, bounds, reverse, scale, output_dtype)
 
@@ -82,9 +77,10 @@ def chunk_local_cumsum(
     """
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_local_cumsum: chunk_size is {chunk_size}; expected a power of two")
-    _packed("chunk_local_cumsum", g, cu_seqlens)
     if cu_seqlens is None:
-        cu_seqlens = prepare_cu_seqlens_from_lens(torch.tensor([g.shape[1]]))
+        cu_seqlens = torch.tensor([0, g.shape[1]])
+    else:
+        check_boundaries("chunk_local_cumsum", g.shape[0], cu_seqlens)
     bounds = prepare_split_cu_seqlens(split_size=chunk_size, cu_seqlens=cu_seqlens).tolist()
     return _finish("chunk_local_cumsum", g, bounds, reverse, scale, output_dtype)
 

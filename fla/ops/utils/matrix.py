@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.checks import check_boundaries
+from fla.core.precision import promote_to_fp32
 from fla.ops.utils.index import prepare_split_cu_seqlens
 
 ACTIVATIONS = {
@@ -26,7 +28,7 @@ def softmax_fwd(x: Tensor, dtype: torch.dtype | None = torch.float) -> Tensor:
         >>> softmax_fwd(torch.zeros(1, 2)).tolist()
         [[0.5, 0.5]]
     """
-    return x.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype or x.dtype)
+    return promote_to_fp32(x).softmax(-1).to(dtype or x.dtype)
 
 
 def softmax_bwd(p: Tensor, dp: Tensor, dtype: torch.dtype | None = torch.float) -> Tensor:
@@ -36,9 +38,9 @@ def softmax_bwd(p: Tensor, dp: Tensor, dtype: torch.dtype | None = torch.float) 
         >>> softmax_bwd(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]])).tolist()
         [[0.25, -0.25]]
     """
-    wide = torch.promote_types(p.dtype, torch.float32)
-    product = p.to(wide) * dp.to(wide)
-    return (product - p.to(wide) * product.sum(-1, keepdim=True)).to(dtype or p.dtype)
+    wide = promote_to_fp32(p)
+    product = wide * dp.to(wide.dtype)
+    return (product - wide * product.sum(-1, keepdim=True)).to(dtype or p.dtype)
 
 
 def logsumexp_fwd(
@@ -50,7 +52,7 @@ def logsumexp_fwd(
         >>> round(logsumexp_fwd(torch.zeros(2)).item(), 4)
         0.6931
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = promote_to_fp32(x)
     return (wide if scale is None else wide * scale).logsumexp(-1).to(dtype or x.dtype)
 
 
@@ -98,11 +100,11 @@ def solve_tril(
     B, T, _, C = A.shape
     if C not in (16, 32, 64):
         raise ValueError(f"solve_tril: A has chunks of {C} columns; expected 16, 32 or 64")
-    if cu_seqlens is not None and B != 1:
-        raise ValueError(f"solve_tril: cu_seqlens needs batch 1, got {B}")
+    if cu_seqlens is not None:
+        check_boundaries("solve_tril", B, cu_seqlens)
     whole = torch.tensor([0, T]) if cu_seqlens is None else cu_seqlens
     bounds = prepare_split_cu_seqlens(split_size=C, cu_seqlens=whole).tolist()
-    wide = A.to(torch.promote_types(A.dtype, torch.float32)).transpose(1, 2)
+    wide = promote_to_fp32(A).transpose(1, 2)
     parts = []
     for begin, end in pairwise(bounds):
         size = end - begin

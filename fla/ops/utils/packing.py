@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fla.core.checks import check_boundaries
+from fla.core.precision import promote_to_fp32
 from fla.ops.utils.index import prepare_token_indices
 
 
@@ -68,14 +70,11 @@ def mean_pooling(x: Tensor, chunk_size: int, cu_seqlens: Tensor | None = None) -
     """
     if chunk_size < 1:
         raise ValueError(f"mean_pooling: chunk_size is {chunk_size}; expected at least 1")
-    if cu_seqlens is None:
-        parts = [x]
-    elif x.shape[0] == 1:
+    parts = [x]
+    if cu_seqlens is not None:
+        check_boundaries("mean_pooling", x.shape[0], cu_seqlens)
         parts = list(x.split(cu_seqlens.diff().tolist(), 1))
-    else:
-        raise ValueError(f"mean_pooling: cu_seqlens needs batch 1, got {x.shape[0]}")
     blocks = [block for part in parts if part.shape[1] for block in part.split(chunk_size, 1)]
     if not blocks:
         return x[:, :0]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.stack([block.to(wide).mean(1) for block in blocks], 1).to(x.dtype)
+    return torch.stack([promote_to_fp32(block).mean(1) for block in blocks], 1).to(x.dtype)

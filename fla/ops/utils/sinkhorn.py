@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Sinkhorn's normalisation: a positive matrix made doubly stochastic."""
 
-import torch
 from torch import Tensor
+
+from fla.core.precision import promote_to_fp32
 
 
 def sinkhorn(logits: Tensor, num_iters: int = 20) -> Tensor:
@@ -10,6 +11,7 @@ def sinkhorn(logits: Tensor, num_iters: int = 20) -> Tensor:
     for fp64) on logarithms; rows sum to 1.
 
     Example:
+        >>> import torch
         >>> sinkhorn(torch.randn(3, 3)).sum(-1).round(decimals=4).tolist()
         [1.0, 1.0, 1.0]
     """
@@ -17,7 +19,7 @@ def sinkhorn(logits: Tensor, num_iters: int = 20) -> Tensor:
         raise ValueError(f"sinkhorn: logits has shape {list(logits.shape)}; expected [..., N, N]")
     if num_iters < 1:
         raise ValueError(f"sinkhorn: num_iters is {num_iters}; expected at least 1")
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    x = promote_to_fp32(logits)
     for _ in range(num_iters):
         x = x - x.logsumexp(-2, keepdim=True)
         x = x - x.logsumexp(-1, keepdim=True)
