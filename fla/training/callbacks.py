@@ -110,6 +110,11 @@ class Interruption(TrainerCallback):
         self.out_of_time = self.max_minutes is not None and minutes >= self.max_minutes
         if self.asked or self.out_of_time:
             control.should_save = control.should_training_stop = True
+        if self.out_of_time and state.global_step < state.max_steps and state.is_world_process_zero:
+            self.say(
+                f"the {self.max_minutes:g} minutes of --max_minutes are over: stopped at step "
+                f"{state.global_step} of {state.max_steps}; --resume true continues from there"
+            )
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.restore()

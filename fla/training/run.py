@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import (
     AutoModelForCausalLM,
+    ByT5Tokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -402,7 +403,8 @@ def finish(
         table.add_row(name, f"{bits:.3f}")
     console.print(table)
     history = trainer.state.log_history
-    plot_loss(history, folder / "loss.png", packed, byte_tokens=run.tokenizer == "byte")
+    # a folder's own tokenizer may be that of bytes too
+    plot_loss(history, folder / "loss.png", packed, isinstance(tokenizer, ByT5Tokenizer))
     text = sample(model, tokenizer, run.prompt, run.sample_tokens, args.seed)
     console.print("a sample:", style="bold")
     console.print(text, markup=False)

@@ -153,9 +153,21 @@ def test_interrupted_then_resumed(text, tmp_path, how):
     assert f"step {step + 1}/{step + 2}" in output and "step 1/" not in output
 
 
-def test_a_time_budget_ends_the_run_with_a_result(text, tmp_path):
+def test_the_curve_of_byte_tokens_is_in_bits_per_byte(text, trained, tmp_path, monkeypatch):
+    """By default, and going on from a folder whose tokenizer is that of bytes."""
+    drawn = []
+    monkeypatch.setattr("fla.training.run.plot_loss", lambda *args: drawn.append(args[3]))
+    assert train(text, tmp_path / "a", "--max_steps", "1") == 0
+    on = ["--model", str(trained), *SMALL[SMALL.index("--seq_len") :], "--max_steps", "1"]
+    assert cli.main(["train", *on, "--data", text, "--output_dir", str(tmp_path / "b")]) == 0
+    assert drawn == [True, True]
+
+
+def test_a_time_budget_ends_the_run_with_a_result(text, tmp_path, capsys):
     assert train(text, tmp_path / "r", "--max_steps", "100000", "--max_minutes", "0.02") == 0
     result = json.loads((tmp_path / "r" / "results.json").read_text())
+    said = f"0.02 minutes of --max_minutes are over: stopped at step {result['steps']} of 100000"
+    assert said in capsys.readouterr().err
     assert (
         0 < result["steps"] < 100000
         and newest_whole(tmp_path / "r").name == f"checkpoint-{result['steps']}"
