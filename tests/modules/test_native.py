@@ -87,11 +87,12 @@ def test_every_instruction_set_and_number_of_threads(isa, monkeypatch):
     inputs = problem(150, 200)
     for form in FORMS:
         check(form, inputs)
+        ours = slice("linear" in form, None)  # the output of a linear is torch's product
         results = []
         try:
             for threads in (1, 4):
                 torch.set_num_threads(threads)
-                results.append(run(form, inputs, torch.float32, "native"))
+                results.append(run(form, inputs, torch.float32, "native")[ours])
         finally:
             torch.set_num_threads(before)
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
