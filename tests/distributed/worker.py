@@ -11,7 +11,7 @@ import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 
 import pytest
 import torch
@@ -68,10 +68,10 @@ def close(got, want, what, rtol=1e-10):
         assert error <= rtol * max(1.0, want.abs().max().item()), f"{what}: off by {error:.2e}"
 
 
-def compare(run, tensors, lengths, rank, shared=(), along=None, on_ranks=None):
+def compare(run, tensors, lengths, rank, shared=(), along=None, on_ranks=None, order=lambda x: x):
     """`run(**tensors)` -> (o, *finals) whole, and from shards of every tensor with tokens: outputs,
     states and the sum of the ranks' gradients. `on_ranks` runs shards in place of `run`, with no
-    context around it.
+    context around it; `order` puts the tokens of a whole row in the order of the shards.
     """
     along = along or {}
     ends = ends_of(lengths)
@@ -91,17 +91,17 @@ def compare(run, tensors, lengths, rank, shared=(), along=None, on_ranks=None):
         if n in shared:
             return x.clone()
         f = along.get(n, 1)
-        return x[:, ends[rank] * f : ends[rank + 1] * f].clone()
+        return order(x)[:, ends[rank] * f : ends[rank + 1] * f].clone()
 
     mine = {n: cut(n, x).requires_grad_() for n, x in tensors.items()}
     with nullcontext() if on_ranks else sequence_parallel() as parallel:
         got, *got_finals = (on_ranks or run)(**mine)
     part = slice(ends[rank], ends[rank + 1])
-    close(got, want[:, part], "o")
+    close(got, order(want)[:, part], "o")
     for x, y in zip(got_finals, finals, strict=True):
         close(x, y, "final state")
     # the final state is on every rank; its weight is spread over them
-    loss = (got * weights[:, part]).sum()
+    loss = (got * order(weights)[:, part]).sum()
     loss = loss + sum((x * w).sum() for x, w in zip(got_finals, final_weights, strict=True)) / len(
         lengths
     )
@@ -150,11 +150,12 @@ for _op in family():
         CHECKS[f"{_op.title} {'packed' if _packed else 'rows'}"] = op_check(_op, _packed)
 
 
-def context_check(op):
+def context_check(op, layout):
     def run_check(rank, size):
+        order = partial(zigzag, ranks=size) if layout == "zigzag" else lambda x: x
         for bounds in ([0, 24], [0, 6, 6, 7, 20, 24]):
             bounds = torch.tensor(bounds)
-            context = cp.build_cp_context(bounds, dist.group.WORLD)
+            context = cp.build_cp_context(bounds, dist.group.WORLD, layout=layout)
             inputs = op.inputs(1, 24, 2, 5, 6, dtype=torch.float64)
             states = op.states(len(bounds) - 1, 2, 5, 6)
             names = [f"state{i}" for i in range(len(states))]
@@ -170,7 +171,7 @@ def context_check(op):
             for own in (context.cu_seqlens, bounds):
                 compare(
                     run, tensors, [24 // size] * size, rank, shared, along,
-                    partial(run, cu_seqlens=own, cp_context=context),
+                    partial(run, cu_seqlens=own, cp_context=context), order,
                 )  # fmt: skip
 
     return run_check
@@ -179,18 +180,23 @@ def context_check(op):
 for _op in OPS:
     takes = "cp_context" in inspect.signature(_op.chunk).parameters
     if takes and not _op.name.startswith("precond"):  # which refuse it
-        CHECKS[f"{_op.title} with cp_context"] = context_check(_op)
+        for _layout in ("contiguous", "zigzag"):
+            CHECKS[f"{_op.title} with a {_layout} cp_context"] = context_check(_op, _layout)
 
 
 @check
 def convolution_and_shift_with_cp_context(rank, size):
-    lengths, generator = [12 // size] * size, torch.Generator().manual_seed(0)
-    for bounds in ([0, 12], [0, 1, 2, 9, 12]):
+    T, generator = 16, torch.Generator().manual_seed(0)
+    lengths = [T // size] * size
+    ends = ends_of(lengths)
+    part = slice(ends[rank], ends[rank + 1])
+    for bounds, layout in product(([0, T], [0, 1, 2, 9, T]), ("contiguous", "zigzag")):
         cu = torch.tensor(bounds)
-        context = cp.build_cp_context(cu, None, conv1d_kernel_size=4)
+        context = cp.build_cp_context(cu, None, conv1d_kernel_size=4, layout=layout)
+        order = partial(zigzag, ranks=size) if layout == "zigzag" else lambda x: x
         x, w, b = (
             torch.randn(s, generator=generator, dtype=torch.float64)
-            for s in ((1, 12, 3), (3, 4), (3,))
+            for s in ((1, T, 3), (3, 4), (3,))
         )
 
         def convolve(x, w, b, **options):
@@ -202,16 +208,15 @@ def convolution_and_shift_with_cp_context(rank, size):
         one, several = dict(cu_seqlens=cu), dict(cp_context=context)
         compare(
             partial(convolve, **one), dict(x=x, w=w, b=b), lengths, rank, {"w", "b"}, None,
-            partial(convolve, **several),
+            partial(convolve, **several), order,
         )  # fmt: skip
         compare(
-            partial(shift, **one), dict(x=x), lengths, rank, (), None, partial(shift, **several)
-        )
+            partial(shift, **one), dict(x=x), lengths, rank, (), None, partial(shift, **several),
+            order,
+        )  # fmt: skip
         module = ShortConvolution(3, 4).double()
-        whole = module(x, **one)[0]
-        ends = ends_of(lengths)
-        part = slice(ends[rank], ends[rank + 1])
-        got = module(x[:, part], cu_seqlens=context.cu_seqlens, cp_context=context)[0]
+        whole = order(module(x, **one)[0])
+        got = module(order(x)[:, part], cu_seqlens=context.cu_seqlens, cp_context=context)[0]
         close(got, whole[:, part], "ShortConvolution")
     for broken in (
         lambda: causal_conv1d(x[:, part], w[:, :2], cp_context=context),

@@ -30,10 +30,32 @@ def test_what_each_rank_holds(dtype):
     assert torch.equal(plans[1].copy_for_backward().cu_seqlens, plans[1].cu_seqlens)
 
 
+def test_what_each_rank_holds_in_a_zigzag_layout():
+    """The same rows on 2 ranks: parts 0 and 3 of four, 1 and 2."""
+    bounds = torch.tensor([0, 6, 6, 7, 19, 24])
+    ends, middle = (
+        get_cp_cu_seqlens(bounds, world_size=2, rank=r, layout="zigzag") for r in range(2)
+    )
+    assert ends.cu_seqlens.tolist() == [0, 6, 7, 12] and middle.cu_seqlens.tolist() == [0, 1, 6, 12]
+    assert (ends.front_num_seqs, middle.front_num_seqs) == (1, 2)
+    assert ends.part_len == middle.part_len == 6
+    assert ends.pre_num_ranks_by_part == (0, 2) and middle.pre_num_ranks_by_part == (0, 1)
+    assert ends.post_num_ranks_by_part == (0, 0) and middle.post_num_ranks_by_part == (2, 1)
+    assert ends.is_first_by_part == (True, False) and middle.is_first_by_part == (True, False)
+    assert ends.is_last_by_part == (True, True) and middle.is_last_by_part == (False, False)
+    assert ends.pre_num_conv_tokens_by_part == (0, 11)
+    assert middle.pre_num_conv_tokens_by_part == (0, 5)
+    assert ends.is_first_rank is None and ends.copy_for_backward().layout == "zigzag"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (dict(cu_seqlens=torch.tensor([0, 5]), world_size=2, rank=0), "cannot share evenly"),
+        (
+            dict(cu_seqlens=torch.tensor([0, 6]), world_size=2, rank=0, layout="zigzag"),
+            "cannot share evenly in a zigzag layout; pad the row to a multiple of 4",
+        ),
         (dict(cu_seqlens=torch.tensor([0, 0]), world_size=2, rank=0), "cannot share evenly"),
         (dict(cu_seqlens=torch.tensor([0, 4, 2, 6]), world_size=2, rank=0), "decreases"),
         (dict(cu_seqlens=torch.tensor([1, 4]), world_size=2, rank=0), "starts at 1"),
@@ -56,8 +78,8 @@ def test_boundaries_that_ranks_cannot_share(arguments, message):
 
 def test_what_build_cp_context_refuses():
     bounds = torch.tensor([0, 4])
-    with pytest.raises(ValueError, match="layout is 'zigzag'"):
-        build_cp_context(bounds, None, layout="zigzag")
+    with pytest.raises(ValueError, match="layout is 'striped'; expected 'contiguous' or 'zigzag'"):
+        get_cp_cu_seqlens(bounds, world_size=2, rank=0, layout="striped")
     with pytest.raises(ValueError, match="use_tf32x3_affine_chain is False"):
         build_cp_context(bounds, None, use_tf32x3_affine_chain=False)
     with pytest.raises(

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The context of a call whose tokens lie on several ranks, and what an operator does with it.
 
-Rank r of P holds tokens `[r T / P, (r + 1) T / P)` of a packed row of T tokens. The boundaries of
-the whole row go to `build_cp_context`; operators take the rank's own tokens, and compute what they
-compute inside `fla.distributed.sequence_parallel`.
+Rank r of P holds tokens `[r T / P, (r + 1) T / P)` of a packed row of T tokens, or with
+`layout="zigzag"` parts r and 2 P - 1 - r of 2 P equal parts. The boundaries of the whole row go to
+`build_cp_context`; operators take the rank's own tokens, and compute what they compute inside
+`fla.distributed.sequence_parallel`. There a rank's tokens follow those of the ranks before it, so
+zigzag parts are exchanged before an operator and its output after it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ from torch import Tensor
 from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_boundaries, refuse
 from fla.core.parallel import SequenceParallel, current, using
-from fla.ops.engine.sharding import Ranks, group_of
+from fla.ops.engine.sharding import Blocks, Ranks, group_of, rearrange
 
 Result = TypeVar("Result")
 
@@ -31,7 +33,8 @@ class FLACPContext:
 
     Fields:
         group: the processes; None in a plan for a given rank, which no operator takes.
-        cu_seqlens, cu_seqlens_cpu: boundaries of the rank's own parts of sequences, from 0, int32.
+        cu_seqlens, cu_seqlens_cpu: boundaries of the rank's own parts of sequences, from 0, int32;
+            in a zigzag layout the end of its first part is one of them.
         is_first_rank, is_last_rank: whether the rank's first sequence starts here, and whether its
             last one ends here.
         pre_num_ranks, post_num_ranks: earlier ranks that hold its first sequence, later ones that
@@ -40,6 +43,11 @@ class FLACPContext:
         pre_num_conv_tokens: tokens of its first sequence on earlier ranks.
         whole, whole_cpu: the boundaries of the whole row.
         parallel: the ranks and how many tokens each holds.
+        layout: "contiguous" or "zigzag".
+        part_len: tokens of a zigzag part; front_num_seqs: sequences with tokens in the first one.
+        pre_num_ranks_by_part, post_num_ranks_by_part, is_first_by_part, is_last_by_part,
+        pre_num_conv_tokens_by_part: for a rank's two zigzag parts, what the fields without
+            `_by_part` say of contiguous ranks, counted in parts.
     """
 
     group: dist.ProcessGroup | None = None
@@ -54,6 +62,14 @@ class FLACPContext:
     whole: Tensor | None = None
     whole_cpu: Tensor | None = None
     parallel: SequenceParallel | None = None
+    layout: str = "contiguous"
+    part_len: int | None = None
+    front_num_seqs: int | None = None
+    pre_num_ranks_by_part: tuple[int, int] | None = None
+    post_num_ranks_by_part: tuple[int, int] | None = None
+    is_first_by_part: tuple[bool, bool] | None = None
+    is_last_by_part: tuple[bool, bool] | None = None
+    pre_num_conv_tokens_by_part: tuple[int, int] | None = None
 
     @property
     def num_seqs(self) -> int:
@@ -82,13 +98,14 @@ def build_cp_context(
 
     Args:
         cu_seqlens: `[N + 1]`, the boundaries of the whole packed row of T tokens, on every rank;
-            the ranks of the group must divide T.
+            the P ranks of the group must divide T, and 2 P must in a zigzag layout.
         group: a process group, a 1-D `DeviceMesh`, or None for all processes.
         conv1d_kernel_size: taps of the short convolution, to be checked where it runs.
         cu_seqlens_cpu: the same boundaries on the host, which spares a device a synchronisation.
         use_tf32x3_affine_chain: states pass between ranks in fp32 or wider, so only True is
             accepted.
-        layout: "contiguous"; zigzag parts are refused.
+        layout: "contiguous", or "zigzag", whose parts are the ones that balance causal attention
+            (`fla.ops.ring_attention.zigzag`).
 
     Example:
         >>> import torch.distributed as dist
@@ -102,15 +119,11 @@ def build_cp_context(
             "build_cp_context: use_tf32x3_affine_chain is False; states pass between ranks in fp32 "
             "or wider here: drop it"
         )
-    if layout != "contiguous":
-        raise ValueError(
-            f"build_cp_context: layout is {layout!r}; only 'contiguous' parts are supported: give "
-            "rank r the tokens from r T / P to (r + 1) T / P"
-        )
     processes = group_of("build_cp_context", group)
     return get_cp_cu_seqlens(
-        cu_seqlens, cu_seqlens_cpu, group=processes, conv1d_kernel_size=conv1d_kernel_size
-    )
+        cu_seqlens, cu_seqlens_cpu, group=processes, conv1d_kernel_size=conv1d_kernel_size,
+        layout=layout,
+    )  # fmt: skip
 
 
 def get_cp_cu_seqlens(
@@ -120,6 +133,7 @@ def get_cp_cu_seqlens(
     rank: int | None = None,
     group: dist.ProcessGroup | None = None,
     conv1d_kernel_size: int | None = None,
+    layout: str = "contiguous",
 ) -> FLACPContext:
     """The context of a group's rank, or without a group the plan for `rank` out of `world_size`.
 
@@ -145,30 +159,68 @@ def get_cp_cu_seqlens(
         )
     total = int(host[-1])
     bounds = boundaries_to_list(host, total, op)
-    if total == 0 or total % world_size:
+    if layout not in ("contiguous", "zigzag"):
+        raise ValueError(f"{op}: layout is {layout!r}; expected 'contiguous' or 'zigzag'")
+    parts = world_size * (2 if layout == "zigzag" else 1)
+    if total == 0 or total % parts:
         raise ValueError(
             f"{op}: cu_seqlens ends at {total} tokens, which {world_size} ranks cannot share "
-            "evenly; pad the row to a multiple of the ranks, or use "
+            f"evenly in a {layout} layout; pad the row to a multiple of {parts}, or use "
             "fla.distributed.sequence_parallel, whose ranks may hold any number of tokens"
         )
-    each = total // world_size
     parallel = None
     if group is not None:
-        parallel = SequenceParallel(group, rank, world_size, (each,) * world_size)
-    own = torch.tensor(_own(bounds, rank * each, each), dtype=torch.int32)
-    first = max(a for a, b in pairwise(bounds) if a <= rank * each < b)
-    last = min(b for a, b in pairwise(bounds) if a < (rank + 1) * each <= b)
-    before, after = rank - first // each, (last - 1) // each - rank
+        parallel = SequenceParallel(group, rank, world_size, (total // world_size,) * world_size)
+    more: dict[str, Any]
+    if layout == "contiguous":
+        part = _part(bounds, rank, total // parts)
+        own = part.cuts
+        more = dict(
+            is_last_rank=part.after == 0, pre_num_ranks=part.before, is_first_rank=part.before == 0,
+            post_num_ranks=part.after, pre_num_conv_tokens=part.tokens_before,
+        )  # fmt: skip
+    else:
+        length = total // parts
+        pair = [_part(bounds, number, length) for number in _zigzag(world_size)[rank]]
+        own = pair[0].cuts + [length + x for x in pair[1].cuts[1:]]
+        more = dict(
+            part_len=length, front_num_seqs=len(pair[0].cuts) - 1,
+            pre_num_ranks_by_part=tuple(x.before for x in pair),
+            post_num_ranks_by_part=tuple(x.after for x in pair),
+            is_first_by_part=tuple(x.before == 0 for x in pair),
+            is_last_by_part=tuple(x.after == 0 for x in pair),
+            pre_num_conv_tokens_by_part=tuple(x.tokens_before for x in pair),
+        )  # fmt: skip
+    cuts = torch.tensor(own, dtype=torch.int32)
     return FLACPContext(
-        group, own.to(cu_seqlens.device), own, after == 0, before, before == 0, after,
-        conv1d_kernel_size, rank * each - first, cu_seqlens, host, parallel,
+        group=group, cu_seqlens=cuts.to(cu_seqlens.device), cu_seqlens_cpu=cuts,
+        conv1d_kernel_size=conv1d_kernel_size, whole=cu_seqlens, whole_cpu=host, parallel=parallel,
+        layout=layout, **more,
     )  # fmt: skip
 
 
-def _own(bounds: list[int], begin: int, length: int) -> list[int]:
-    """The boundaries inside `length` tokens from `begin`, counted from there."""
+class _Part(NamedTuple):
+    """The boundaries inside a part, counted from its start; how many parts before it hold its first
+    sequence, how many after it its last; the tokens of its first sequence before it.
+    """
+
+    cuts: list[int]
+    before: int
+    after: int
+    tokens_before: int
+
+
+def _part(bounds: list[int], number: int, length: int) -> _Part:
+    begin = number * length
+    first = max(a for a, b in pairwise(bounds) if a <= begin < b)
+    last = min(b for a, b in pairwise(bounds) if a < begin + length <= b)
     inside = {x - begin for x in bounds if 0 < x - begin < length}
-    return [0, *sorted(inside), length]
+    cuts = [0, *sorted(inside), length]
+    return _Part(cuts, number - first // length, (last - 1) // length - number, begin - first)
+
+
+def _zigzag(ranks: int) -> Blocks:
+    return tuple((r, 2 * ranks - 1 - r) for r in range(ranks))
 
 
 def on_ranks(
@@ -212,7 +264,31 @@ def on_ranks(
     if "chunk_indices" in arguments:  # of the rank's own boundaries; they follow from the whole's
         arguments["chunk_indices"] = None
     with using(context.parallel):
+        if context.layout == "zigzag":
+            return _on_zigzag_parts(function, arguments, context.parallel)
         return function(**arguments)
+
+
+# Tensors that every rank has whole; all others hold its tokens.
+WHOLE = {"weight", "bias", "A_log", "dt_bias", "initial_state", "cache"}
+WHOLE |= {"cu_seqlens", "cu_seqlens_cpu", "chunk_indices"}
+
+
+def _on_zigzag_parts(
+    function: Callable[..., Result], arguments: dict[str, Any], parallel: SequenceParallel
+) -> Result:
+    """`function` where its tokens follow those of the ranks before; the output comes back."""
+    held = _zigzag(parallel.size)
+    wanted = tuple((2 * r, 2 * r + 1) for r in range(parallel.size))
+    moved = {
+        name: rearrange(parallel, x, held, wanted)
+        for name, x in arguments.items()
+        if isinstance(x, Tensor) and name not in WHOLE
+    }
+    found: Any = function(**(arguments | moved))
+    if isinstance(found, Tensor):
+        return rearrange(parallel, found, wanted, held)  # type: ignore[return-value]
+    return (rearrange(parallel, found[0], wanted, held), *found[1:])  # type: ignore[return-value]
 
 
 def _same(x: Any, y: Tensor | None) -> bool:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fla.core.parallel import Own, SequenceParallel, Shard, exchange, tie
 
 Ranks = dist.ProcessGroup | DeviceMesh | None
+Blocks = tuple[tuple[int, ...], ...]  # the numbers of the blocks of every rank
 
 
 def group_of(op: str, ranks: Ranks) -> dist.ProcessGroup:
@@ -142,6 +143,48 @@ def _everyone(parallel: SequenceParallel, xs: list[Tensor]) -> Tensor:
 def gather(parallel: SequenceParallel, x: Tensor) -> Tensor:
     """x of all ranks, `[size, ...]`."""
     return _Gather.apply(x, parallel)
+
+
+class _Rearrange(torch.autograd.Function):
+    """Blocks of tokens to other ranks; their gradients go back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, parallel: SequenceParallel, held: Blocks, wanted: Blocks
+    ) -> Tensor:
+        ctx.parallel, ctx.held, ctx.wanted = parallel, held, wanted
+        return _rearranged(parallel, x, held, wanted)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _rearranged(ctx.parallel, grads[0], ctx.wanted, ctx.held), None, None, None
+
+
+def _rearranged(parallel: SequenceParallel, x: Tensor, held: Blocks, wanted: Blocks) -> Tensor:
+    rank = parallel.rank
+    mine = [block.contiguous() for block in x.chunk(len(held[rank]), 1)]
+    out = [torch.empty_like(mine[0]) for _ in wanted[rank]]
+    sends, receives = [], []
+    for block, number in zip(mine, held[rank], strict=True):
+        to = next(p for p, numbers in enumerate(wanted) if number in numbers)
+        if to == rank:
+            out[wanted[rank].index(number)].copy_(block)
+        else:
+            sends.append((block, to))
+    for block, number in zip(out, wanted[rank], strict=True):
+        source = next(p for p, numbers in enumerate(held) if number in numbers)
+        if source != rank:
+            receives.append((block, source))
+    exchange(parallel, sends, receives)
+    return torch.cat(out, 1)
+
+
+def rearrange(parallel: SequenceParallel, x: Tensor, held: Blocks, wanted: Blocks) -> Tensor:
+    """x `[B, T, ...]` with other blocks of the row: rank p holds those numbered `held[p]`, equally
+    long, and gets `wanted[p]`. Both count upwards, so that two blocks between the same two ranks
+    arrive in the order in which they are sent.
+    """
+    return _Rearrange.apply(x, parallel, held, wanted)
 
 
 class _Sum(torch.autograd.Function):
