@@ -22,12 +22,12 @@ from fla.core.boundaries import boundaries_to_list, count_sequences
 from fla.core.checks import check_sequences, check_shapes
 from fla.core.parallel import SequenceParallel, refuse_sharded, tie, using
 from fla.core.stage import Form, Stage
-from fla.modules.packed import check_packed
 from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.kernels import operators as triton
 from fla.ops.engine.kernels import support
 from fla.ops.engine.native import conv as native
 from fla.ops.engine.native import library
+from fla.ops.engine.recurrence.recurrence import check_packed
 from fla.ops.engine.scan.sharded import tokens_before
 
 # where they stood before they had a module

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fla.core.checks import check_sequences, check_tensors
 from fla.core.parallel import refuse_sharded
-from fla.modules.packed import check_packed
 from fla.ops.cp.context import FLACPContext, on_ranks
+from fla.ops.engine.recurrence.recurrence import check_packed
 from fla.ops.engine.scan.running import lasts, starts
 
 

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
@@ -213,11 +214,44 @@ def _wide(x: Any, dtype: torch.dtype) -> Any:
     return x
 
 
+def _per_sequence(loop: Callable[..., Any], arguments: Inputs, bounds: list[int]) -> tuple:
+    """A loop called for each sequence of a packed row, and what it returns joined."""
+
+    def rows(begin: int, end: int, i: int) -> dict[str, Any]:
+        part = {}
+        for name, x in arguments.items():
+            if name.startswith("initial_"):
+                x = x if x is None else x[i : i + 1]
+            elif isinstance(x, Tensor) and x.dim() > 2:
+                steps = x.shape[1] // bounds[-1]  # per token
+                x = x[:, begin * steps : end * steps]
+            part[name] = x
+        return part
+
+    results = []
+    for i, (begin, end) in enumerate(pairwise(bounds)):
+        if begin < end:
+            results.append(loop(**rows(begin, end, i)))
+            continue
+        o, *finals = loop(**rows(0, 1, i))  # an empty sequence keeps its state; this has its shape
+        given = [arguments.get(name) for name in inspect.signature(loop).parameters
+                 if name.startswith("initial_")]  # fmt: skip
+        ends = [
+            x if x is None else torch.zeros_like(x) if S is None else S[i : i + 1]
+            for S, x in zip(given, finals, strict=True)
+        ]
+        results.append((o[:, :0], *ends))
+    outs, *states = zip(*results, strict=True)
+    joined = (None if x[0] is None else torch.cat(x) for x in states)
+    return torch.cat(outs, 1), *joined
+
+
 def literal(*grouped: str, of: str = "v") -> Callable[[Loop], Loop]:
     """Decorator of a page's literal loop, which then takes every call that the other forms take.
 
     Half precision is computed in fp32 (states, which are fp32, meet it there), the output comes
     back in the dtype of the argument `of`, and the `grouped` arguments are repeated to its heads.
+    A loop with a parameter `cu_seqlens` never sees it: it is called once per sequence.
 
     Example:
         >>> @literal("q")
@@ -240,7 +274,12 @@ def literal(*grouped: str, of: str = "v") -> Callable[[Loop], Loop]:
             for name in grouped:
                 x, axis = given.arguments[name], 2 if given.arguments[name].dim() == 4 else 0
                 given.arguments[name] = x.repeat_interleave(heads[0] // x.shape[axis], axis)
-            result = loop(*given.args, **given.kwargs)
+            bounds = given.arguments.pop("cu_seqlens", None)
+            result = (
+                loop(*given.args, **given.kwargs)
+                if bounds is None
+                else _per_sequence(loop, given.arguments, bounds.tolist())
+            )
             return (
                 result.to(out) if isinstance(result, Tensor) else (result[0].to(out), *result[1:])
             )

@@ -32,6 +32,7 @@ from torch import Tensor
 from fla.core.checks import check_tensors
 from fla.ops.case import SIZES, Inputs, OpCase, gated_delta, literal
 from fla.ops.cp.context import FLACPContext, on_ranks
+from fla.ops.engine.recurrence.gates import l2norm
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
@@ -43,10 +44,11 @@ def naive_recurrent_gated_delta_product(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor,
-    num_householder: int,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    num_householder: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """The equation, token by token and substep by substep."""
     B, T, H, K = q.shape
@@ -122,9 +124,9 @@ def chunk_gated_delta_product(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
+    cp_context: FLACPContext | None = None,
     chunk_size: int = CHUNK_SIZE,
     backend: str | None = None,
-    cp_context: FLACPContext | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaProduct chunk by chunk; `chunk_size` counts substeps.
 
@@ -155,7 +157,25 @@ def chunk_gated_delta_product(
     )
 
 
-chunk_gated_delta_product_ref = naive_recurrent_gated_delta_product
+def chunk_gated_delta_product_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    num_householder: int,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The literal loop in the order of the chunk form's arguments."""
+    if use_qk_l2norm_in_kernel:
+        q, k = l2norm(q), l2norm(k)
+    return naive_recurrent_gated_delta_product(
+        q, k, v, g, beta, scale, cu_seqlens, initial_state, output_final_state, num_householder
+    )
 
 
 def fused_recurrent_gated_delta_product(

@@ -15,24 +15,28 @@ Yang, Kautz, Hatamizadeh (2024), *Gated Delta Networks*, arXiv:2412.06464.
 | S_0, S_T | `initial_state`, result | `[N, HV, K, V]` fp32 (`[N, HV, V, K]` with `state_v_first`) |
 
 In-kernel gates: `g <- -exp(A_log) softplus(g + dt_bias)` with `use_gate_in_kernel`, and
-`beta <- sigmoid(beta)`, doubled by `allow_neg_eigval`, with `use_beta_sigmoid_in_kernel`.
-Absent g is 0, absent beta is 1.
+`beta <- sigmoid(beta)`, doubled by `allow_neg_eigval`, with `use_beta_sigmoid_in_kernel`. Without
+`use_gate_in_kernel` A_log and dt_bias are not read. Absent g is 0, absent beta is 1.
+`chunk_indices` follows from `cu_seqlens` and is only checked; `transpose_state_layout` is the
+former name of `state_v_first`.
 
 Numerics: as `simple_gla` for the decay and `delta_rule` for the solve.
 
 On the one equation: scalar decay, a = -beta k, b = exp(g) k, written k and beta v.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fla.core.checks import check_shapes, refuse
+from fla.core.checks import check_shapes
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import QKV, OpCase, gated_delta, literal
 from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import softplus_gate
-from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.recurrence import Options, check_packed, recurrence, state_layout
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
@@ -89,9 +93,7 @@ def naive_chunk_gated_delta_rule(
     return o, S if output_final_state else None
 
 
-def naive_gdn_gate(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
-    """`-exp(A_log) softplus(g + dt_bias)` in fp32 or wider: the log decay from its logits."""
-    return softplus_gate(g, A_log, dt_bias)
+naive_gdn_gate = fused_gdn_gate = softplus_gate
 
 
 def _gates(
@@ -110,10 +112,6 @@ def _gates(
         raise ValueError(
             f"{op}: use_gate_in_kernel needs g (the gate's logits) and A_log; pass both"
         )
-    if not use_gate and (A_log is not None or dt_bias is not None):
-        raise ValueError(
-            f"{op}: A_log and dt_bias act only with use_gate_in_kernel=True; set it or drop them"
-        )
     if allow_neg_eigval and not use_sigmoid:
         raise ValueError(
             f"{op}: allow_neg_eigval doubles the in-kernel sigmoid; set "
@@ -121,11 +119,10 @@ def _gates(
             "pass beta in [0, 2]"
         )
     if use_gate or beta is None:
-        check_shapes(
-            op, v=(v, "B T HV V"), g=(g, "B T HV"), A_log=(A_log, "HV"), dt_bias=(dt_bias, "HV")
-        )
-    if g is not None and A_log is not None:  # A_log comes with use_gate alone
-        g = naive_gdn_gate(g, A_log, dt_bias)
+        gate: Any = dict(A_log=(A_log, "HV"), dt_bias=(dt_bias, "HV")) if use_gate else {}
+        check_shapes(op, v=(v, "B T HV V"), g=(g, "B T HV"), **gate)
+    if use_gate and g is not None and A_log is not None:
+        g = softplus_gate(g, A_log, dt_bias)
     if beta is None:
         beta = v.new_ones(v.shape[:3])
     elif use_sigmoid:
@@ -154,6 +151,7 @@ def chunk_gated_delta_rule(
     use_gate_in_kernel: bool = False,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    transpose_state_layout: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gated delta rule chunk by chunk.
@@ -169,7 +167,7 @@ def chunk_gated_delta_rule(
     if cp_context is not None:
         return on_ranks(chunk_gated_delta_rule, locals())
     op = "chunk_gated_delta_rule"
-    refuse(op, "chunk_indices", chunk_indices, "chunks follow from cu_seqlens; drop it")
+    check_packed(op, cu_seqlens, cu_seqlens_cpu, chunk_indices)
     g, beta = _gates(
         op,
         v,
@@ -185,7 +183,7 @@ def chunk_gated_delta_rule(
         scale,
         output_final_state,
         use_qk_l2norm_in_kernel,
-        state_v_first,
+        state_layout(op, state_v_first, transpose_state_layout),
         chunk_size=chunk_size,
         backend=backend,
     )
@@ -213,6 +211,7 @@ def fused_recurrent_gated_delta_rule(
     allow_neg_eigval: bool = False,
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
+    transpose_state_layout: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gated delta rule token by token, with further log decays `gk [B, T, HV, K]` on the rows
@@ -230,9 +229,8 @@ def fused_recurrent_gated_delta_rule(
         use_beta_sigmoid_in_kernel,
         allow_neg_eigval,
     )
-    options = Options(
-        scale, output_final_state, use_qk_l2norm_in_kernel, state_v_first, backend=backend
-    )
+    v_first = state_layout(op, state_v_first, transpose_state_layout)
+    options = Options(scale, output_final_state, use_qk_l2norm_in_kernel, v_first, backend=backend)
     return recurrence(
         op, options, Terms(q, k, v, g=g, beta=beta, gk=gk, gv=gv), initial_state, cu_seqlens
     )
@@ -241,7 +239,6 @@ def fused_recurrent_gated_delta_rule(
 chunk_gdn = chunk_gated_delta_rule
 fused_recurrent_gdn = fused_recurrent_gated_delta_rule
 recurrent_gated_delta_rule = fused_recurrent_gated_delta_rule
-fused_gdn_gate = naive_gdn_gate
 
 
 CASES = [

@@ -22,18 +22,24 @@ gate per channel on either side of the delta.
 On the one equation: vector decay, a = -k, b = exp(g) b k, written k and w v.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fla.core.checks import check_groups, check_tensors, refuse
+from fla.core.checks import check_groups, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import QKV, Inputs, OpCase, literal
 from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import channel_gate, l2norm
-from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.recurrence import (
+    Options,
+    check_row_dtypes,
+    recurrence,
+    recurrence_with_states,
+)
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
@@ -93,8 +99,9 @@ def _gdn2(
     b: Tensor,
     w: Tensor,
     normalize: bool,
+    run: Callable[..., Any] = recurrence,
     **sequences: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> Any:
     sizes = check_tensors(
         op,
         q=(q, "B T H K"),
@@ -105,17 +112,19 @@ def _gdn2(
         w=(w, "B T HV V"),
     )
     check_groups(op, sizes)
+    check_row_dtypes(op, q=q, k=k, v=v)
     if normalize:
         q, k = l2norm(q), l2norm(k)
     keys = promote_to_fp32(k.repeat_interleave(sizes["HV"] // sizes["H"], 2))
     erase = promote_to_fp32(g).exp() * promote_to_fp32(b) * keys
     ones = promote_to_fp32(v).new_ones(v.shape[:3])
-    written = (promote_to_fp32(w) * promote_to_fp32(v)).to(torch.promote_types(v.dtype, w.dtype))
-    q, k = q.to(written.dtype), k.to(written.dtype)
-    o, final = recurrence(
+    written = (promote_to_fp32(w) * promote_to_fp32(v)).to(
+        torch.promote_types(torch.promote_types(v.dtype, w.dtype), q.dtype)
+    )
+    o, *states = run(
         op, options, Terms(q, k, written, gk=g, beta=ones, b=erase), names={"gk": "g"}, **sequences
     )
-    return o.to(v.dtype), final
+    return o.to(v.dtype), *states
 
 
 def chunk_gdn2(
@@ -137,13 +146,17 @@ def chunk_gdn2(
     disable_recompute: bool = False,
     return_intermediate_states: bool = False,
     state_v_first: bool = False,
+    cp_context: FLACPContext | None = None,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
     backend: str | None = None,
-    cp_context: FLACPContext | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """GDN-2 chunk by chunk.
+
+    With `return_intermediate_states`, where no gradient is recorded, a third value holds the states
+    before every chunk, `[B, NT, HV, K, V]` fp32 (packed: the chunks of each sequence in turn).
+    `disable_recompute` is about the memory of published kernels and changes nothing here.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 100, 2, 16).unbind()
@@ -155,8 +168,6 @@ def chunk_gdn2(
     if cp_context is not None:
         return on_ranks(chunk_gdn2, locals())
     op = "chunk_gdn2"
-    refuse(op, "disable_recompute", disable_recompute or None, "drop it")
-    refuse(op, "return_intermediate_states", return_intermediate_states or None, "drop it")
     options = Options(
         scale,
         output_final_state,
@@ -176,6 +187,7 @@ def chunk_gdn2(
         b,
         w,
         use_qk_l2norm_in_kernel,
+        recurrence_with_states if return_intermediate_states else recurrence,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,

@@ -171,11 +171,8 @@ def check_bounds(
     op: str,
     safe_gate: bool,
     lower_bound: float | None,
-    disable_recompute: bool,
 ) -> None:
     """Raise `ValueError` for switches of the kernels that have no meaning here."""
-    if disable_recompute:
-        raise ValueError(f"{op}: disable_recompute is not supported here; drop it")
     if lower_bound is not None and not safe_gate:
         raise ValueError(
             f"{op}: lower_bound belongs to safe_gate=True, which promises decays above it; set it "
@@ -215,7 +212,7 @@ def chunk_dplr_delta_rule(
     if cp_context is not None:
         return on_ranks(chunk_dplr_delta_rule, locals())
     op = "chunk_dplr_delta_rule"
-    check_bounds(op, safe_gate, lower_bound, disable_recompute)
+    check_bounds(op, safe_gate, lower_bound)
     options = Options(
         scale, output_final_state, chunk_size=chunk_size or CHUNK_SIZE, backend=backend
     )

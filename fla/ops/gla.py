@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fla.ops.case import QKV, OpCase, linear, literal, renamed
-from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.recurrence import Options, recurrence, state_layout
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
@@ -59,9 +59,10 @@ def chunk_gla(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
+    transpose_state_layout: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """GLA chunk by chunk.
+    """GLA chunk by chunk. `transpose_state_layout` is the former name of `state_v_first`.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 100, 2, 16).unbind()
@@ -69,15 +70,16 @@ def chunk_gla(
         >>> state.shape
         torch.Size([1, 2, 16, 16])
     """
+    op = "chunk_gla"
     options = Options(
         scale,
         output_final_state,
-        state_v_first=state_v_first,
+        state_v_first=state_layout(op, state_v_first, transpose_state_layout),
         chunk_size=chunk_size,
         backend=backend,
     )
     return recurrence(
-        "chunk_gla",
+        op,
         options,
         Terms(q, k, v, gk=g),
         initial_state,
@@ -102,15 +104,16 @@ def fused_recurrent_gla(
     reverse: bool = False,
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
+    transpose_state_layout: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """GLA token by token, with decays on the rows and the columns of the state."""
+    op = "fused_recurrent_gla"
+    v_first = state_layout(op, state_v_first, transpose_state_layout)
     options = Options(
-        scale, output_final_state, state_v_first=state_v_first, reverse=reverse, backend=backend
+        scale, output_final_state, state_v_first=v_first, reverse=reverse, backend=backend
     )
-    return recurrence(
-        "fused_recurrent_gla", options, Terms(q, k, v, gk=gk, gv=gv), initial_state, cu_seqlens
-    )
+    return recurrence(op, options, Terms(q, k, v, gk=gk, gv=gv), initial_state, cu_seqlens)
 
 
 CASES = [

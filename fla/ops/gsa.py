@@ -35,7 +35,7 @@ from torch import Tensor
 from fla.core.checks import check_groups, check_parts, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import OpCase, literal
-from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.recurrence import Options, host_boundaries, recurrence
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 from fla.ops.engine.scan.running import log_cumulative_sum
 
@@ -179,6 +179,7 @@ def chunk_gsa(
     output_final_state: bool = False,
     checkpoint_level: int = 2,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
     backend: str | None = None,
 ) -> tuple[Tensor, State | None]:
@@ -197,7 +198,8 @@ def chunk_gsa(
             "memory) is supported"
         )
     options = Options(scale, output_final_state, chunk_size=chunk_size, backend=backend)
-    return _gsa("chunk_gsa", options, q, k, v, s, g, initial_state, cu_seqlens)
+    bounds = host_boundaries("chunk_gsa", cu_seqlens, cu_seqlens_cpu)
+    return _gsa("chunk_gsa", options, q, k, v, s, g, initial_state, bounds)
 
 
 def fused_recurrent_gsa(

@@ -16,6 +16,7 @@ Kimi Team (2025), *Kimi Linear: An Expressive, Efficient Attention Architecture*
 
 In-kernel gates with `use_gate_in_kernel`: `g <- -exp(A_log) softplus(g + dt_bias)`, or with a
 `lower_bound` `g <- lower_bound sigmoid(exp(A_log) (g + dt_bias))`; A_log `[HV]`, dt_bias `[HV K]`.
+Without `use_gate_in_kernel` the three are not read.
 `use_beta_sigmoid_in_kernel`: `beta <- sigmoid(beta)`, doubled by `allow_neg_eigval`.
 
 Numerics: as `gla` for the decay and `delta_rule` for the solve.
@@ -34,17 +35,48 @@ from fla.ops.case import QKV, OpCase, gated_delta, literal
 from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.gates import channel_gate, sigmoid_gate, softplus_gate
-from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.recurrence import (
+    Options,
+    recurrence,
+    recurrence_with_states,
+    state_layout,
+)
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
-naive_kda_gate = fused_kda_gate = softplus_gate
+naive_kda_gate = softplus_gate
 
 
 def naive_kda_lowerbound_gate(
-    g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None = None, lower_bound: float = -5.0
+    g: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None = None,
+    lower_bound: float = -5.0,
+    output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`lower_bound sigmoid(exp(A_log) (g + dt_bias))`."""
-    return sigmoid_gate(g, A_log, dt_bias, lower_bound)
+    """`lower_bound sigmoid(exp(A_log) (g + dt_bias))`; without an `output_dtype` in fp32, or fp64
+    for fp64 logits.
+    """
+    decay = sigmoid_gate(g, A_log, dt_bias, lower_bound)
+    return decay if output_dtype is None else decay.to(output_dtype)
+
+
+def fused_kda_gate(
+    g: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None = None,
+    lower_bound: float | None = None,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The log decay `[..., H, K]` from its logits: `naive_kda_gate`, with a `lower_bound`
+    `naive_kda_lowerbound_gate`, which alone can do without A_log.
+    """
+    if lower_bound is not None:
+        return naive_kda_lowerbound_gate(g, A_log, dt_bias, lower_bound, output_dtype)
+    if A_log is None:
+        raise ValueError(
+            "fused_kda_gate: A_log is None; pass the log of the rates, or a lower_bound"
+        )
+    return naive_kda_gate(g, A_log, dt_bias, output_dtype)
 
 
 @literal("q", "k")
@@ -139,9 +171,18 @@ def chunk_kda(
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
+    use_graph: bool = False,
+    max_num_seqs: int | None = None,
+    transpose_state_layout: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """KDA chunk by chunk.
+
+    With `return_intermediate_states`, where no gradient is recorded, a third value holds the states
+    before every chunk, `[B, NT, HV, K, V]` fp32 (packed: the chunks of each sequence in turn).
+    `disable_recompute` is about the memory of published kernels and changes nothing here.
+    `use_graph` is refused: boundaries are read on the host, so a captured graph would keep them.
+    `transpose_state_layout` is the former name of `state_v_first`.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 100, 2, 16).unbind()
@@ -153,27 +194,22 @@ def chunk_kda(
     if cp_context is not None:
         return on_ranks(chunk_kda, locals())
     op = "chunk_kda"
-    refuse(op, "disable_recompute", disable_recompute or None, "drop it")
-    refuse(op, "return_intermediate_states", return_intermediate_states or None, "drop it")
+    fix = "capture a call without it, for boundaries that do not change, and drop it"
+    refuse(op, "use_graph", use_graph or None, fix)
+    refuse(op, "max_num_seqs", max_num_seqs, fix)
     options = Options(
         scale,
         output_final_state,
         use_qk_l2norm_in_kernel,
-        state_v_first,
+        state_layout(op, state_v_first, transpose_state_layout),
         chunk_size=chunk_size,
         backend=backend,
     )
     gate = (A_log, dt_bias, use_gate_in_kernel, safe_gate, lower_bound)
     gates = _gates(op, v, g, beta, gate, (use_beta_sigmoid_in_kernel, allow_neg_eigval))
-    return recurrence(
-        op,
-        options,
-        Terms(q, k, v, **gates),
-        initial_state,
-        cu_seqlens,
-        cu_seqlens_cpu,
-        names={"gk": "g"},
-    )
+    run: Any = recurrence_with_states if return_intermediate_states else recurrence
+    sequences = (initial_state, cu_seqlens, cu_seqlens_cpu)
+    return run(op, options, Terms(q, k, v, **gates), *sequences, names={"gk": "g"})
 
 
 def fused_recurrent_kda(
@@ -194,13 +230,15 @@ def fused_recurrent_kda(
     lower_bound: float | None = None,
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
+    transpose_state_layout: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """KDA token by token. Differentiable."""
+    """KDA token by token. Differentiable. `transpose_state_layout` is the former name of
+    `state_v_first`.
+    """
     op = "fused_recurrent_kda"
-    options = Options(
-        scale, output_final_state, use_qk_l2norm_in_kernel, state_v_first, backend=backend
-    )
+    v_first = state_layout(op, state_v_first, transpose_state_layout)
+    options = Options(scale, output_final_state, use_qk_l2norm_in_kernel, v_first, backend=backend)
     gate = (A_log, dt_bias, use_gate_in_kernel, False, lower_bound)
     gates = _gates(op, v, g, beta, gate, (use_beta_sigmoid_in_kernel, allow_neg_eigval))
     return recurrence(

@@ -65,10 +65,11 @@ def level(t: Tensor, s: Tensor) -> Tensor:
 
 
 def naive_log_linear_attn(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, level_scales: Tensor
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, level_scales: Tensor, scale: float | None = 1.0
 ) -> Tensor:
     """The definition, as one masked matrix with a weight for every pair."""
     T, heads = v.shape[1:3]
+    q = q * _scale(q, scale)
     q, k = (x.repeat_interleave(heads // x.shape[2], 2) for x in (q, k))
     position = torch.arange(T)
     levels = level(position[:, None], position[None]).tril()
@@ -233,6 +234,10 @@ HIERARCHY = Stage(
 )
 
 
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
 def _log_linear(
     op: str,
     q: Tensor,
@@ -244,11 +249,15 @@ def _log_linear(
     cu_seqlens: Tensor | None,
     chunk_size: int,
     backend: str | None,
+    scale: float | None,
 ) -> tuple[Tensor, LogLinearAttentionState]:
     tensors = dict(q=q, k=k, v=v, g=g, level_scales=level_scales)
     _check(op, tensors, initial_state, cu_seqlens)
     check_log_decay(op, g=g)
     check_chunk_size(op, chunk_size)
+    scale = _scale(q, scale)
+    if scale != 1:
+        level_scales = promote_to_fp32(level_scales) * scale  # which weigh every pair
     return HIERARCHY(op, backend, q, k, v, g, level_scales, initial_state, cu_seqlens, chunk_size)
 
 
@@ -261,10 +270,12 @@ def chunk_log_linear_attn(
     initial_state: LogLinearAttentionState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    scale: float | None = 1.0,
     chunk_size: int = CHUNK_SIZE,
     backend: str | None = None,
 ) -> tuple[Tensor, LogLinearAttentionState | None]:
-    """Log-linear attention chunk by chunk, for any T and from any state. Differentiable.
+    """Log-linear attention chunk by chunk, for any T and from any state. Differentiable. The output
+    is multiplied by `scale`: 1 by default, None is `K**-0.5`.
 
     Example:
         >>> q, k = torch.randn(2, 1, 100, 1, 8).unbind()
@@ -285,6 +296,7 @@ def chunk_log_linear_attn(
         cu_seqlens,
         chunk_size,
         backend,
+        scale,
     )
     return o, state if output_final_state else None
 
@@ -298,6 +310,7 @@ def fused_recurrent_log_linear_attn(
     initial_state: LogLinearAttentionState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    scale: float | None = 1.0,
     backend: str | None = None,
 ) -> tuple[Tensor, LogLinearAttentionState | None]:
     """Log-linear attention token by token: chunks of one."""
@@ -312,6 +325,7 @@ def fused_recurrent_log_linear_attn(
         cu_seqlens,
         1,
         backend,
+        scale,
     )
     return o, state if output_final_state else None
 

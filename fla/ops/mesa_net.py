@@ -39,7 +39,7 @@ from fla.core.stage import Form, Stage, first_tensor
 from fla.ops.case import OpCase
 from fla.ops.engine.recurrence.equation import per_sequence
 from fla.ops.engine.recurrence.gates import l2norm
-from fla.ops.engine.recurrence.recurrence import check_chunk_size
+from fla.ops.engine.recurrence.recurrence import check_chunk_size, host_boundaries
 from fla.ops.engine.recurrence.stages import CHUNK
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Switches, Terms
 
@@ -218,6 +218,7 @@ def chunk_mesa_net(
     max_CG_iteration: int = 30,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
     backend: str | None = None,
 ) -> Result:
@@ -233,6 +234,7 @@ def chunk_mesa_net(
     op = "chunk_mesa_net"
     states = (h_kk_init, h_kv_init)
     _check(op, q, k, v, g, beta, lamb, states, cu_seqlens)
+    cu_seqlens = host_boundaries(op, cu_seqlens, cu_seqlens_cpu)
     check_chunk_size(op, chunk_size)
     form = LinearForm(op, backend, chunk_size)
     if max_CG_iteration < 1:

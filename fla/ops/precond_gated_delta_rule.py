@@ -31,6 +31,7 @@ On the one equation: scalar decay, a = -beta M k, b = exp(g) k, written M k and 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ def naive_recurrent_precond_gated_delta_rule(
     x: float = 1.5,
     eps: float = 1e-6,
     log_atk_scale: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Result:
     """The equation, token by token; g `[B, T, HV]`, for KDA `[B, T, HV, K]`; q and k as given."""
     B, T, HV, V = v.shape
@@ -116,8 +118,9 @@ def _precond(
     initial_A_state: Tensor | None,
     squash: tuple[float, float, float | Tensor | None],
     normalize: bool,
+    run: Callable[..., Any] = recurrence,
     **sequences: Any,
-) -> Result:
+) -> Any:
     """Both preconditioned rules: g `[B, T, HV]` or `[B, T, HV, K]`; the preconditioner with the
     heads of g_atk.
     """
@@ -151,7 +154,7 @@ def _precond(
     write = (precondition(A, *squash) * keys).to(k.dtype)
     keys, write = (x.repeat_interleave(sizes["HV"] // sizes[heads], 2) for x in (keys, write))
     read = (promote_to_fp32(g) if vector else promote_to_fp32(g).unsqueeze(-1)).exp() * keys
-    o, S = recurrence(
+    o, S, *states = run(
         op,
         options,
         Terms(q, write, v, **{"gk" if vector else "g": g}, beta=tensors["beta"], b=read),
@@ -159,7 +162,7 @@ def _precond(
         names={"gk": "g"} if vector else {},
         **sequences,
     )
-    return o, S, A_final if options.output_final_state else None
+    return o, S, A_final if options.output_final_state else None, *states
 
 
 def chunk_precond_gated_delta_rule(

@@ -28,11 +28,16 @@ On the one equation: vector decay, a = -beta M k, b = exp(g) k, written M k and 
 
 from torch import Tensor
 
-from fla.core.checks import check_tensors, refuse
+from fla.core.checks import check_tensors
 from fla.ops.case import QKV, OpCase
 from fla.ops.cp.context import refuse_cp_context
 from fla.ops.engine.recurrence.gates import channel_gate
-from fla.ops.engine.recurrence.recurrence import Options
+from fla.ops.engine.recurrence.recurrence import (
+    Options,
+    check_packed,
+    recurrence,
+    recurrence_with_states,
+)
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.precond_gated_delta_rule import (
     Result,
@@ -88,25 +93,33 @@ def chunk_precond_kda(
     initial_state: Tensor | None = None,
     initial_A_state: Tensor | None = None,
     output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = True,
     use_gate_in_kernel: bool = False,
     safe_gate: bool = False,
     lower_bound: float | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
     cp_context: object | None = None,
     transpose_state_layout: bool = False,
     x: float = 1.5,
     eps: float = 1e-6,
     log_atk_scale: float | Tensor | None = None,
+    solve_tril_precision: str | None = None,
     disable_recompute: bool = False,
     return_intermediate_states: bool = False,
+    use_qk_l2norm_in_kernel: bool = True,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
     backend: str | None = None,
 ) -> Result:
     """Preconditioned KDA chunk by chunk.
+
+    With `return_intermediate_states`, where no gradient is recorded, a fourth value holds the
+    states S before every chunk, `[B, NT, HV, K, V]` fp32. `disable_recompute` and
+    `solve_tril_precision` ("ieee", "tf32" or "tf32x3") are about published kernels and change
+    nothing here: the solve is in fp32 or wider. `chunk_indices` follows from `cu_seqlens` and is
+    only checked.
 
     Example:
         >>> import torch
@@ -118,8 +131,12 @@ def chunk_precond_kda(
     """
     op = "chunk_precond_kda"
     refuse_cp_context(op, cp_context)
-    refuse(op, "disable_recompute", disable_recompute or None, "drop it")
-    refuse(op, "return_intermediate_states", return_intermediate_states or None, "drop it")
+    if solve_tril_precision not in (None, "ieee", "tf32", "tf32x3"):
+        raise ValueError(
+            f"{op}: solve_tril_precision is {solve_tril_precision!r}; expected None, 'ieee', "
+            "'tf32' or 'tf32x3'"
+        )
+    check_packed(op, cu_seqlens, cu_seqlens_cpu, chunk_indices)
     check_tensors(op, g=(g, "B T HV K"))
     g = channel_gate(op, g, A_log, dt_bias, use_gate_in_kernel, safe_gate, lower_bound)
     options = Options(
@@ -137,6 +154,7 @@ def chunk_precond_kda(
         initial_A_state,
         (x, eps, log_atk_scale),
         use_qk_l2norm_in_kernel,
+        recurrence_with_states if return_intermediate_states else recurrence,
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,
     )

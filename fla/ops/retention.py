@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fla.core.checks import check_tensors
 from fla.ops.case import QKV, OpCase, constant, literal
+from fla.ops.engine.recurrence.recurrence import state_layout
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla, parallel_simple_gla
 
@@ -107,10 +108,12 @@ def fused_recurrent_retention(
     reverse: bool = False,
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
+    transpose_state_layout: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Retention token by token; `reverse` runs from the last token to the first."""
-    check_tensors("fused_recurrent_retention", v=(v, "B T HV V"))
+    op = "fused_recurrent_retention"
+    check_tensors(op, v=(v, "B T HV V"))
     return fused_recurrent_simple_gla(
         q,
         k,
@@ -120,7 +123,7 @@ def fused_recurrent_retention(
         initial_state=initial_state,
         output_final_state=output_final_state,
         reverse=reverse,
-        state_v_first=state_v_first,
+        state_v_first=state_layout(op, state_v_first, transpose_state_layout),
         cu_seqlens=cu_seqlens,
         backend=backend,
     )

@@ -94,7 +94,7 @@ def chunk_rwkv7(
     if cp_context is not None:
         return on_ranks(chunk_rwkv7, locals())
     op = "chunk_rwkv7"
-    check_bounds(op, safe_gate, lower_bound, disable_recompute)
+    check_bounds(op, safe_gate, lower_bound)
     options = Options(
         scale, output_final_state, chunk_size=chunk_size or CHUNK_SIZE, backend=backend
     )
@@ -111,14 +111,18 @@ def fused_recurrent_rwkv7(
     v: Tensor,
     a: Tensor,
     b: Tensor,
-    scale: float = 1.0,
+    scale: float | None = None,
     initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    reverse: bool = False,
+    output_final_state: bool = True,
     cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
     backend: str | None = None,
 ) -> Result:
-    """RWKV-7 token by token; `reverse` runs from the last token to the first. Differentiable."""
+    """RWKV-7 token by token; `reverse` runs from the last token to the first. Differentiable.
+
+    As published, its defaults differ from the chunk form's: a scale of `K**-0.5`, and the final
+    state comes back.
+    """
     options = Options(scale, output_final_state, reverse=reverse, backend=backend)
     sequences: dict[str, Any] = dict(initial_state=initial_state, cu_seqlens=cu_seqlens)
     return _low_rank("fused_recurrent_rwkv7", options, r, k, v, a, b, w, NAMES, **sequences)
@@ -151,8 +155,8 @@ def fused_mul_recurrent_rwkv7(
         scale,
         initial_state,
         output_final_state,
-        reverse,
         cu_seqlens,
+        reverse,
         backend,
     )
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from fla.core.boundaries import boundaries_to_list
 from fla.ops.case import QKV, OpCase, linear, literal
 from fla.ops.engine.recurrence.equation import LOG_ZERO
-from fla.ops.engine.recurrence.recurrence import Options, recurrence
+from fla.ops.engine.recurrence.recurrence import Options, recurrence, state_layout
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
 
@@ -119,9 +119,10 @@ def chunk_simple_gla(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
+    transpose_state_layout: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Simple GLA chunk by chunk.
+    """Simple GLA chunk by chunk. `transpose_state_layout` is the former name of `state_v_first`.
 
     Example:
         >>> q, k, v = torch.rand(3, 1, 100, 2, 16).unbind()
@@ -133,7 +134,7 @@ def chunk_simple_gla(
     options = Options(
         scale,
         output_final_state,
-        state_v_first=state_v_first,
+        state_v_first=state_layout(op, state_v_first, transpose_state_layout),
         chunk_size=chunk_size,
         backend=backend,
     )
@@ -186,12 +187,14 @@ def fused_recurrent_simple_gla(
     reverse: bool = False,
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
+    transpose_state_layout: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Simple GLA token by token; `reverse` runs from the last token to the first."""
     op = "fused_recurrent_simple_gla"
+    v_first = state_layout(op, state_v_first, transpose_state_layout)
     options = Options(
-        scale, output_final_state, state_v_first=state_v_first, reverse=reverse, backend=backend
+        scale, output_final_state, state_v_first=v_first, reverse=reverse, backend=backend
     )
     return recurrence(
         op, options, Terms(q, k, v, g=_decay(op, v, g, g_gamma)), initial_state, cu_seqlens

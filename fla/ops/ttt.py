@@ -44,7 +44,7 @@ from fla.core.checks import check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, first_tensor
 from fla.ops.case import OpCase, literal
-from fla.ops.engine.recurrence.recurrence import check_chunk_size
+from fla.ops.engine.recurrence.recurrence import check_chunk_size, host_boundaries
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -138,6 +138,7 @@ def chunk_ttt_linear(
     initial_state_bias: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
     backend: str | None = None,
 ) -> Result:
     """TTT-linear, a mini-batch of `chunk_size` tokens at a time. The mini-batch is part of the
@@ -176,6 +177,7 @@ def chunk_ttt_linear(
         check_sequences(op, sizes["B"], cu_seqlens, x, name)
         starts.append(promote_to_fp32(x))
     check_chunk_size(op, chunk_size)
+    cu_seqlens = host_boundaries(op, cu_seqlens, cu_seqlens_cpu)
     scale = D**-0.5 if scale is None else scale
     rest = (chunk_size, promote_to_fp32(w)[:, None], promote_to_fp32(b)[:, None], scale, eps)
     rows_ = [promote_to_fp32(x).transpose(1, 2).contiguous() for x in (q, k, v, eta)]

@@ -23,11 +23,18 @@ def l2norm(x: Tensor, eps: float = L2_EPS, output_dtype: torch.dtype | None = No
     return y.to(output_dtype or x.dtype)
 
 
-def softplus_gate(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
+def softplus_gate(
+    g: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
     """`-exp(A_log) softplus(g + dt_bias)`: a log decay per head `[B, T, HV]` or per channel
-    `[B, T, HV, K]` from its logits; A_log `[HV]`, dt_bias `[HV]` or `[HV K]`.
+    `[B, T, HV, K]` from its logits; A_log `[HV]`, dt_bias `[HV]` or `[HV K]`. Without an
+    `output_dtype` it is fp32, or fp64 for fp64 logits.
     """
-    return -_per_head(A_log, g).exp() * F.softplus(_biased(g, dt_bias))
+    decay = -_per_head(A_log, g).exp() * F.softplus(_biased(g, dt_bias))
+    return decay if output_dtype is None else decay.to(output_dtype)
 
 
 def sigmoid_gate(
@@ -61,17 +68,13 @@ def channel_gate(
     lower_bound: float | None,
 ) -> Tensor:
     """The log decay per channel after its in-kernel transform; contradictory switches raise.
+    Without `use_gate` it is g as it came: callers hand over the transform's parameters always.
 
     With `use_gate` it is `softplus_gate`, or with a `lower_bound` `sigmoid_gate`. `safe_gate`
     promises that decays are bounded, so with `use_gate` it needs the bound; any decay is safe here,
     and without `use_gate` the promise changes nothing.
     """
     if not use_gate:
-        if A_log is not None or dt_bias is not None or lower_bound is not None:
-            raise ValueError(
-                f"{op}: A_log, dt_bias and lower_bound act only with use_gate_in_kernel=True; set "
-                "it or drop them"
-            )
         return g
     if safe_gate and lower_bound is None:
         raise ValueError(f"{op}: safe_gate needs lower_bound, the least log decay; pass it")

@@ -3,13 +3,16 @@
 of the form.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import (
     check_groups,
     check_log_decay,
@@ -20,7 +23,7 @@ from fla.core.checks import (
 )
 from fla.core.operator import needs_gradient
 from fla.core.parallel import refuse_sharded
-from fla.core.precision import compute_dtype
+from fla.core.precision import compute_dtype, promote_to_fp32
 from fla.core.stage import Stage
 from fla.ops.engine.recurrence.stages import CHUNK, COLUMNS, TOKEN, TRAINED_TOKEN
 from fla.ops.engine.recurrence.terms import AXES, CHUNK_SIZE, DECAYS, Point, Switches, Terms, point
@@ -108,8 +111,16 @@ def recurrence(
     """Check the arguments of the public function `op` and run its form: token by token for
     `fused_recurrent_*` (the only form with a beta per value channel), chunk by chunk for the
     others. `names` are the caller's own for arguments that go by another name there.
+
+    Where q, k and v mix half precision and fp32, fp32 computes and o is in the dtype of v.
     """
     where = _checked_point(op, options, terms, initial_state, cu_seqlens, names or {})
+    dtype = terms.v.dtype
+    if not terms.q.dtype == terms.k.dtype == dtype:
+        wide = {name: promote_to_fp32(getattr(terms, name)) for name in "qkv"}
+        sequences = (initial_state, cu_seqlens, cu_seqlens_cpu, names)
+        computed = recurrence(op, options, terms._replace(**wide), *sequences)
+        return computed[0].to(dtype), computed[1]
     if trace_hooks:
         tensors = terms._asdict() | dict(state=initial_state, cu_seqlens=cu_seqlens)
         call_trace_hooks(op, options, **tensors)
@@ -141,6 +152,71 @@ def recurrence(
     if overwritten is None or final is overwritten:
         return o, final
     return o, overwritten.copy_(final)
+
+
+def recurrence_with_states(
+    op: str,
+    options: Options,
+    terms: Terms,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    names: dict[str, str] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`recurrence`, and the states before every chunk: `[B, NT, HV, K, V]` for the NT chunks of a
+    row, or of each packed sequence in turn, in the layout and dtype of the final state. It calls
+    the operator once per chunk.
+
+    Raises `ValueError` where a gradient is recorded.
+    """
+    _checked_point(op, options, terms, initial_state, cu_seqlens, names or {})
+    refuse_sharded(op, "return_intermediate_states has no such form")
+    if needs_gradient(*terms, initial_state):
+        raise ValueError(
+            f"{op}: return_intermediate_states while a gradient is recorded; the states have none: "
+            "use torch.no_grad()"
+        )
+    host_boundaries(op, cu_seqlens, cu_seqlens_cpu)
+    (B, T, HV, V), K = terms.v.shape, terms.q.shape[3]
+    bounds = [0, T] if cu_seqlens is None else boundaries_to_list(cu_seqlens, T, op)
+    rows = B if cu_seqlens is None else 1
+    if initial_state is None:
+        shape = (HV, V, K) if options.state_v_first else (HV, K, V)
+        zeros = terms.v.new_zeros(rows, *shape, dtype=compute_dtype(terms.v.dtype))
+        starts = [zeros] * (len(bounds) - 1)
+    else:
+        starts = list(initial_state.split(rows))
+    step, outs, states, finals = options._replace(output_final_state=True), [], [], []
+    for state, (begin, end) in zip(starts, pairwise(bounds), strict=True):
+        for at in range(begin, end, options.chunk_size):
+            chunk = slice(at, min(at + options.chunk_size, end))
+            part = Terms._make(x if x is None else x[:, chunk] for x in terms)
+            states.append(state)
+            o, state = recurrence(op, step, part, state, names=names)  # type: ignore[assignment]
+            outs.append(o)
+        finals.append(state)
+    h = torch.stack(states, 1) if states else starts[0].new_empty(rows, 0, *starts[0].shape[1:])
+    final = torch.cat(finals) if options.output_final_state else None
+    return torch.cat(outs, 1) if outs else terms.v, final, h
+
+
+def state_layout(op: str, state_v_first: bool, transposed: bool | None) -> bool:
+    """`state_v_first`, or what `transpose_state_layout`, its former name, says with a warning."""
+    if transposed is None:
+        return state_v_first
+    if state_v_first and not transposed:
+        raise ValueError(
+            f"{op}: state_v_first=True and transpose_state_layout=False, its former name, "
+            "contradict each other; drop transpose_state_layout"
+        )
+    if not torch.compiler.is_compiling():  # where a warning would break the graph
+        warnings.warn(
+            f"{op}: transpose_state_layout is the former name of state_v_first; pass "
+            f"state_v_first={transposed}",
+            FutureWarning,
+            stacklevel=3,
+        )
+    return transposed
 
 
 def _stage(op: str, terms: Terms, initial_state: Tensor | None) -> Stage:
@@ -217,12 +293,17 @@ def _check(
     )
     check_groups(op, sizes)
     rows: Any = {own["q"]: q, own["k"]: k, own["v"]: v}
-    check_same(op, **rows)
+    check_row_dtypes(op, **rows)
     others: Any = {own["q"]: q} | {own[name]: gates[name] for name in axes}
     check_same(op, dtype=False, **others, initial_state=initial_state)
     check_sequences(op, sizes["B"], cu_seqlens, initial_state)
     decays: Any = {own[name]: gates[name] for name in DECAYS}
     check_log_decay(op, **decays)
+
+
+def check_row_dtypes(op: str, **rows: Tensor) -> None:
+    """Raise `ValueError` unless q, k and v are of one dtype, or mix half precision and fp32."""
+    check_same(op, dtype=any(x.dtype == torch.float64 for x in rows.values()), **rows)
 
 
 def _flip_packed(state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
@@ -256,3 +337,32 @@ def host_boundaries(
     ):
         raise ValueError(f"{op}: cu_seqlens_cpu differs from cu_seqlens; pass cu_seqlens.cpu()")
     return cu_seqlens_cpu
+
+
+def check_packed(
+    op: str,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+) -> None:
+    """Raise `ValueError` unless `cu_seqlens_cpu` is `cu_seqlens` on the host and `chunk_indices` is
+    a table of its chunks, `[chunks, 2]`. Both follow from `cu_seqlens`: neither changes a number.
+
+    Example:
+        >>> import torch
+        >>> bounds = torch.tensor([0, 3, 5])
+        >>> check_packed("demo", bounds, bounds, torch.tensor([[0, 0], [1, 0]]))
+    """
+    host_boundaries(op, cu_seqlens, cu_seqlens_cpu)
+    if chunk_indices is None:
+        return
+    if cu_seqlens is None:
+        raise ValueError(
+            f"{op}: chunk_indices is given without cu_seqlens, which it is made from; pass both or "
+            "neither"
+        )
+    if chunk_indices.dim() != 2 or chunk_indices.shape[1] != 2:
+        raise ValueError(
+            f"{op}: chunk_indices has shape {list(chunk_indices.shape)}; expected [chunks, 2], as "
+            "prepare_chunk_indices makes it, or None"
+        )
