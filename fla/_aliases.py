@@ -45,6 +45,12 @@ PARTS = {
     "fla.ops.rwkv7": ("channel_mixing chunk fused_addcmul fused_k_update fused_recurrent"),
     "fla.ops.simple_gla": "chunk fused_chunk fused_recurrent naive parallel",
     "fla.ops.titans": "naive",
+    "fla.modules.activations": "ops",
+    "fla.modules.fused_cross_entropy": "ops",
+    "fla.modules.fused_kl_div": "ops",
+    "fla.modules.fused_linear_cross_entropy": "ops",
+    "fla.modules.grpo": "ops",
+    "fla.modules.rotary": "ops",
     "fla.ops.ttt": "chunk fused_chunk naive",
 }
 MODULES = {
@@ -58,6 +64,7 @@ MODULES = {
     "fla.ops.utils.pack": "fla.ops.utils.packing",
     "fla.ops.utils.pooling": "fla.ops.utils.packing",
     "fla.ops.utils.softmax": "fla.ops.utils.matrix",
+    "fla.ops.utils.solve_tril": "fla.ops.utils.matrix",
     "fla.ops.utils.sinkhorn.naive": "fla.ops.utils.sinkhorn",
     "fla.layers.hgrn2": "fla.layers.hgrn",
     "fla.layers.rebased": "fla.layers.based",
@@ -70,7 +77,15 @@ MODULES = {
     "fla.modules.norm.layernorm_gated": "fla.modules.layernorm_gated",
     "fla.modules.conv": "fla.modules.convolution",
     "fla.modules.conv.causal_conv1d": "fla.modules.convolution",
+    "fla.modules.conv.cp": "fla.modules.convolution",
+    "fla.modules.conv.cp.ops": "fla.modules.convolution",
+    "fla.modules.conv.long_conv": "fla.modules.long_conv",
     "fla.modules.conv.short_conv": "fla.modules.convolution",
+    "fla.modules.conv.triton": "fla.modules.convolution",
+    "fla.modules.conv.triton.ops": "fla.modules.convolution",
+    "fla.modules.causal_conv1d": "fla.modules.convolution",
+    "fla.modules.causal_conv1d.cp": "fla.modules.convolution",
+    "fla.modules.token_shift_cp": "fla.modules.token_shift",
     "dilated_attention_pytorch.core.memory_pool": "dilated_attention_pytorch.core.pools",
     "dilated_attention_pytorch.multihead_dilated_attention": (
         "dilated_attention_pytorch.dilated_attention"

@@ -6,13 +6,20 @@ never at import.
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 import os
 import platform
+import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -106,6 +113,92 @@ def tensor_cache(fn: Callable) -> Callable:
     return fn
 
 
+def autocast_custom_fwd(fn: Callable | None = None, **options: Any) -> Callable:
+    """`torch.amp.custom_fwd` for the accelerator that torch sees, or for the CPU."""
+    return torch.amp.custom_fwd(fn, device_type=get_available_device(), **options)
+
+
+def autocast_custom_bwd(fn: Callable) -> Callable:
+    """`torch.amp.custom_bwd` for the accelerator that torch sees, or for the CPU."""
+    return torch.amp.custom_bwd(fn, device_type=get_available_device())
+
+
+def custom_device_ctx(index: int) -> AbstractContextManager:
+    """Makes accelerator `index` the current one; without an accelerator it does nothing."""
+    module = getattr(torch, get_available_device())
+    return module.device(index) if hasattr(module, "device") else nullcontext()
+
+
+def checkpoint(fn: Callable) -> Callable:
+    """Decorator: the backward pass computes the function again instead of keeping what it stored
+    (`torch.utils.checkpoint`, not reentrant).
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> checkpoint(torch.exp)(x).sum().backward()
+        >>> bool((x.grad == torch.e).all())
+        True
+    """
+    from torch.utils.checkpoint import checkpoint as call
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return call(fn, *args, use_reentrant=False, **kwargs)
+
+    return wrapped
+
+
+def require_version(version: str, hint: str | None = None) -> Callable[[Callable], Callable]:
+    """Decorator: a call raises `ImportError` unless an installed package is as `version` asks, such
+    as "torch>=2.13".
+    """
+
+    def decorate(fn: Callable) -> Callable:
+        @functools.wraps(fn)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            from transformers.utils.versions import require_version as check
+
+            check(version, hint)
+            return fn(*args, **kwargs)
+
+        return wrapped
+
+    return decorate
+
+
+find_spec_cached = functools.cache(find_spec)
+
+
+def has_usable_nvcc() -> bool:
+    """Whether a CUDA compiler is on the path or under CUDA_HOME."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return bool(shutil.which("nvcc") or (home and Path(home, "bin", "nvcc").is_file()))
+
+
+def check_environments() -> None:
+    """Warn where Triton is older than this package supports. `fla doctor` says more."""
+    if find_spec_cached("triton") and not _triton_at_least("3.5"):
+        warnings.warn(f"Triton {version('triton')} is older than 3.5", stacklevel=2)
+
+
+def _triton_at_least(wanted: str) -> bool:
+    return find_spec_cached("triton") is not None and _at_least("triton", wanted)
+
+
+def _at_least(package: str, wanted: str) -> bool:
+    from packaging.version import parse
+
+    return parse(parse(version(package)).base_version) >= parse(wanted)
+
+
+def _supports_autotune_cache() -> bool:
+    if find_spec_cached("triton") is None:
+        return False
+    import triton
+
+    return "cache_results" in inspect.signature(triton.autotune).parameters
+
+
 def get_available_device() -> str:
     """`"cuda"`, `"xpu"`, `"mps"`, ... where torch sees an accelerator, else `"cpu"`."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -119,13 +212,20 @@ def check_pytorch_version(version: str = "2.4") -> bool:
     return parse(torch.__version__) >= parse(version)
 
 
+def check_transformers_version(version: str) -> bool:
+    """Whether transformers is at least `version`."""
+    return _at_least("transformers", version)
+
+
 def get_device_capability() -> tuple[int, int] | None:
     """Compute capability of the current CUDA device, or None without one."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
-def get_multiprocessor_count(tensor_idx: int = 0) -> int:
-    """Multiprocessors of a CUDA device, or the CPU's cores without one."""
+def get_multiprocessor_count(tensor_idx: int = 0, *, use_aicore: bool = False) -> int:
+    """Multiprocessors of a CUDA device, or the CPU's cores without one. `use_aicore` chooses
+    between two counts of Ascend devices, which this package does not run on.
+    """
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(tensor_idx).multi_processor_count
     return os.cpu_count() or 1
@@ -136,6 +236,12 @@ def get_all_max_shared_mem() -> list[int]:
     devices = range(torch.cuda.device_count())
     properties: list[Any] = [torch.cuda.get_device_properties(i) for i in devices]
     return [p.shared_memory_per_block_optin for p in properties]
+
+
+def get_device_smem_optin(tensor_idx: int = 0) -> int:
+    """Shared memory per block in bytes of one CUDA device, 0 without one."""
+    sizes = get_all_max_shared_mem()
+    return sizes[tensor_idx] if tensor_idx < len(sizes) else 0
 
 
 def check_shared_mem(arch: str = "none", tensor_idx: int = 0) -> bool:
@@ -171,8 +277,33 @@ _FACTS: dict[str, Callable[[], Any]] = {
     "IS_NVIDIA_SM120": lambda: _is_nvidia() and (get_device_capability() or (0,))[0] == 12,
     "IS_TF32_SUPPORTED": lambda: _is_nvidia() and _capability_at_least(8),
     "IS_TMA_SUPPORTED": lambda: _is_nvidia() and _capability_at_least(9),
+    "IS_INTEL_ALCHEMIST": lambda: (
+        get_available_device() == "xpu" and "Intel(R) Arc(TM) A" in torch.xpu.get_device_name(0)
+    ),
+    "IS_GATHER_SUPPORTED": lambda: find_spec_cached("triton") is not None,
     "FLA_CI_ENV": lambda: os.environ.get("FLA_CI_ENV") == "1",
+    "FLA_CACHE_RESULTS": lambda: os.environ.get("FLA_CACHE_RESULTS", "1") == "1",
+    "FLA_DISABLE_TENSOR_CACHE": lambda: True,  # `tensor_cache` remembers nothing
+    "FLA_TENSOR_CACHE_SIZE": lambda: 0,
+    "SUPPORTS_AUTOTUNE_CACHE": _supports_autotune_cache,
+    "autotune_cache_kwargs": lambda: (
+        {"cache_results": os.environ.get("FLA_CACHE_RESULTS", "1") == "1"}
+        if _supports_autotune_cache()
+        else {}
+    ),
+    "deprecate_kwarg": lambda: _deprecation().deprecate_kwarg,
+    "Action": lambda: _deprecation().Action,
 }
+
+
+for _version in ("3_4_0", "3_5_1", "3_6_0", "3_7_1", "3_8_0"):
+    _FACTS[f"TRITON_ABOVE_{_version}"] = functools.partial(
+        _triton_at_least, _version.replace("_", ".")
+    )
+
+
+def _deprecation() -> ModuleType:
+    return importlib.import_module("transformers.utils.deprecation")
 
 
 def __getattr__(name: str) -> Any:

@@ -74,3 +74,45 @@ def test_facts_agree_with_torch_and_are_not_computed_at_import():
         "import fla.utils, fla.ops, fla.modules, fla.layers\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_decorators_and_facts_under_their_published_names(monkeypatch):
+    from transformers.utils.deprecation import deprecate_kwarg
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        @utils.autocast_custom_fwd
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        @utils.autocast_custom_bwd
+        def backward(ctx, dy):
+            return 2 * dy
+
+    x = torch.ones(3, requires_grad=True)
+    Twice.apply(x).sum().backward()
+    assert x.grad.tolist() == [2.0] * 3
+    calls = []
+
+    def square(x):
+        calls.append(1)
+        return x * x
+
+    utils.checkpoint(square)(x).sum().backward()
+    assert len(calls) == 2  # once more in the backward pass
+    assert utils.require_version("torch>=2.0", "")(square)(x).sum() == 3
+    with pytest.raises(ImportError, match="torch>=99"):
+        utils.require_version("torch>=99")(square)(x)
+    with utils.custom_device_ctx(0):
+        pass
+    assert utils.deprecate_kwarg is deprecate_kwarg
+    assert utils.check_transformers_version("5.0") and not utils.check_transformers_version("99")
+    assert utils.find_spec_cached("nosuchpackage") is None and utils.find_spec_cached("torch")
+    for name in ("IS_INTEL_ALCHEMIST", "IS_AMD", "is_nvidia", "has_usable_nvcc"):
+        fact = getattr(utils, name)
+        assert isinstance(fact() if callable(fact) else fact, bool)
+    monkeypatch.setattr(utils, "find_spec_cached", lambda name: None)  # without Triton
+    assert not utils.TRITON_ABOVE_3_6_0 and not utils.IS_GATHER_SUPPORTED
+    assert utils.autotune_cache_kwargs == {}
+    utils.check_environments()

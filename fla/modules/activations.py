@@ -14,18 +14,31 @@ from fla.ops.engine.native import library
 from fla.ops.engine.native import rows as native
 
 
+def _gated(activation: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """`activation(x) * y`, rounded once where they are in half precision."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return activation(x) * y
+    return (activation(promote_to_fp32(x)) * promote_to_fp32(y)).to(
+        torch.promote_types(x.dtype, y.dtype)
+    )
+
+
+def _swiglu(x: Tensor, y: Tensor) -> Tensor:
+    return _gated(F.silu, x, y)
+
+
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.has_bias = bias is not None
-        return F.linear(F.silu(gate) * up, weight, bias)
+        return F.linear(_swiglu(gate, up), weight, bias)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         gate, up, weight = ctx.saved_tensors
-        rows, swish = dy.flatten(0, -2), F.silu(gate)
-        dweight = rows.mT @ (swish * up).flatten(0, -2)
+        rows = dy.flatten(0, -2)
+        dweight = rows.mT @ _swiglu(gate, up).flatten(0, -2)
         dproduct = dy @ weight
         dgate, dup = SWIGLU_GRADIENT("swiglu_linear", None, gate, up, dproduct)
         return dgate, dup, dweight, rows.sum(0) if ctx.has_bias else None
@@ -76,7 +89,7 @@ SWIGLU = Stage(
         "native": Form(
             _native_swiglu, library.in_cpp("a pass over the rows in {}; backward by hand"), _LIMITS
         ),
-        "torch": Form(lambda x, y: F.silu(x) * y, "torch's own"),
+        "torch": Form(_swiglu, "torch's own"),
     },
     _facts,
     tokenwise,
@@ -87,7 +100,7 @@ SWIGLU = Stage(
 def swiglu(x: Tensor, y: Tensor) -> Tensor:
     """`silu(x) * y`."""
     if not torch.is_grad_enabled():
-        return F.silu(x) * y  # for which torch is the fastest everywhere
+        return _swiglu(x, y)  # for which torch is the fastest everywhere
     return SWIGLU("swiglu", None, x, y)
 
 
@@ -108,7 +121,7 @@ def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = No
 
 def sigmoidglu(x: Tensor, y: Tensor) -> Tensor:
     """`sigmoid(x) * y`."""
-    return x.sigmoid() * y
+    return _gated(torch.sigmoid, x, y)
 
 
 def sigmoidglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -148,12 +161,12 @@ def powglu_linear(
 
 def sqrelu(x: Tensor) -> Tensor:
     """`relu(x)^2`."""
-    return F.relu(x).square()
+    return F.relu(x).square()  # rounded once: relu is exact
 
 
 def logsigmoid(x: Tensor, temperature: float = 1.0) -> Tensor:
     """`log sigmoid(x) / temperature`."""
-    return F.logsigmoid(x) / temperature
+    return (F.logsigmoid(promote_to_fp32(x)) / temperature).to(x.dtype)
 
 
 def fast_gelu_impl(x: Tensor) -> Tensor:

@@ -94,6 +94,31 @@ def causal_conv1d(
     return y, final.to(x.dtype) if output_final_state else None
 
 
+def causal_conv1d_cp(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    chunk_indices: Tensor | None = None,
+    cp_context: FLACPContext | None = None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The output of `causal_conv1d` on a rank's tokens, in the published order of arguments;
+    `chunk_size` is a block of published kernels and changes nothing.
+    """
+    if cp_context is None:
+        raise ValueError(
+            "causal_conv1d_cp: cp_context is None; pass what fla.ops.cp.build_cp_context returns, "
+            "or call causal_conv1d"
+        )
+    return causal_conv1d(
+        x, weight, bias, residual, activation=activation, backend=backend,
+        chunk_indices=chunk_indices, cp_context=cp_context,
+    )[0]  # fmt: skip
+
+
 def causal_conv1d_update(
     x: Tensor,
     cache: Tensor,

@@ -9,12 +9,14 @@ lse_square_scale
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from fla.core.stage import Facts, Form, Stage, first_tensor, not_compiled, tokenwise
 from fla.modules.losses import LogitShape
+from fla.modules.vocab_parallel import vocab_parallel_cross_entropy
 from fla.ops.engine.kernels import support
 from fla.ops.engine.kernels.tensors import on_device
 
@@ -122,10 +124,12 @@ def cross_entropy_loss(
     logit_softcapping: float | None = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and z-loss (already part of the loss) of every row: logits `[M, V]`, target `[M]`; 0
     where ignored. `inplace_backward` writes the gradient over the logits, which nothing may read
-    after that.
+    after that. With a `process_group` each rank holds its share of the vocabulary
+    (`fla.modules.vocab_parallel`).
 
     Example:
         >>> loss, z_loss = cross_entropy_loss(torch.zeros(2, 4), torch.tensor([1, -100]))
@@ -135,6 +139,10 @@ def cross_entropy_loss(
     shape = LogitShape(
         logit_scale, logit_softcapping, label_smoothing, lse_square_scale, ignore_index
     )
+    if process_group is not None:
+        logits = _WriteOver.apply(logits) if inplace_backward else logits
+        z = shape_logits(logits, logit_scale, logit_softcapping)
+        return vocab_parallel_cross_entropy(z, target, shape, process_group)
     return CROSS_ENTROPY("cross_entropy_loss", None, logits, target, shape, inplace_backward)
 
 
@@ -142,8 +150,7 @@ class FusedCrossEntropyLoss(nn.Module):
     """`cross_entropy_loss` over logits `[..., V]` and targets `[...]`, averaged over the targets
     that count.
 
-    With `return_z_loss` the result is the pair (loss, z-loss). Vocabulary-parallel logits
-    (`process_group`) are refused.
+    With `return_z_loss` the result is the pair (loss, z-loss).
 
     Example:
         >>> loss = FusedCrossEntropyLoss(label_smoothing=0.1)
@@ -160,17 +167,13 @@ class FusedCrossEntropyLoss(nn.Module):
         lse_square_scale: float = 0.0,
         logit_softcapping: float | None = None,
         inplace_backward: bool = False,
-        process_group: object | None = None,
+        process_group: dist.ProcessGroup | None = None,
         return_z_loss: bool = False,
     ):
         super().__init__()
         if reduction not in REDUCTIONS:
             raise ValueError(
                 f"FusedCrossEntropyLoss: reduction is {reduction!r}; expected one of {REDUCTIONS}"
-            )
-        if process_group is not None:
-            raise ValueError(
-                "FusedCrossEntropyLoss: process_group is not supported; gather the logits first"
             )
         self.reduction, self.return_z_loss = reduction, return_z_loss
         self.options: dict[str, Any] = dict(
@@ -180,6 +183,7 @@ class FusedCrossEntropyLoss(nn.Module):
             logit_softcapping=logit_softcapping,
             ignore_index=ignore_index,
             inplace_backward=inplace_backward,
+            process_group=process_group,
         )
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:

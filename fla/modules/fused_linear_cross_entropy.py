@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.checks import refuse
 from fla.core.stage import Facts, Form, Stage, first_tensor, not_compiled, tokenwise
 from fla.modules.fused_cross_entropy import shape_logits
 from fla.modules.losses import LogitShape
@@ -177,6 +178,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grads[0], None, grads[1], grads[2], None
 
 
+def _refuse_group(op: str, process_group: object | None) -> None:
+    fix = "compute a rank's logits, give them to FusedCrossEntropyLoss(process_group=...), drop it"
+    refuse(op, "process_group", process_group, fix)
+
+
 def fused_linear_cross_entropy_loss(
     x: Tensor,
     target: Tensor,
@@ -191,15 +197,18 @@ def fused_linear_cross_entropy_loss(
     use_l2warp: bool = False,
     l2_penalty_factor: float = 1e-4,
     accumulate_grad_in_fp32: bool = True,
+    process_group: object | None = None,
     lse_square_scale: float = 0.0,
 ) -> Tensor:
     """Loss of x `[..., D]` under the head weight `[V, D]` for targets `[...]`; see the module.
+    `process_group` is refused: a vocabulary split over processes is `cross_entropy_loss`'s.
 
     Example:
         >>> x, head = torch.zeros(5, 8), torch.randn(16, 8)
         >>> round(fused_linear_cross_entropy_loss(x, torch.arange(5), head).exp().item(), 3)
         16.0
     """
+    _refuse_group("fused_linear_cross_entropy_loss", process_group)
     options = LinearLoss(
         ignore_index,
         label_smoothing,
@@ -240,9 +249,11 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         use_l2warp: bool = False,
         l2_penalty_factor: float = 1e-4,
         accumulate_grad_in_fp32: bool = True,
+        process_group: object | None = None,
         lse_square_scale: float = 0.0,
     ):
         super().__init__()
+        _refuse_group("FusedLinearCrossEntropyLoss", process_group)
         names = LinearLoss.__dataclass_fields__
         self.options = {name: value for name, value in locals().items() if name in names}
         LinearLoss(**self.options)

@@ -41,6 +41,16 @@ def token_shift(
     return (delta, lasts(x, first, cu_seqlens)) if output_cache else delta
 
 
+def token_shift_cp(
+    x: Tensor,
+    cp_context: FLACPContext,
+    cu_seqlens: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+) -> Tensor:
+    """`token_shift` of a rank's tokens, in the published order of arguments."""
+    return token_shift(x, cu_seqlens, chunk_indices=chunk_indices, cp_context=cp_context)  # type: ignore[return-value]  # no cache is asked for
+
+
 def token_shift_ref(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """`token_shift` by a loop over the tokens."""
     bounds = {0} if cu_seqlens is None else set(cu_seqlens.tolist())

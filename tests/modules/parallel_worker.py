@@ -7,7 +7,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from fla.modules import FusedLinearCrossEntropyLoss, GatedMLP, LayerNorm, RMSNorm
+from fla.modules import (
+    FusedCrossEntropyLoss,
+    FusedLinearCrossEntropyLoss,
+    GatedMLP,
+    LayerNorm,
+    RMSNorm,
+)
 from fla.modules.layernorm import NormParallel
 from fla.modules.mlp import SwiGLULinear, SwiGLULinearParallel
 from fla.modules.parallel import LinearLossParallel, PrepareModuleWeight
@@ -125,6 +131,36 @@ def losses(mesh):
             compare(head, alone, "loss")
 
 
+def split_vocabulary(mesh):
+    """Each rank holds its share of the vocabulary; loss and gradient are those of one process."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    target = torch.tensor([0, 5, -100, 11, 3])
+    for options in (
+        {}, dict(label_smoothing=0.1), dict(lse_square_scale=0.01, return_z_loss=True),
+        dict(logit_scale=0.5, logit_softcapping=2.0, reduction="sum", inplace_backward=True),
+    ):  # fmt: skip
+        logits = leaf(5, 12)
+        want = FusedCrossEntropyLoss(**options)(logits, target)
+        own = logits.detach().chunk(size, 1)[rank].clone().requires_grad_()
+        got = FusedCrossEntropyLoss(**options, process_group=mesh.get_group())(own * 1, target)
+        if not isinstance(got, tuple):
+            got, want = (got,), (want,)
+        for a, b in zip(got, want, strict=True):
+            assert_same(a, b, f"loss of a split vocabulary, {options}")
+        sum(x * (i + 1) for i, x in enumerate(want)).backward()
+        sum(x * (i + 1) for i, x in enumerate(got)).backward()
+        assert_same(own.grad, logits.grad.chunk(size, 1)[rank], f"its gradient, {options}")
+    for wrong in (12, -1):
+        try:
+            FusedCrossEntropyLoss(process_group=mesh.get_group())(
+                own, target.where(target != 5, wrong)
+            )
+        except ValueError as error:
+            assert "expected 0 to 11, the tokens of all ranks" in str(error), error
+        else:
+            raise AssertionError("a target outside the vocabulary")
+
+
 def refusals(mesh):
     for module, said in (
         (torch.nn.Identity(), "put on a Identity; expected a FusedLinearCrossEntropyLoss"),
@@ -142,7 +178,7 @@ def main():
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for check in (norms, swiglu_linear, mlp, losses, refusals):
+    for check in (norms, swiglu_linear, mlp, losses, split_vocabulary, refusals):
         check(mesh)
     dist.destroy_process_group()
     print("all checks passed")

@@ -160,7 +160,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="reduction is 'median'"):
         FusedCrossEntropyLoss(reduction="median")
     with pytest.raises(ValueError, match="process_group is not supported"):
-        FusedCrossEntropyLoss(process_group=object())
+        FusedLinearCrossEntropyLoss(process_group=object())
     with pytest.raises(ValueError, match="x has width 5"):
         fused_linear_cross_entropy_loss(torch.zeros(2, 5), torch.zeros(2).long(), torch.zeros(7, 6))
 

@@ -14,9 +14,10 @@ from fla.modules import (
     RMSNorm,
     RotaryEmbedding,
 )
-from fla.modules.activations import swiglu, swiglu_linear
+from fla.modules.activations import logsigmoid, sigmoidglu, swiglu, swiglu_linear
 from fla.modules.layernorm import layer_norm, rms_norm
 from fla.modules.mlp import intermediate_width
+from fla.modules.rotary import rotary_embedding, rotary_embedding_ref
 from tests.helpers import assert_same, gradients
 
 D = 12
@@ -183,3 +184,50 @@ def test_a_layer_in_the_place_of_down_proj_is_called():
     assert_same(mlp(x), y, "merged")
     with base.register_forward_hook(lambda module, args, y: 2 * y):
         assert_same(mlp(x), 2 * y, "hook")
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_by_a_table(interleaved):
+    """Positions from offsets and boundaries, and over the input's memory."""
+    x = torch.randn(2, 5, 3, 10, dtype=torch.float64)
+    angles = torch.randn(9, 4, dtype=torch.float64)
+    cos, sin = angles.cos(), angles.sin()
+    want = rotary_embedding_ref(x, cos, sin, interleaved)
+    torch.testing.assert_close(rotary_embedding(x, cos, sin, interleaved), want)
+    offsets = torch.tensor([1, 4])
+    got = rotary_embedding(x, cos, sin, interleaved, seqlen_offsets=offsets)
+    for b in range(2):
+        at = slice(1, 6) if b == 0 else slice(4, 9)
+        row = rotary_embedding_ref(x[b : b + 1], cos[at], sin[at], interleaved)
+        torch.testing.assert_close(got[b : b + 1], row)
+    bounds = torch.tensor([0, 2, 5])
+    got = rotary_embedding(x[:1], cos, sin, interleaved, cu_seqlens=bounds)
+    parts = [rotary_embedding_ref(x[:1, a:b], cos, sin, interleaved) for a, b in ((0, 2), (2, 5))]
+    torch.testing.assert_close(got, torch.cat(parts, 1))
+    y = x.clone()
+    assert rotary_embedding(y, cos, sin, interleaved, inplace=True) is y and torch.equal(
+        y, rotary_embedding(x, cos, sin, interleaved)
+    )
+    with pytest.raises(ValueError, match="cos has 9 positions, but x reaches position 9"):
+        rotary_embedding(x, cos, sin, seqlen_offsets=5)
+    with pytest.raises(ValueError, match="pass a table"):
+        rotary_embedding(x, cos[None, :5], sin[None, :5], seqlen_offsets=1)
+    with pytest.raises(ValueError, match="pos_idx_in_fp32 is False"):
+        RotaryEmbedding(8, pos_idx_in_fp32=False)
+    q = torch.randn(1, 5, 2, 8)
+    plain, sized = (RotaryEmbedding(8, device="cpu")(q, q, **o) for o in ({}, {"max_seqlen": 99}))
+    assert torch.equal(plain[0], sized[0])
+
+
+@pytest.mark.parametrize("gate", [swiglu, sigmoidglu])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gate_rounds_once(gate, dtype):
+    x, y = torch.randn(2, 4096).to(dtype).unbind()
+    exact = gate(x.double(), y.double())
+    with torch.no_grad():
+        assert torch.equal(gate(x, y), gate(x.float(), y.float()).to(dtype))
+        limit = torch.finfo(dtype).eps / 2 * exact.abs() * 1.01 + torch.finfo(dtype).smallest_normal
+        assert ((gate(x, y).double() - exact).abs() <= limit).all()
+        halved = logsigmoid(x, 16.0)
+        want = torch.nn.functional.logsigmoid(x.double()) / 16
+        assert (halved.double() - want).abs().max() <= torch.finfo(dtype).eps / 2 * want.abs().max()
