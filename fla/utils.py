@@ -205,6 +205,9 @@ def get_available_device() -> str:
     return "cpu" if accelerator is None else accelerator.type
 
 
+map_triton_backend_to_torch_device = get_available_device
+
+
 def check_pytorch_version(version: str = "2.4") -> bool:
     """Whether torch is at least `version`."""
     from packaging.version import parse

@@ -70,6 +70,7 @@ class BasedLinearAttention(_Polynomial):
         num_key_value_heads: int = 12,
         num_heads: int = 12,
         feature_name: str = "taylor_exp",
+        eps: float = 1e-12,
         causal: bool = True,
         mode: str = "parallel",
         layer_idx: int | None = None,
@@ -81,6 +82,10 @@ class BasedLinearAttention(_Polynomial):
             raise ValueError(
                 f"BasedLinearAttention: feature_name is {feature_name!r}; expected 'taylor_exp'"
             )
+        if eps != 1e-12:
+            raise ValueError(
+                f"BasedLinearAttention: eps is {eps}, which the operator fixes; drop it"
+            )
 
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         rule = fused_recurrent_based if self.token_by_token(x) else chunk_based
@@ -90,7 +95,8 @@ class BasedLinearAttention(_Polynomial):
 
 class ReBasedLinearAttention(_Polynomial):
     """Squared linear attention between projections, on `[B, T, hidden_size]`:
-    `o = W_o rebased(phi(W_q x), phi(W_k x), W_v x)` with `phi(x) = gamma norm(x) + beta`.
+    `o = W_o rebased(phi(W_q x), phi(W_k x), W_v x)` with `phi(x) = gamma norm(x) + beta`. `l_max`
+    limits nothing, here as in published code.
 
     Example:
         >>> import torch
@@ -102,6 +108,7 @@ class ReBasedLinearAttention(_Polynomial):
     def __init__(
         self,
         hidden_size: int,
+        l_max: int = 2048,
         feature_dim: int = 16,
         num_key_value_heads: int = 16,
         num_heads: int = 16,

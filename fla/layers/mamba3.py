@@ -62,6 +62,8 @@ class Mamba3(RecurrentMixer):
         use_bias: bool = False,
         norm_eps: float = 1e-5,
         layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.rank = mimo_rank if is_mimo else 1
@@ -84,6 +86,7 @@ class Mamba3(RecurrentMixer):
         if is_outproj_norm:
             self.norm = RMSNormGated(width, norm_eps, head_dim, norm_before_gate=True)
         self.out_proj = nn.Linear(width, hidden_size, bias=use_bias)
+        self.to(device, dtype)
 
     def initial_values(self) -> dict[str, Tensor]:
         """Steps log-uniform between dt_min and dt_max; biases and D are 1; MIMO starts as copies

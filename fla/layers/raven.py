@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.checks import refuse
 from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import (
     Context,
@@ -74,9 +75,13 @@ class Raven(RecurrentMixer):
         use_rope: bool = False,
         rope_theta: float = 10000.0,
         max_position_embeddings: int | None = None,
+        use_short_conv: bool = False,
+        fuse_norm: bool = True,
     ):
         super().__init__()
         name = "Raven"
+        refuse(name, "use_short_conv", use_short_conv or None, "it has no convolution: drop it")
+        refuse(name, "fuse_norm", None if fuse_norm else False, "its norms are fused: drop it")
         self.mode, self.layer_idx = check_mode(name, mode), layer_idx
         for what, value, known in (
             ("decay_type", decay_type, ("Mamba2", "GLA")),

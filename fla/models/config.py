@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -89,6 +90,7 @@ class DecoderConfig(PretrainedConfig):
             if theirs in kwargs:
                 setattr(self, ours, kwargs.pop(theirs))
         self._check_names(kwargs)
+        self.attn = self._filled(self.attn)
         self.layer_types = self._resolve_layer_types()
         self.experts(0)
         wrong = set(self.norm_after or ()) - set(LAYER_TYPES)
@@ -150,6 +152,19 @@ class DecoderConfig(PretrainedConfig):
         assert self.layer_types is not None  # resolved when the config is made
         return self.layer_types[layer_idx]
 
+    def _filled(self, attn: Any) -> Any:
+        """`attn` with the defaults that published configs write into entries that name layers."""
+        if isinstance(attn, list):
+            return [self._filled(spec) for spec in attn]
+        if not isinstance(attn, dict) or "layers" not in attn or "kind" in attn:
+            return attn
+        known = attention_fields(self.attention)
+        heads = attn.get("num_heads", getattr(self, "num_heads", None))
+        defaults = {"num_heads": heads, "num_kv_heads": heads, "qkv_bias": False}
+        defaults |= {"window_size": None, "rope_theta": 10000.0}
+        missing = {name: x for name, x in defaults.items() if name in known and name not in attn}
+        return {**attn, **missing}
+
     def _specs(self) -> list[dict[str, Any]]:
         """`attn` as a list of dictionaries, checked."""
         name, given = type(self).__name__, self.attn if isinstance(self.attn, list) else [self.attn]
@@ -166,6 +181,17 @@ class DecoderConfig(PretrainedConfig):
                 raise ValueError(
                     f"{name}: attn has unknown fields {sorted(unknown)}; expected "
                     f"{', '.join(known)}"
+                )
+            for field in ("num_heads", "num_kv_heads", "window_size"):
+                value = spec.get(field)
+                if value is not None and (not isinstance(value, int) or value < 1):
+                    raise ValueError(
+                        f"{name}: attn[{field!r}] is {value!r}; a positive integer was expected"
+                    )
+            theta = spec.get("rope_theta")
+            if theta is not None and not (0 < theta < math.inf):
+                raise ValueError(
+                    f"{name}: attn['rope_theta'] is {theta!r}; expected a finite number above 0"
                 )
         return specs
 
@@ -193,9 +219,9 @@ class DecoderConfig(PretrainedConfig):
                     f"{name}: attn names no layers; give attn['layers'] or layer_types"
                 )
             for i in spec["layers"]:
-                if not 0 <= i < n or i in taken:
+                if not isinstance(i, int) or not 0 <= i < n or i in taken:
                     raise ValueError(
-                        f"{name}: attn['layers'] holds {i}, which is "
+                        f"{name}: attn['layers'] holds {i!r}, which is "
                         + ("named twice" if i in taken else f"outside 0..{n - 1}")
                     )
                 taken.add(i)
