@@ -194,9 +194,8 @@ def _at_least(package: str, wanted: str) -> bool:
 def _supports_autotune_cache() -> bool:
     if find_spec_cached("triton") is None:
         return False
-    import triton
-
-    return "cache_results" in inspect.signature(triton.autotune).parameters
+    autotune = importlib.import_module("triton").autotune
+    return "cache_results" in inspect.signature(autotune).parameters
 
 
 def get_available_device() -> str:
