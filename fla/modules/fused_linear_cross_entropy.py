@@ -183,7 +183,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _refuse_group(op: str, process_group: object | None) -> None:
-    fix = "compute a rank's logits, give them to FusedCrossEntropyLoss(process_group=...), drop it"
+    fix = "drop it, and give a rank's logits to FusedCrossEntropyLoss(process_group=...)"
     refuse(op, "process_group", process_group, fix)
 
 
