@@ -45,13 +45,13 @@ PARTS = {
     "fla.ops.rwkv7": ("channel_mixing chunk fused_addcmul fused_k_update fused_recurrent"),
     "fla.ops.simple_gla": "chunk fused_chunk fused_recurrent naive parallel",
     "fla.ops.titans": "naive",
+    "fla.ops.ttt": "chunk fused_chunk naive",
     "fla.modules.activations": "ops",
     "fla.modules.fused_cross_entropy": "ops",
     "fla.modules.fused_kl_div": "ops",
     "fla.modules.fused_linear_cross_entropy": "ops",
     "fla.modules.grpo": "ops",
     "fla.modules.rotary": "ops",
-    "fla.ops.ttt": "chunk fused_chunk naive",
 }
 MODULES = {
     "fla.ops.generalized_delta_rule.dplr.chunk": "fla.ops.generalized_delta_rule",

@@ -38,7 +38,8 @@ class Raven(RecurrentMixer):
     `g = r log sigmoid(W_f x) / gate_logit_normalizer`, per slot. `router_score` is sigmoid, whose
     kept scores are divided by their sum, or softmax. In training Gumbel noise joins W_r x
     (`add_gumbel_noise`), so it changes the scores too. `bias_rmm` adds a bias to the choice alone.
-    With `use_output_gate` the norm is per head: `rms_norm(gate_fn(o)) * swish(W_g x)`.
+    With `use_output_gate` the norm is per head: `rms_norm(gate_fn(o)) * swish(W_g x)`. `fuse_norm`
+    changes nothing here: the norms are fused where their kernels run.
 
     Example:
         >>> layer = Raven(hidden_size=64, num_heads=2, num_slots=8, topk=2)
@@ -81,7 +82,6 @@ class Raven(RecurrentMixer):
         super().__init__()
         name = "Raven"
         refuse(name, "use_short_conv", use_short_conv or None, "it has no convolution: drop it")
-        refuse(name, "fuse_norm", None if fuse_norm else False, "its norms are fused: drop it")
         self.mode, self.layer_idx = check_mode(name, mode), layer_idx
         for what, value, known in (
             ("decay_type", decay_type, ("Mamba2", "GLA")),

@@ -93,7 +93,26 @@ def naive_chunk_gated_delta_rule(
     return o, S if output_final_state else None
 
 
-naive_gdn_gate = fused_gdn_gate = softplus_gate
+def naive_gdn_gate(
+    g: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`-exp(A_log) softplus(g + dt_bias)`: the log decay of logits `[..., HV]`; without an
+    `output_dtype` in fp32, or fp64 for fp64 logits.
+    """
+    check_shapes("naive_gdn_gate", A_log=(A_log, "HV"), dt_bias=(dt_bias, "HV"))
+    if g.shape[-1:] != A_log.shape:
+        raise ValueError(
+            f"naive_gdn_gate: g has shape {list(g.shape)}; [..., {A_log.shape[0]}] was expected, "
+            "from A_log"
+        )
+    decay = softplus_gate(g.reshape(1, -1, g.shape[-1]), A_log, dt_bias).view(g.shape)
+    return decay if output_dtype is None else decay.to(output_dtype)
+
+
+fused_gdn_gate = naive_gdn_gate
 
 
 def _gates(

@@ -34,7 +34,7 @@ from fla.core.precision import promote_to_fp32
 from fla.ops.case import QKV, OpCase, gated_delta, literal
 from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.equation import chunk_form
-from fla.ops.engine.recurrence.gates import channel_gate, sigmoid_gate, softplus_gate
+from fla.ops.engine.recurrence.gates import channel_gate
 from fla.ops.engine.recurrence.recurrence import (
     Options,
     recurrence,
@@ -43,7 +43,31 @@ from fla.ops.engine.recurrence.recurrence import (
 )
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
-naive_kda_gate = softplus_gate
+
+def _gate(
+    op: str,
+    g: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    output_dtype: torch.dtype | None,
+) -> Tensor:
+    """A gate as the operators apply it; without an `output_dtype` in fp32, or fp64 for fp64."""
+    if g.dim() < 2:
+        raise ValueError(f"{op}: g has shape {list(g.shape)}; [..., H, K] was expected")
+    rows = g.reshape(1, -1, *g.shape[-2:])
+    decay = channel_gate(op, rows, A_log, dt_bias, True, False, lower_bound).view(g.shape)
+    return decay if output_dtype is None else decay.to(output_dtype)
+
+
+def naive_kda_gate(
+    g: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`-exp(A_log) softplus(g + dt_bias)` of logits `[..., H, K]`."""
+    return _gate("naive_kda_gate", g, A_log, dt_bias, None, output_dtype)
 
 
 def naive_kda_lowerbound_gate(
@@ -53,11 +77,8 @@ def naive_kda_lowerbound_gate(
     lower_bound: float = -5.0,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`lower_bound sigmoid(exp(A_log) (g + dt_bias))`; without an `output_dtype` in fp32, or fp64
-    for fp64 logits.
-    """
-    decay = sigmoid_gate(g, A_log, dt_bias, lower_bound)
-    return decay if output_dtype is None else decay.to(output_dtype)
+    """`lower_bound sigmoid(exp(A_log) (g + dt_bias))` of logits `[..., H, K]`."""
+    return _gate("naive_kda_lowerbound_gate", g, A_log, dt_bias, lower_bound, output_dtype)
 
 
 def fused_kda_gate(
@@ -70,13 +91,7 @@ def fused_kda_gate(
     """The log decay `[..., H, K]` from its logits: `naive_kda_gate`, with a `lower_bound`
     `naive_kda_lowerbound_gate`, which alone can do without A_log.
     """
-    if lower_bound is not None:
-        return naive_kda_lowerbound_gate(g, A_log, dt_bias, lower_bound, output_dtype)
-    if A_log is None:
-        raise ValueError(
-            "fused_kda_gate: A_log is None; pass the log of the rates, or a lower_bound"
-        )
-    return naive_kda_gate(g, A_log, dt_bias, output_dtype)
+    return _gate("fused_kda_gate", g, A_log, dt_bias, lower_bound, output_dtype)
 
 
 @literal("q", "k")

@@ -284,3 +284,25 @@ def test_key_and_value_widths_are_whole(kind):
     for ratio in ("expand_k", "expand_v"):
         with pytest.raises(ValueError, match=rf"hidden_size \* {ratio} is 409.6"):
             build(hidden_size=1024, num_heads=1, **{ratio: 0.4}, **options)
+
+
+def test_constructor_arguments_of_published_layers():
+    small = dict(hidden_size=32, num_heads=2, num_slots=8, topk=4)
+    x = torch.randn(1, 5, 32)
+    outputs = []
+    for fuse_norm in (True, False):
+        torch.manual_seed(0)
+        outputs.append(L.Raven(**small, fuse_norm=fuse_norm).eval()(x)[0])
+    assert torch.equal(*outputs)
+    layer = L.Mamba3(32, 16, head_dim=16, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+    assert L.ReBasedLinearAttention(48, 2048, 4, 3, 3).feature_dim == 4
+    L.Mamba(32, 8, intermediate_size=64, backend="triton")
+    for wrong, message in (
+        (lambda: L.Raven(**small, use_short_conv=True), "Raven: use_short_conv is not supported"),
+        (lambda: L.Mamba(32, 8, backend="cpu"), "Mamba: backend is 'cpu'; expected 'cuda' or"),
+        (lambda: L.Mamba2(hidden_size=32, head_dim=16, backend=""), "Mamba2: backend is ''"),
+        (lambda: L.BasedLinearAttention(48, eps=1e-5), "BasedLinearAttention: eps is 1e-05"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()

@@ -270,8 +270,10 @@ def on_ranks(
 
 
 # Tensors that every rank has whole; all others hold its tokens.
-WHOLE = {"weight", "bias", "A_log", "dt_bias", "initial_state", "cache"}
-WHOLE |= {"cu_seqlens", "cu_seqlens_cpu", "chunk_indices"}
+WHOLE = {
+    *("weight", "bias", "A_log", "dt_bias", "initial_state", "cache"),
+    *("cu_seqlens", "cu_seqlens_cpu", "chunk_indices"),
+}
 
 
 def _on_zigzag_parts(

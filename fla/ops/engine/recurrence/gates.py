@@ -23,18 +23,11 @@ def l2norm(x: Tensor, eps: float = L2_EPS, output_dtype: torch.dtype | None = No
     return y.to(output_dtype or x.dtype)
 
 
-def softplus_gate(
-    g: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor | None = None,
-    output_dtype: torch.dtype | None = None,
-) -> Tensor:
+def softplus_gate(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
     """`-exp(A_log) softplus(g + dt_bias)`: a log decay per head `[B, T, HV]` or per channel
-    `[B, T, HV, K]` from its logits; A_log `[HV]`, dt_bias `[HV]` or `[HV K]`. Without an
-    `output_dtype` it is fp32, or fp64 for fp64 logits.
+    `[B, T, HV, K]` from its logits; A_log `[HV]`, dt_bias `[HV]` or `[HV K]`.
     """
-    decay = -_per_head(A_log, g).exp() * F.softplus(_biased(g, dt_bias))
-    return decay if output_dtype is None else decay.to(output_dtype)
+    return -_per_head(A_log, g).exp() * F.softplus(_biased(g, dt_bias))
 
 
 def sigmoid_gate(
@@ -89,7 +82,9 @@ def channel_gate(
             )
     if lower_bound is None:
         if A_log is None:
-            raise ValueError(f"{op}: use_gate_in_kernel needs A_log, the log of the rates; pass it")
+            raise ValueError(
+                f"{op}: the gate needs A_log, the log of the rates; pass it, or a lower_bound"
+            )
         return softplus_gate(g, A_log, dt_bias)
     if not lower_bound < 0:
         raise ValueError(f"{op}: lower_bound is {lower_bound}; a log decay below 0 was expected")

@@ -170,6 +170,7 @@ def recurrence_with_states(
     Raises `ValueError` where a gradient is recorded.
     """
     _checked_point(op, options, terms, initial_state, cu_seqlens, names or {})
+    check_chunk_size(op, options.chunk_size)
     refuse_sharded(op, "return_intermediate_states has no such form")
     if needs_gradient(*terms, initial_state):
         raise ValueError(
