@@ -200,7 +200,8 @@ def chunk_dplr_delta_rule(
     backend: str | None = None,
 ) -> Result:
     """DPLR chunk by chunk. `safe_gate` with its `lower_bound` promises bounded decays; any decay is
-    safe here, so the promise changes nothing.
+    safe here, so the promise changes nothing. Nor does `disable_recompute`, which is about the
+    memory of published kernels.
 
     Example:
         >>> q, k, v, a = torch.randn(4, 1, 100, 2, 16).unbind()

@@ -35,6 +35,7 @@ from fla.core.parallel import SequenceParallel
 from fla.core.precision import compute_dtype
 from fla.ops.engine.attention.flash import attend, attend_backward, merge_
 from fla.ops.engine.attention.pieces import compute
+from fla.ops.engine.sharding import zigzag_parts
 
 ORDERS = ("contiguous", "zigzag")
 
@@ -71,7 +72,7 @@ def spans_of(lengths: tuple[int, ...], bounds: list[int], order: str) -> list[li
     size = len(lengths)
     if order == "zigzag":
         chunk = lengths[0] // 2
-        held = [[(p * chunk, chunk), ((2 * size - 1 - p) * chunk, chunk)] for p in range(size)]
+        held = [[(n * chunk, chunk) for n in parts] for parts in zigzag_parts(size)]
     else:
         held = [
             [(begin, n)] for begin, n in zip(accumulate(lengths, initial=0), lengths, strict=False)
@@ -241,4 +242,4 @@ def _chunks(x: Tensor, ranks: int, dim: int) -> list[Tensor]:
 
 
 def _zigzag(ranks: int) -> list[int]:
-    return [i for p in range(ranks) for i in (p, 2 * ranks - 1 - p)]
+    return [number for parts in zigzag_parts(ranks) for number in parts]

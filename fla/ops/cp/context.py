@@ -22,7 +22,7 @@ from torch import Tensor
 from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_boundaries, refuse
 from fla.core.parallel import SequenceParallel, current, using
-from fla.ops.engine.sharding import Blocks, Ranks, group_of, rearrange
+from fla.ops.engine.sharding import Ranks, group_of, rearrange, zigzag_parts
 
 Result = TypeVar("Result")
 
@@ -181,7 +181,7 @@ def get_cp_cu_seqlens(
         )  # fmt: skip
     else:
         length = total // parts
-        pair = [_part(bounds, number, length) for number in _zigzag(world_size)[rank]]
+        pair = [_part(bounds, number, length) for number in zigzag_parts(world_size)[rank]]
         own = pair[0].cuts + [length + x for x in pair[1].cuts[1:]]
         more = dict(
             part_len=length, front_num_seqs=len(pair[0].cuts) - 1,
@@ -217,10 +217,6 @@ def _part(bounds: list[int], number: int, length: int) -> _Part:
     inside = {x - begin for x in bounds if 0 < x - begin < length}
     cuts = [0, *sorted(inside), length]
     return _Part(cuts, number - first // length, (last - 1) // length - number, begin - first)
-
-
-def _zigzag(ranks: int) -> Blocks:
-    return tuple((r, 2 * ranks - 1 - r) for r in range(ranks))
 
 
 def on_ranks(
@@ -280,7 +276,7 @@ def _on_zigzag_parts(
     function: Callable[..., Result], arguments: dict[str, Any], parallel: SequenceParallel
 ) -> Result:
     """`function` where its tokens follow those of the ranks before; the output comes back."""
-    held = _zigzag(parallel.size)
+    held = zigzag_parts(parallel.size)
     wanted = tuple((2 * r, 2 * r + 1) for r in range(parallel.size))
     moved = {
         name: rearrange(parallel, x, held, wanted)

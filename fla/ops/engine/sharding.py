@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fla.core.parallel import Own, SequenceParallel, Shard, exchange, tie
 
 Ranks = dist.ProcessGroup | DeviceMesh | None
-Blocks = tuple[tuple[int, ...], ...]  # the numbers of the blocks of every rank
+Parts = tuple[tuple[int, ...], ...]  # the numbers of the parts of a row that every rank holds
 
 
 def group_of(op: str, ranks: Ranks) -> dist.ProcessGroup:
@@ -146,11 +146,11 @@ def gather(parallel: SequenceParallel, x: Tensor) -> Tensor:
 
 
 class _Rearrange(torch.autograd.Function):
-    """Blocks of tokens to other ranks; their gradients go back."""
+    """Parts of a row to other ranks; their gradients go back."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, parallel: SequenceParallel, held: Blocks, wanted: Blocks
+        ctx: Any, x: Tensor, parallel: SequenceParallel, held: Parts, wanted: Parts
     ) -> Tensor:
         ctx.parallel, ctx.held, ctx.wanted = parallel, held, wanted
         return _rearranged(parallel, x, held, wanted)
@@ -160,28 +160,38 @@ class _Rearrange(torch.autograd.Function):
         return _rearranged(ctx.parallel, grads[0], ctx.wanted, ctx.held), None, None, None
 
 
-def _rearranged(parallel: SequenceParallel, x: Tensor, held: Blocks, wanted: Blocks) -> Tensor:
+def _rearranged(parallel: SequenceParallel, x: Tensor, held: Parts, wanted: Parts) -> Tensor:
     rank = parallel.rank
-    mine = [block.contiguous() for block in x.chunk(len(held[rank]), 1)]
+    mine = [part.contiguous() for part in x.chunk(len(held[rank]), 1)]
     out = [torch.empty_like(mine[0]) for _ in wanted[rank]]
     sends, receives = [], []
-    for block, number in zip(mine, held[rank], strict=True):
+    for part, number in zip(mine, held[rank], strict=True):
         to = next(p for p, numbers in enumerate(wanted) if number in numbers)
         if to == rank:
-            out[wanted[rank].index(number)].copy_(block)
+            out[wanted[rank].index(number)].copy_(part)
         else:
-            sends.append((block, to))
-    for block, number in zip(out, wanted[rank], strict=True):
+            sends.append((part, to))
+    for part, number in zip(out, wanted[rank], strict=True):
         source = next(p for p, numbers in enumerate(held) if number in numbers)
         if source != rank:
-            receives.append((block, source))
+            receives.append((part, source))
     exchange(parallel, sends, receives)
     return torch.cat(out, 1)
 
 
-def rearrange(parallel: SequenceParallel, x: Tensor, held: Blocks, wanted: Blocks) -> Tensor:
-    """x `[B, T, ...]` with other blocks of the row: rank p holds those numbered `held[p]`, equally
-    long, and gets `wanted[p]`. Both count upwards, so that two blocks between the same two ranks
+def zigzag_parts(ranks: int) -> Parts:
+    """Of 2 P equal parts rank r holds parts r and 2 P - 1 - r.
+
+    Example:
+        >>> zigzag_parts(2)
+        ((0, 3), (1, 2))
+    """
+    return tuple((r, 2 * ranks - 1 - r) for r in range(ranks))
+
+
+def rearrange(parallel: SequenceParallel, x: Tensor, held: Parts, wanted: Parts) -> Tensor:
+    """x `[B, T, ...]` with other parts of the row: rank p holds those numbered `held[p]`, equally
+    long, and gets `wanted[p]`. Both count upwards, so that two parts between the same two ranks
     arrive in the order in which they are sent.
     """
     return _Rearrange.apply(x, parallel, held, wanted)
