@@ -56,6 +56,8 @@ class BasedLinearAttention(_Polynomial):
     """Taylor linear attention between projections, on `[B, T, hidden_size]`:
     `o = W_o based(W_q x, W_k x, W_v x)`.
 
+    `eps` is kept for published configs, whose layer stores it and never reads it.
+
     Example:
         >>> import torch
         >>> layer = BasedLinearAttention(48, feature_dim=4, num_heads=3, num_key_value_heads=3)
@@ -70,6 +72,7 @@ class BasedLinearAttention(_Polynomial):
         num_key_value_heads: int = 12,
         num_heads: int = 12,
         feature_name: str = "taylor_exp",
+        eps: float = 1e-12,
         causal: bool = True,
         mode: str = "parallel",
         layer_idx: int | None = None,
@@ -92,6 +95,9 @@ class ReBasedLinearAttention(_Polynomial):
     """Squared linear attention between projections, on `[B, T, hidden_size]`:
     `o = W_o rebased(phi(W_q x), phi(W_k x), W_v x)` with `phi(x) = gamma norm(x) + beta`.
 
+    `l_max` is kept for published configs, whose layer stores it and never reads it: no length is
+    refused.
+
     Example:
         >>> import torch
         >>> layer = ReBasedLinearAttention(48, feature_dim=4, num_heads=3, num_key_value_heads=3)
@@ -102,6 +108,7 @@ class ReBasedLinearAttention(_Polynomial):
     def __init__(
         self,
         hidden_size: int,
+        l_max: int = 2048,
         feature_dim: int = 16,
         num_key_value_heads: int = 16,
         num_heads: int = 16,

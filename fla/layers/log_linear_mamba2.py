@@ -60,6 +60,7 @@ class LogLinearMamba2(Mamba2):
         use_bias: bool = True,
         norm_eps: float = 1e-5,
         layer_idx: int | None = None,
+        backend: str = "cuda",
         A_init_range: tuple[float, float] = (1, 16),
     ):
         super().__init__(
@@ -85,6 +86,7 @@ class LogLinearMamba2(Mamba2):
             norm_eps,
             chunk_size,
             layer_idx,
+            backend,
         )
 
     def check_width(self) -> None:

@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from fla.core.precision import promote_to_fp32
+from fla.layers.mamba import check_backend
 from fla.layers.mixer import Context, RecurrentMixer, State, multiple, register
 from fla.modules import ShortConvolution
 from fla.modules.layernorm_gated import RMSNormGated
@@ -23,7 +24,8 @@ class Mamba2(RecurrentMixer):
 
     The norm gates with silu(z), after or (`norm_before_gate`) before it; `rmsnorm=False` only
     gates. num_heads defaults to expand * hidden_size / head_dim. `chunk_size` is kept for published
-    configs: the operator's own chunks are faster here, and the numbers are the same.
+    configs: the operator's own chunks are faster here, and the numbers are the same. `backend` is
+    taken as in `Mamba`.
 
     Example:
         >>> Mamba2(hidden_size=64, head_dim=32, state_size=16)(torch.randn(2, 10, 64))[0].shape
@@ -59,9 +61,11 @@ class Mamba2(RecurrentMixer):
         norm_eps: float = 1e-5,
         chunk_size: int = 256,
         layer_idx: int | None = None,
+        backend: str = "cuda",
     ):
         super().__init__()
         name, width = type(self).__name__, expand * hidden_size
+        self.backend = check_backend(name, backend)
         if hidden_act not in ("silu", "swish"):
             raise ValueError(f"{name}: hidden_act is {hidden_act!r}; expected 'silu'")
         heads = multiple(name, "expand * hidden_size", width, "head_dim", head_dim)
