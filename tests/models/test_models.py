@@ -286,7 +286,7 @@ def test_reset_and_crop():
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, layer_types=["full_attention"]), "must hold num_hidden_layers=3"),
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, layer_types=["mamba2"] * 3), "entries with 'mamba2'"),
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(layers=[3], num_heads=4)), "holds 3, which is outside 0..2"),
-        (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=[dict(layers=[1])] * 2), "holds 1, which is named twice"),
+        (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=[dict(layers=[1], num_heads=4)] * 2), "holds 1, which is named twice"),
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(layers=[1], heads=4)), r"unknown fields \['heads'\]"),
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(num_heads=4)), "names no layers"),
         (lambda: make("gated_deltanet", attn=dict(layers=[0], num_heads=5)), "num_heads=5, which does not divide"),
