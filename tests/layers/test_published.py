@@ -270,6 +270,63 @@ def test_the_backend_of_a_convolution_changes_no_number(kind):
         layer_and_input(getattr(L, kind), backend="tpu", **sizes)
 
 
+@pytest.mark.parametrize("mode", ["chunk", "fused_recurrent"])
+@pytest.mark.parametrize("kind", ["GatedDeltaNet2", "PrecondKDA", "PrecondGatedDeltaNet"])
+def test_value_heads_of_a_group_share_what_key_heads_have(kind, mode):
+    """Two key heads for four value heads are four key heads, each twice."""
+    options = dict(head_dim=8, expand_v=1, mode=mode, allow_neg_eigval=True)
+    shared, x = layer_and_input(getattr(L, kind), num_heads=2, num_v_heads=4, **options)
+    full, _ = layer_and_input(getattr(L, kind), num_heads=4, **options)
+    state = {}
+    for name, want in full.state_dict().items():
+        given = shared.state_dict()[name]
+        if given.shape != want.shape:
+            given = given.unflatten(0, (2, -1)).repeat_interleave(2, 0).flatten(0, 1)
+        state[name] = given
+    full.load_state_dict(state)
+    assert_same(shared(x)[0], full(x)[0], "o")
+    narrow = {
+        "GatedDeltaNet2": {"f_proj.1.weight": 16, "b_proj.weight": 16, "A_log": 2, "dt_bias": 16},
+        "PrecondKDA": {"f_proj.1.weight": 32, "b_proj.weight": 2, "a_proj.weight": 4},
+        "PrecondGatedDeltaNet": {"a_atk_proj.weight": 2, "b_atk_proj.weight": 2, "A_log_atk": 2,
+            "dt_bias_atk": 2, "log_atk_scale": 2, "b_proj.weight": 4},
+    }[kind]  # fmt: skip
+    assert {name: len(shared.get_parameter(name)) for name in narrow} == narrow
+
+
+def test_norms_of_lightnet_and_bitnet_have_their_own_eps():
+    """1e-6 unless another field says otherwise; `norm_eps` changes nothing."""
+    layer, x = layer_and_input(L.LightNetAttention, expand_ratio=16, norm_eps=0.5)
+    q, k, v = F.silu(layer.q_proj(x)), layer.k_proj(x), heads(layer.v_proj(x), 2)
+    out = []
+    for t in range(T):  # a softmax over the tokens so far, per key channel
+        w = heads(k[:, : t + 1].softmax(1), 2)
+        scores = torch.einsum("bjhk,bhk->bhj", w, heads(q, 2)[:, t]) * 16**-0.5
+        out.append(torch.einsum("bhj,bjhv->bhv", scores, v[:, : t + 1]))
+    o = rms(torch.stack(out, 1).flatten(-2), layer.g_norm.weight, 1e-6)
+    assert_same(layer(x)[0], layer.o_proj(o * F.silu(layer.g_proj(x))), "LightNet")
+    other = L.LightNetAttention(hidden_size=D, expand_ratio=16, o_norm_eps=0.1)
+    assert other.g_norm.eps == 0.1
+    assert L.BitAttention(D, 2, norm_eps=0.5).q_proj.norm.eps == 1e-6
+    assert L.BitAttention(D, 2, bit_norm_eps=0.5).o_proj.norm.eps == 0.5
+
+
+def test_names_that_depend_on_the_gate():
+    for kind in (L.GatedLinearAttention, L.MultiScaleRetention, L.SimpleGatedLinearAttention):
+        names = {g: {n for n, _ in kind(hidden_size=D, num_heads=2, gate_fn=g).named_parameters()}
+            for g in ("swish", "silu")}  # fmt: skip
+        assert "g_norm_swish_gate.weight" in names["swish"] and "g_norm.weight" in names["silu"]
+
+
+def test_widths_that_are_derived_or_refused():
+    sizes = dict(qk_rope_head_dim=8, qk_nope_head_dim=16, kv_lora_rank=16, v_head_dim=16)
+    layer = L.MultiheadLatentAttention(D, 2, None, **sizes, qk_head_dim=None)
+    assert layer.q_proj.weight.shape == (48, D) and layer.scale == 24**-0.5
+    assert L.HGRNAttention(hidden_size=D, expand_ratio=0.5).i_proj.weight.shape == (16, D)
+    with pytest.raises(ValueError, match=r"hidden_size \* expand_ratio is 3.2"):
+        L.HGRNAttention(hidden_size=D, expand_ratio=0.1)
+
+
 def test_mamba3_is_made_where_it_is_told():
     layer = L.Mamba3(hidden_size=D, head_dim=16, state_size=8, device="meta", dtype=torch.float16)
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float16)}

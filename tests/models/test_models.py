@@ -249,11 +249,12 @@ def test_next_tokens_keep_to_their_sequence():
     assert next_tokens(labels, layout).tolist() == [[-100, 3, -100], [6, -100, -100]]
 
 
-def test_attention_of_an_attn_entry_keeps_the_config_s_norm():
-    layer = (
-        make("bitnet", attn=dict(layers=[0, 1, 2], num_heads=4), norm_eps=1e-3).model.layers[0].attn
-    )
-    assert layer.q_proj.norm.eps == 1e-3 and layer.num_heads == 4
+def test_bit_attention_has_an_eps_of_its_own():
+    attn = dict(layers=[0, 1, 2], num_heads=4)
+    layer = make("bitnet", attn=attn, norm_eps=1e-3).model.layers[0].attn
+    assert layer.q_proj.norm.eps == 1e-6 and layer.num_heads == 4
+    layer = make("bitnet", attn=attn | dict(bit_norm_eps=0.3)).model.layers[0].attn
+    assert layer.q_proj.norm.eps == 0.3
 
 
 def test_reset_and_crop():
