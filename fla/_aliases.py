@@ -116,6 +116,11 @@ class Alias(ModuleType):
     _target: str
     _renamed: Mapping[str, str]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A function of the real module is not hidden by the alias of its name."""
+        if not (isinstance(value, Alias) and hasattr(sys.modules.get(self._target), name)):
+            super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)

@@ -194,15 +194,17 @@ def _at_least(package: str, wanted: str) -> bool:
 def _supports_autotune_cache() -> bool:
     if find_spec_cached("triton") is None:
         return False
-    import triton
-
-    return "cache_results" in inspect.signature(triton.autotune).parameters
+    autotune = importlib.import_module("triton").autotune
+    return "cache_results" in inspect.signature(autotune).parameters
 
 
 def get_available_device() -> str:
     """`"cuda"`, `"xpu"`, `"mps"`, ... where torch sees an accelerator, else `"cpu"`."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None else accelerator.type
+
+
+map_triton_backend_to_torch_device = get_available_device
 
 
 def check_pytorch_version(version: str = "2.4") -> bool:

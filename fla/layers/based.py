@@ -56,7 +56,7 @@ class BasedLinearAttention(_Polynomial):
     """Taylor linear attention between projections, on `[B, T, hidden_size]`:
     `o = W_o based(W_q x, W_k x, W_v x)`.
 
-    `eps` is kept for published configs, whose layer stores it and never reads it.
+    `eps` is the operator's, 1e-12.
 
     Example:
         >>> import torch
@@ -84,6 +84,10 @@ class BasedLinearAttention(_Polynomial):
             raise ValueError(
                 f"BasedLinearAttention: feature_name is {feature_name!r}; expected 'taylor_exp'"
             )
+        if eps != 1e-12:
+            raise ValueError(
+                f"BasedLinearAttention: eps is {eps}, which the operator fixes; drop it"
+            )
 
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         rule = fused_recurrent_based if self.token_by_token(x) else chunk_based
@@ -93,10 +97,8 @@ class BasedLinearAttention(_Polynomial):
 
 class ReBasedLinearAttention(_Polynomial):
     """Squared linear attention between projections, on `[B, T, hidden_size]`:
-    `o = W_o rebased(phi(W_q x), phi(W_k x), W_v x)` with `phi(x) = gamma norm(x) + beta`.
-
-    `l_max` is kept for published configs, whose layer stores it and never reads it: no length is
-    refused.
+    `o = W_o rebased(phi(W_q x), phi(W_k x), W_v x)` with `phi(x) = gamma norm(x) + beta`. `l_max`
+    limits nothing, here as in published code.
 
     Example:
         >>> import torch

@@ -9,21 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.core.precision import promote_to_fp32
-from fla.layers.mixer import Context, RecurrentMixer, State
+from fla.layers.mixer import Context, RecurrentMixer, State, check_convolution
 from fla.modules import ShortConvolution
 from fla.ops.mamba import chunk_mamba, fused_recurrent_mamba
-
-BACKENDS = ("cuda", "triton")
-
-
-def check_backend(name: str, backend: str) -> str:
-    """`backend` if published layers know it, else `ValueError`."""
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"{name}: backend is {backend!r}; expected one of {', '.join(BACKENDS)} (it does not "
-            "change the numbers)"
-        )
-    return backend
 
 
 class Mamba(RecurrentMixer):
@@ -32,9 +20,8 @@ class Mamba(RecurrentMixer):
         u, z = W_in x        u <- silu(conv(u))        dt, B, C = W_x u
         o = W_out (mamba(u, softplus(W_dt dt + c), -exp(A_log), B, C, D) * silu(z))
 
-    `dt_rank` "auto" is hidden_size / 16, rounded up. `backend` ("cuda" or "triton") names the
-    convolution's kernel in published code; here `ShortConvolution` picks its own, with the same
-    numbers.
+    `dt_rank` "auto" is hidden_size / 16, rounded up. `backend` names the published kernel of the
+    convolution ("cuda" or "triton") and changes nothing: the device chooses.
 
     Example:
         >>> Mamba(hidden_size=64, intermediate_size=128)(torch.randn(2, 10, 64))[0].shape
@@ -64,7 +51,7 @@ class Mamba(RecurrentMixer):
         backend: str = "cuda",
     ):
         super().__init__()
-        self.backend = check_backend("Mamba", backend)
+        check_convolution("Mamba", backend)
         if hidden_act not in ("silu", "swish"):
             raise ValueError(f"Mamba: hidden_act is {hidden_act!r}; expected 'silu'")
         if dt_init not in ("random", "constant"):

@@ -9,8 +9,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from fla.core.precision import promote_to_fp32
-from fla.layers.mamba import check_backend
-from fla.layers.mixer import Context, RecurrentMixer, State, multiple, register
+from fla.layers.mixer import (
+    Context,
+    RecurrentMixer,
+    State,
+    check_convolution,
+    multiple,
+    register,
+)
 from fla.modules import ShortConvolution
 from fla.modules.layernorm_gated import RMSNormGated
 from fla.ops.mamba2 import NO_LIMIT, chunk_mamba2, fused_recurrent_mamba2
@@ -24,8 +30,8 @@ class Mamba2(RecurrentMixer):
 
     The norm gates with silu(z), after or (`norm_before_gate`) before it; `rmsnorm=False` only
     gates. num_heads defaults to expand * hidden_size / head_dim. `chunk_size` is kept for published
-    configs: the operator's own chunks are faster here, and the numbers are the same. `backend` is
-    taken as in `Mamba`.
+    configs: the operator's own chunks are faster here, and the numbers are the same. `backend`
+    names the published kernel of the convolution ("cuda" or "triton"); here the device chooses.
 
     Example:
         >>> Mamba2(hidden_size=64, head_dim=32, state_size=16)(torch.randn(2, 10, 64))[0].shape
@@ -65,7 +71,7 @@ class Mamba2(RecurrentMixer):
     ):
         super().__init__()
         name, width = type(self).__name__, expand * hidden_size
-        self.backend = check_backend(name, backend)
+        check_convolution(name, backend)
         if hidden_act not in ("silu", "swish"):
             raise ValueError(f"{name}: hidden_act is {hidden_act!r}; expected 'silu'")
         heads = multiple(name, "expand * hidden_size", width, "head_dim", head_dim)

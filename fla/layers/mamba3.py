@@ -23,8 +23,7 @@ class Mamba3(RecurrentMixer):
         o = W_out (mamba3(x, softplus(dt + dt_bias), A, B, C, sigmoid(l), w, D) * silu(z))
 
     `rope_fraction` of the state's components turn. `is_outproj_norm` puts a gated RMSNorm before
-    W_out. `chunk_size` is kept for published configs, as in `Mamba2`. Parameters are made on
-    `device` and in `dtype`, torch's defaults where None. With `is_mimo` x, z and what
+    W_out. `chunk_size` is kept for published configs, as in `Mamba2`. With `is_mimo` x, z and what
     is read have M = `mimo_rank` scaled copies, and B and C M heads' worth of channels:
 
         x_m = x * mimo_x_m        y_m = mamba3(x, ...)_m * silu(z * mimo_z_m)
@@ -87,7 +86,7 @@ class Mamba3(RecurrentMixer):
         if is_outproj_norm:
             self.norm = RMSNormGated(width, norm_eps, head_dim, norm_before_gate=True)
         self.out_proj = nn.Linear(width, hidden_size, bias=use_bias)
-        self.to(device=device, dtype=dtype)
+        self.to(device, dtype)
 
     def initial_values(self) -> dict[str, Tensor]:
         """Steps log-uniform between dt_min and dt_max; biases and D are 1; MIMO starts as copies

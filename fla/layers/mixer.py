@@ -271,6 +271,14 @@ def register(module: Mixer) -> None:
             module.register_parameter(name, nn.Parameter(value))
 
 
+def check_convolution(name: str, backend: str) -> None:
+    """Raise `ValueError` unless `backend` is a published convolution kernel, which is a choice of
+    speed; here the device chooses.
+    """
+    if backend not in ("cuda", "triton"):
+        raise ValueError(f"{name}: backend is {backend!r}; expected 'cuda' or 'triton'")
+
+
 def multiple(name: str, what: str, value: int, of: str, divisor: int) -> int:
     """`value // divisor`, or `ValueError` where that is not whole."""
     if value % divisor:

@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla.core.checks import refuse
 from fla.core.precision import promote_to_fp32
 from fla.layers import mixer
 from fla.layers.mixer import (
@@ -83,6 +84,7 @@ class Raven(RecurrentMixer):
     ):
         super().__init__()
         name = "Raven"
+        refuse(name, "use_short_conv", use_short_conv or None, "it has no convolution: drop it")
         self.mode, self.layer_idx = check_mode(name, mode), layer_idx
         for what, value, known in (
             ("decay_type", decay_type, ("Mamba2", "GLA")),
@@ -110,10 +112,6 @@ class Raven(RecurrentMixer):
         self.add_gumbel_noise, self.gate_logit_normalizer = add_gumbel_noise, gate_logit_normalizer
         self.feature_map = mixer.feature_map(name, feature_map, head_k)
         self.gate_fn, self.use_output_gate = gate_fn, use_output_gate
-        if use_short_conv:
-            raise ValueError(
-                f"{name}: use_short_conv is True; Raven has no convolution, leave it False"
-            )
         slots = self.num_kv_heads * self.num_slots
         self.q_proj = nn.Linear(hidden_size, key_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, key_dim // groups, bias=False)

@@ -134,8 +134,7 @@ class DecoderConfig(PretrainedConfig):
         """An entry of `attn` with the defaults of published configs; with a `kind` as it is."""
         if "kind" in spec or ("num_heads" not in spec and "layers" not in spec):
             return dict(spec)
-        if "num_heads" not in spec:
-            raise ValueError(f"{type(self).__name__}: attn names no num_heads; give it")
+        spec = {"num_heads": getattr(self, "num_heads", None), **spec}
         known = attention_fields(self._attention_of(spec))
         try:
             filled = fill_spec(spec)

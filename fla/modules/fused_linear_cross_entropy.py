@@ -20,12 +20,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._lazy import lazy_names
 from fla.core.checks import refuse
 from fla.core.stage import Facts, Form, Stage, first_tensor, not_compiled, tokenwise
 from fla.modules.fused_cross_entropy import shape_logits
 from fla.modules.losses import LogitShape
 from fla.ops.engine.kernels import support
 from fla.ops.engine.kernels.tensors import on_device
+
+# loads torch's DTensor, which takes a second
+__getattr__, _names = lazy_names(__name__, {"fla.modules.parallel": ["LinearLossParallel"]})
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _refuse_group(op: str, process_group: object | None) -> None:
-    fix = "compute a rank's logits, give them to FusedCrossEntropyLoss(process_group=...), drop it"
+    fix = "drop it, and give a rank's logits to FusedCrossEntropyLoss(process_group=...)"
     refuse(op, "process_group", process_group, fix)
 
 

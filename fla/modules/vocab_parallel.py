@@ -61,8 +61,18 @@ def vocab_parallel_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Loss and z-loss `[M]` of a rank's logits z `[M, V]`, in fp32 or fp64, after scale and cap.
 
-    Raises `ValueError` for a target outside the whole vocabulary.
+    Raises `ValueError`, on every rank, for shares of different widths and for a target outside the
+    whole vocabulary.
     """
+    width = torch.tensor([z.shape[1]], device=z.device)
+    every = [torch.empty_like(width) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, width, group=group)
+    widths = [int(x) for x in every]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"cross_entropy_loss: the ranks of process_group hold {widths} logits of each row; "
+            "equal shares of the vocabulary were expected: pad it to a multiple of the ranks"
+        )
     tokens = z.shape[1] * dist.get_world_size(group)
     kept = target[target != shape.ignore_index]
     if kept.numel() and not (int(kept.min()) >= 0 and int(kept.max()) < tokens):

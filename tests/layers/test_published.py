@@ -180,7 +180,7 @@ def test_ravens_router_in_two_layers_and_its_slots():
         L.Raven(hidden_size=D, num_heads=4, num_slots=8)
     layer = L.Raven(hidden_size=D, num_heads=4, num_slots=8, topk=2, bias_rmm=True)
     assert layer.r_bias.shape == (4, 8)
-    with pytest.raises(ValueError, match="use_short_conv is True; Raven has no convolution"):
+    with pytest.raises(ValueError, match=r"use_short_conv .*it has no convolution"):
         L.Raven(hidden_size=D, use_short_conv=True)
 
 
@@ -266,7 +266,7 @@ def test_the_backend_of_a_convolution_changes_no_number(kind):
         layer, x = layer_and_input(getattr(L, kind), state_size=8, backend=backend, **sizes)
         outputs.append(layer(x)[0])
     assert torch.equal(*outputs)
-    with pytest.raises(ValueError, match=f"{kind}: backend is 'tpu'; expected one of cuda, triton"):
+    with pytest.raises(ValueError, match=f"{kind}: backend is 'tpu'; expected 'cuda' or 'triton'"):
         layer_and_input(getattr(L, kind), backend="tpu", **sizes)
 
 
@@ -337,8 +337,8 @@ def test_constructor_arguments_can_be_read():
     layer = L.Attention(D, 4, 2, qkv_bias=True, rope_theta=500.0)
     assert layer.hidden_size == D and layer.qkv_bias is True and layer.rope_theta == 500.0
     assert layer.num_kv_heads == 2 and layer.window_size is None
-    based = L.BasedLinearAttention(48, 4, 3, 3, "taylor_exp", 1e-6)
-    assert based.eps == 1e-6 and based.causal and based.feature_name == "taylor_exp"
+    based = L.BasedLinearAttention(48, 4, 3, 3, "taylor_exp", 1e-12)
+    assert based.eps == 1e-12 and based.causal and based.feature_name == "taylor_exp"
     assert L.ReBasedLinearAttention(48, 512, 4, 3, 3).l_max == 512
     assert L.RWKV6FeedForward(D, layer_idx=3).layer_idx == 3
     assert L.RWKV7FeedForward(D, layer_idx=3, num_hidden_layers=6).num_hidden_layers == 6

@@ -60,6 +60,9 @@ WRONG = [
 def test_wrong_entries_are_refused(attn, message):
     with pytest.raises(ValueError, match=message):
         parse_attention_config(attn, num_hidden_layers=3)
+    if message == "names no num_heads":  # a config has its own, which fills in
+        assert GLAConfig(**SIZES, attn=attn).attn["num_heads"] == 2
+        return
     with pytest.raises(ValueError, match=message):
         GLAConfig(**SIZES, attn=attn)
     if message == "names no layers":  # the form that goes with `layer_types`, which are there

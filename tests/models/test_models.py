@@ -290,6 +290,10 @@ def test_reset_and_crop():
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=[dict(layers=[1], num_heads=4)] * 2), "holds 1, which is named twice"),
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(layers=[1], heads=4)), r"unknown fields \['heads'\]"),
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(num_heads=4)), "names no layers"),
+        (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(layers=[1.0])), r"holds 1\.0; expected integers"),
+        (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(layers=[1], num_heads=2.5)), r"attn\['num_heads'\] is 2\.5"),
+        (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(layers=[1], window_size=0)), r"attn\['window_size'\] is 0"),
+        (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(layers=[1], rope_theta=-1.0)), r"attn\['rope_theta'\] is -1\.0"),
         (lambda: make("gated_deltanet", attn=dict(layers=[0], num_heads=5)), "num_heads=5, which does not divide"),
         (lambda: make("gated_deltanet", layer_types=["sliding_attention"] * 3), "sliding_attention without a window"),
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(kind="flash")), "attn\\['kind'\\] is 'flash'"),
@@ -339,3 +343,14 @@ def test_wrong_configs(build, message):
 def test_wrong_inputs(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(name)(**arguments)
+
+
+def test_attention_entries_carry_the_published_defaults():
+    given = dict(layers=[1], num_heads=4)
+    config = GatedDeltaNetConfig(**TINY, **GDN, attn=given)
+    filled = dict(num_kv_heads=4, qkv_bias=False, window_size=None, rope_theta=10000.0)
+    assert config.attn == given | filled and given == dict(layers=[1], num_heads=4)
+    again = GatedDeltaNetConfig.from_dict(config.to_dict())
+    assert again.attn == config.attn and again.attention_at(1) == config.attention_at(1)
+    two = GatedDeltaNetConfig(**TINY, **GDN, attn=[given, dict(layers=[2], num_kv_heads=1)])
+    assert [spec["num_kv_heads"] for spec in two.attn] == [4, 1]

@@ -150,6 +150,12 @@ def split_vocabulary(mesh):
         sum(x * (i + 1) for i, x in enumerate(want)).backward()
         sum(x * (i + 1) for i, x in enumerate(got)).backward()
         assert_same(own.grad, logits.grad.chunk(size, 1)[rank], f"its gradient, {options}")
+    try:
+        FusedCrossEntropyLoss(process_group=mesh.get_group())(leaf(5, 7 - 2 * rank), target)
+    except ValueError as error:
+        assert "hold [7, 5] logits of each row; equal shares" in str(error), error
+    else:
+        raise AssertionError("shares of different widths")
     for wrong in (12, -1):
         try:
             FusedCrossEntropyLoss(process_group=mesh.get_group())(
