@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         if isinstance(error, UsageError):
             raise
         raise UsageError(str(error)) from error
-    run.train(arguments, training)
+    run.train(arguments, training, argv)
     return 0
 
 

@@ -18,7 +18,7 @@ class ABCAttention(RecurrentMixer):
         q, k = rotary(W x)        v = W_v x        s = clamp(W_s x, clamp_min, clamp_max)
         o = W_o (rms_norm(abc(q, k, v, s)) * swish(W_g x))
 
-    `use_input_gate` puts k and v through swish. `gate_low_rank_dim` and `gate_logit_normalizer`
+    `use_input_gate` puts q, k and v through swish. `gate_low_rank_dim` and `gate_logit_normalizer`
     are kept for published configs, whose layer has neither.
 
     Example:
@@ -80,7 +80,7 @@ class ABCAttention(RecurrentMixer):
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         (q, k, v), conv = self.project(x, context)
         if self.use_input_gate:
-            k, v = F.silu(k), F.silu(v)
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
         q, k, v, s = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v, self.s_proj(x)))
         if self.rotary is not None:
             q, k = self.rotary(q, k, positions=context.layout.positions(x.device))

@@ -56,6 +56,8 @@ class BasedLinearAttention(_Polynomial):
     """Taylor linear attention between projections, on `[B, T, hidden_size]`:
     `o = W_o based(W_q x, W_k x, W_v x)`.
 
+    `eps` is the operator's, 1e-12.
+
     Example:
         >>> import torch
         >>> layer = BasedLinearAttention(48, feature_dim=4, num_heads=3, num_key_value_heads=3)

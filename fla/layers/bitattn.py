@@ -7,7 +7,8 @@ from fla.modules.fused_bitlinear import FusedBitLinear
 
 class BitAttention(Attention):
     """`Attention` whose projections are `FusedBitLinear`: an RMSNorm, 8-bit activations and
-    weights of -1, 0 and 1 times a scale.
+    weights of -1, 0 and 1 times a scale. The norms' eps is `bit_norm_eps`: published code leaves it
+    at 1e-6 and takes `norm_eps` without using it.
 
     Example:
         >>> import torch
@@ -25,6 +26,7 @@ class BitAttention(Attention):
         max_position_embeddings: int | None = None,
         norm_eps: float = 1e-5,
         layer_idx: int | None = None,
+        bit_norm_eps: float = 1e-6,
     ):
         super().__init__(
             hidden_size,
@@ -38,5 +40,5 @@ class BitAttention(Attention):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             linear = getattr(self, name)
             bit = FusedBitLinear(linear.in_features, linear.out_features)
-            bit.norm.eps = norm_eps
+            bit.norm.eps = bit_norm_eps
             self.add_module(name, bit)

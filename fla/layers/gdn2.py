@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from fla.layers.kda import ChannelGated
-from fla.layers.mixer import Context, State
+from fla.layers.mixer import Context, State, repeat_heads
 from fla.ops.gdn2 import chunk_gdn2, fused_recurrent_gdn2
 
 
@@ -16,7 +16,7 @@ class GatedDeltaNet2(ChannelGated):
 
         b = sigmoid(W_b x)        w = sigmoid(W_w x)        o = gdn2(q/|q|, k/|k|, v, g, b, w)
 
-    `allow_neg_eigval` doubles b.
+    `allow_neg_eigval` doubles b. g and b are of key heads: the value heads of a group share them.
 
     Example:
         >>> import torch
@@ -24,6 +24,8 @@ class GatedDeltaNet2(ChannelGated):
         >>> layer(torch.randn(2, 10, 64))[0].shape
         torch.Size([2, 10, 64])
     """
+
+    gates_per_key_head = True
 
     def __init__(
         self,
@@ -60,6 +62,9 @@ class GatedDeltaNet2(ChannelGated):
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         q, k, v, g, conv = self.heads(x, context)
         b = self.b_proj(x).sigmoid().view_as(g)
+        g, b = repeat_heads(self.num_v_heads, self.num_heads, g, b)
+        groups = self.num_v_heads // self.num_heads
+        dt_bias = self.dt_bias.view(self.num_heads, -1).repeat_interleave(groups, 0)
         rule = fused_recurrent_gdn2 if self.token_by_token(x) else chunk_gdn2
         o, state = rule(
             q,
@@ -68,8 +73,8 @@ class GatedDeltaNet2(ChannelGated):
             g,
             2 * b if self.allow_neg_eigval else b,
             self.w_proj(x).sigmoid().view_as(v),
-            A_log=self.A_log,
-            dt_bias=self.dt_bias,
+            A_log=self.A_log.repeat_interleave(groups),
+            dt_bias=dt_bias.flatten(),
             use_qk_l2norm_in_kernel=True,
             use_gate_in_kernel=True,
             **context.sequences,

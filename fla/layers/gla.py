@@ -76,7 +76,8 @@ class GatedProjections(RecurrentMixer):
                 self.add_module(f"{letter}_conv1d", conv)
         if use_output_gate:
             self.g_proj = nn.Linear(hidden_size, value_dim, bias=False)
-        self.fused_gate = use_output_gate and fuse_norm and gate_fn in ("swish", "silu")
+        # the norm has another name with any other gate, "silu" included
+        self.fused_gate = use_output_gate and fuse_norm and gate_fn == "swish"
         if self.fused_gate:
             self.g_norm_swish_gate = FusedRMSNormGated(
                 self.head_v_dim, elementwise_affine, norm_eps

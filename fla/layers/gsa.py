@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.core.precision import promote_to_fp32
+from fla.layers import mixer
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, multiple, whole
 from fla.modules import RMSNorm, ShortConvolution
-from fla.modules.activations import ACT2FN
 from fla.ops.gsa import chunk_gsa, fused_recurrent_gsa
 
 
@@ -20,7 +20,9 @@ class GatedSlotAttention(RecurrentMixer):
         o = W_o rms_norm(swish(gsa(q, k, v, s, g)))
 
     The norm's eps is `o_norm_eps`: published code leaves it at 1e-5 and takes `norm_eps` without
-    using it.
+    using it. `use_output_gate` is kept for published configs: no published layer has such a gate,
+    and it changes nothing. `feature_map` is an activation or "t2r". Without `use_norm` there is no
+    norm; published code has one all the same.
 
     Example:
         >>> import torch
@@ -53,12 +55,6 @@ class GatedSlotAttention(RecurrentMixer):
         super().__init__()
         name = "GatedSlotAttention"
         self.mode, self.layer_idx = check_mode(name, mode), layer_idx
-        if use_output_gate:
-            raise ValueError(f"{name}: use_output_gate is not part of this layer; leave it False")
-        if feature_map not in ACT2FN:
-            raise ValueError(
-                f"{name}: feature_map is {feature_map!r}; expected one of {', '.join(ACT2FN)}"
-            )
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         groups = multiple(name, "num_heads", num_heads, "num_kv_heads", self.num_kv_heads)
         key_dim = whole(name, "hidden_size * expand_k", hidden_size * expand_k)
@@ -67,7 +63,8 @@ class GatedSlotAttention(RecurrentMixer):
         self.head_v_dim = multiple(name, "the value width", value_dim, "num_heads", num_heads)
         self.num_slots = self.head_k_dim if num_slots is None else num_slots
         self.gate_logit_normalizer, self.scale = gate_logit_normalizer, scale
-        self.feature_map, self.use_short_conv, self.use_norm = feature_map, use_short_conv, use_norm
+        self.feature_map = mixer.feature_map(name, feature_map, self.head_k_dim)
+        self.use_short_conv, self.use_norm = use_short_conv, use_norm
         self.q_proj = nn.Linear(hidden_size, key_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, key_dim // groups, bias=False)
         self.v_proj = nn.Linear(hidden_size, value_dim // groups, bias=False)
@@ -83,7 +80,7 @@ class GatedSlotAttention(RecurrentMixer):
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         (q, k, v), conv = self.project(x, context)
         q, k = (y.unflatten(-1, (-1, self.head_k_dim)) for y in (q, k))
-        q, k = ACT2FN[self.feature_map](q), ACT2FN[self.feature_map](k)
+        q, k = self.feature_map(q), self.feature_map(k)
         v = F.silu(v).unflatten(-1, (-1, self.head_v_dim))
         g = F.logsigmoid(promote_to_fp32(self.f_proj(x)).unflatten(-1, (-1, self.num_slots)))
         g = g / self.gate_logit_normalizer

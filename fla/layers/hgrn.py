@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.core.precision import promote_to_fp32
-from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, heads_and_ratio
+from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, heads_and_ratio, whole
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
 from fla.ops.gla import chunk_gla, fused_recurrent_gla
 from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
@@ -42,7 +42,7 @@ class HGRNAttention(RecurrentMixer):
         self,
         mode: str = "chunk",
         hidden_size: int = 1024,
-        expand_ratio: int = 1,
+        expand_ratio: float = 1,
         use_short_conv: bool = False,
         conv_size: int = 4,
         conv_bias: bool = False,
@@ -52,7 +52,8 @@ class HGRNAttention(RecurrentMixer):
     ):
         super().__init__()
         self.mode, self.layer_idx = check_mode("HGRNAttention", mode), layer_idx
-        self.use_short_conv, width = use_short_conv, hidden_size * expand_ratio
+        self.use_short_conv = use_short_conv
+        width = whole("HGRNAttention", "hidden_size * expand_ratio", hidden_size * expand_ratio)
         self.i_proj = nn.Linear(hidden_size, width, bias=False)
         self.f_proj = nn.Linear(hidden_size, width, bias=False)
         self.g_proj = nn.Linear(hidden_size, width, bias=False)

@@ -28,6 +28,7 @@ class ChannelGated(RecurrentMixer):
 
     A_log: Tensor
     dt_bias: Tensor
+    gates_per_key_head = False  # whether the decay is of key heads, not of value heads
 
     def __init__(
         self,
@@ -53,7 +54,8 @@ class ChannelGated(RecurrentMixer):
         self.head_v_dim = whole(name, "head_dim * expand_v", head_dim * expand_v)
         self.use_short_conv, self.allow_neg_eigval = use_short_conv, allow_neg_eigval
         self.key_dim, self.value_dim = num_heads * head_dim, self.num_v_heads * self.head_v_dim
-        self.gate_dim = self.num_v_heads * head_dim
+        self.gate_heads = num_heads if self.gates_per_key_head else self.num_v_heads
+        self.gate_dim = self.gate_heads * head_dim
         self.q_proj = nn.Linear(hidden_size, self.key_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, self.key_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, self.value_dim, bias=False)
@@ -69,7 +71,7 @@ class ChannelGated(RecurrentMixer):
 
     def initial_values(self) -> dict[str, Tensor]:
         """Decay rates A in [1, 16], time steps log-uniform in [0.001, 0.1]."""
-        A = torch.empty(self.num_v_heads).uniform_(1, 16)
+        A = torch.empty(self.gate_heads).uniform_(1, 16)
         return {"A_log": A.log(), "dt_bias": gate_steps(self.gate_dim)}
 
     def heads(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple]:
@@ -79,7 +81,7 @@ class ChannelGated(RecurrentMixer):
             qkv = [F.silu(y) for y in qkv]
         q, k = (y.unflatten(-1, (self.num_heads, self.head_k_dim)) for y in qkv[:2])
         v = qkv[2].unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        return q, k, v, self.f_proj(x).unflatten(-1, (self.num_v_heads, self.head_k_dim)), conv
+        return q, k, v, self.f_proj(x).unflatten(-1, (self.gate_heads, self.head_k_dim)), conv
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """Norm, gate and output projection."""

@@ -17,7 +17,8 @@ class LightNetAttention(RecurrentMixer):
         z_t = log sum_{j <= t} exp(W_k x_j)        k = exp(W_k x - z)        g = z_{t-1} - z_t
         o = W_o (rms_norm(gla(swish(W_q x), k, W_v x, g)) * swish(W_g x))
 
-    The state carries z, so a sequence may be continued anywhere.
+    The state carries z, so a sequence may be continued anywhere. The norm's eps is `o_norm_eps`:
+    published code leaves it at 1e-6 and takes `norm_eps` without using it.
 
     Example:
         >>> import torch
@@ -39,6 +40,7 @@ class LightNetAttention(RecurrentMixer):
         elementwise_affine: bool = True,
         norm_eps: float = 1e-5,
         layer_idx: int | None = None,
+        o_norm_eps: float = 1e-6,
     ):
         super().__init__()
         name = "LightNetAttention"
@@ -54,7 +56,7 @@ class LightNetAttention(RecurrentMixer):
             self.q_conv1d = ShortConvolution(width, conv_size, conv_bias, activation=None)
             self.k_conv1d = ShortConvolution(width, conv_size, conv_bias, activation=None)
             self.v_conv1d = ShortConvolution(hidden_size, conv_size, conv_bias, activation=None)
-        self.g_norm = FusedRMSNormGated(hidden_size, elementwise_affine, norm_eps)
+        self.g_norm = FusedRMSNormGated(hidden_size, elementwise_affine, o_norm_eps)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:

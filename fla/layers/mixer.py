@@ -5,8 +5,10 @@ cache.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +17,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from fla.core.layout import SequenceLayout
+from fla.modules.activations import ACT2FN
+from fla.modules.feature_map import T2RFeatureMap
 
 
 @dataclass
@@ -88,8 +92,26 @@ class StateCache(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+def _keeping_arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor after which every argument it did not store is an attribute of its name."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        for name, value in list(bound.arguments.items())[1:]:
+            if not hasattr(self, name) and not isinstance(value, nn.Module | Tensor):
+                setattr(self, name, value)
+
+    return wrapped
+
+
 class Mixer(nn.Module):
     """A token mixer `[B, T, D] -> [B, T, D]`. Subclasses define `mix` on tokens that are all real.
+    Constructor arguments are attributes of the same names, as code around published layers reads
+    them.
 
     A decoder resolves the layout once, packs the real tokens and hands `layout` down. A mixer used
     alone builds it from `attention_mask` or `cu_seqlens`, packs, unpacks its result, and counts its
@@ -97,6 +119,11 @@ class Mixer(nn.Module):
     """
 
     layer_idx: int | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _keeping_arguments(cls.__init__)  # type: ignore[method-assign]
 
     @classmethod
     def from_config(cls, config: Any, layer_idx: int) -> Mixer:
@@ -257,6 +284,17 @@ def multiple(name: str, what: str, value: int, of: str, divisor: int) -> int:
     if value % divisor:
         raise ValueError(f"{name}: {what} is {value}; it must be a multiple of {of}={divisor}")
     return value // divisor
+
+
+def feature_map(name: str, kind: str, head_dim: int) -> Callable[[Tensor], Tensor]:
+    """The map of q and k that `kind` names: "t2r", a learnt one, or an activation."""
+    if kind == "t2r":
+        return T2RFeatureMap(head_dim, head_dim)
+    if kind not in ACT2FN:
+        raise ValueError(
+            f"{name}: feature_map is {kind!r}; expected one of t2r, {', '.join(ACT2FN)}"
+        )
+    return ACT2FN[kind]
 
 
 def low_rank(inputs: int, rank: int, outputs: int, bias: bool = False) -> nn.Sequential:

@@ -42,7 +42,7 @@ class MultiheadLatentAttention(SoftmaxMixer):
         kv_lora_rank: int = 512,
         v_head_dim: int = 128,
         qk_nope_head_dim: int = 128,
-        qk_head_dim: int = 192,
+        qk_head_dim: int | None = 192,
         window_size: int | None = None,
         rope_theta: float | None = 10000.0,
         max_position_embeddings: int | None = None,
@@ -52,6 +52,8 @@ class MultiheadLatentAttention(SoftmaxMixer):
     ):
         super().__init__()
         name = "MultiheadLatentAttention"
+        if qk_head_dim is None:
+            qk_head_dim = qk_nope_head_dim + qk_rope_head_dim
         if qk_head_dim != qk_nope_head_dim + qk_rope_head_dim:
             raise ValueError(
                 f"{name}: qk_head_dim is {qk_head_dim}; expected qk_nope_head_dim + "

@@ -83,12 +83,13 @@ class PrecondGatedDeltaNet(GatedDeltaNet):
             norm_eps,
         )
         self.squash: dict[str, Any] = dict(x=squash_x, eps=squash_eps)
-        self.a_atk_proj = nn.Linear(hidden_size, self.num_v_heads, bias=False)
-        self.b_atk_proj = nn.Linear(hidden_size, self.num_v_heads, bias=False)
+        # keys are preconditioned, so what does it is of key heads
+        self.a_atk_proj = nn.Linear(hidden_size, num_heads, bias=False)
+        self.b_atk_proj = nn.Linear(hidden_size, num_heads, bias=False)
 
     def initial_values(self) -> dict[str, Tensor]:
         return super().initial_values() | preconditioner_values(
-            self.num_v_heads, self.log_atk_scale_init, self.a_log_init_lower
+            self.num_heads, self.log_atk_scale_init, self.a_log_init_lower
         )
 
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:

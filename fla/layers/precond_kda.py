@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from fla.layers.kda import ChannelGated
-from fla.layers.mixer import Context, State
+from fla.layers.mixer import Context, State, repeat_heads
 from fla.layers.precond_gated_deltanet import preconditioner_values
 from fla.ops.engine.recurrence.gates import softplus_gate
 from fla.ops.precond_kda import chunk_precond_kda, fused_recurrent_precond_kda
@@ -76,7 +76,7 @@ class PrecondKDA(ChannelGated):
         self.lower_bound = lower_bound
         self.squash: dict[str, Any] = dict(x=squash_x, eps=squash_eps)
         self.a_proj = nn.Linear(hidden_size, self.num_v_heads, bias=False)
-        self.b_proj = nn.Linear(hidden_size, self.num_v_heads, bias=False)
+        self.b_proj = nn.Linear(hidden_size, num_heads, bias=False)
         self.b_atk_proj = nn.Linear(hidden_size, self.num_v_heads, bias=False)
 
     def initial_values(self) -> dict[str, Tensor]:
@@ -87,6 +87,8 @@ class PrecondKDA(ChannelGated):
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         q, k, v, g, conv = self.heads(x, context)
         S, A = (None, None) if context.recurrent is None else context.recurrent
+        beta = self.b_proj(x).sigmoid() * (2 if self.allow_neg_eigval else 1)  # of key heads
+        (beta,) = repeat_heads(self.num_v_heads, self.num_heads, beta)
         rule = fused_recurrent_precond_kda if self.token_by_token(x) else chunk_precond_kda
         o, *states = rule(
             q,
@@ -95,7 +97,7 @@ class PrecondKDA(ChannelGated):
             g,
             softplus_gate(self.a_proj(x), self.A_log_atk, self.dt_bias_atk),
             self.b_atk_proj(x).sigmoid(),
-            self.b_proj(x).sigmoid() * (2 if self.allow_neg_eigval else 1),
+            beta,
             A_log=self.A_log,
             dt_bias=self.dt_bias,
             use_gate_in_kernel=True,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fla.core.checks import refuse
 from fla.core.precision import promote_to_fp32
+from fla.layers import mixer
 from fla.layers.mixer import (
     Context,
     RecurrentMixer,
@@ -29,7 +30,7 @@ from fla.ops.gsa import chunk_gsa, fused_recurrent_gsa
 class Raven(RecurrentMixer):
     """Routed slots, on `[B, T, hidden_size]`.
 
-        q, k = rms_norm(map(W x))        v = silu(W_v x)
+        q, k = rms_norm(map(W x))        v = gate_fn(W_v x)
         r = score(W_r x), kept for the topk slots of a head (of score + bias), else 0
         g = -exp(A_log) softplus(W_a x + dt_bias) r        s = 1 - exp(g)
         o = W_o rms_norm(gate_fn(gsa(q, k, v, s, g)))
@@ -38,8 +39,10 @@ class Raven(RecurrentMixer):
     `g = r log sigmoid(W_f x) / gate_logit_normalizer`, per slot. `router_score` is sigmoid, whose
     kept scores are divided by their sum, or softmax. In training Gumbel noise joins W_r x
     (`add_gumbel_noise`), so it changes the scores too. `bias_rmm` adds a bias to the choice alone.
-    With `use_output_gate` the norm is per head: `rms_norm(gate_fn(o)) * swish(W_g x)`. `fuse_norm`
-    changes nothing here: the norms are fused where their kernels run.
+    With `use_output_gate` the norm is per head: `rms_norm(gate_fn(o)) * gate_fn(W_g x)`.
+    `router_type="mlp"` makes W_r two layers with a GELU between. Without `num_slots` there are as
+    many as key channels per head, and topk is at most that. `fuse_norm` changes nothing here: the
+    norms are fused where their kernels run.
 
     Example:
         >>> layer = Raven(hidden_size=64, num_heads=2, num_slots=8, topk=2)
@@ -86,8 +89,7 @@ class Raven(RecurrentMixer):
         for what, value, known in (
             ("decay_type", decay_type, ("Mamba2", "GLA")),
             ("router_score", router_score, ("sigmoid", "softmax")),
-            ("router_type", router_type, ("lin",)),
-            ("feature_map", feature_map, tuple(ACT2FN)),
+            ("router_type", router_type, ("lin", "mlp")),
             ("gate_fn", gate_fn, tuple(ACT2FN)),
         ):
             if value not in known:
@@ -99,6 +101,8 @@ class Raven(RecurrentMixer):
         head_k = multiple(name, "the key width", key_dim, "num_heads", num_heads)
         self.head_v_dim = multiple(name, "the value width", value_dim, "num_heads", num_heads)
         self.num_slots = head_k if num_slots is None else num_slots
+        if num_slots is None:
+            topk = min(topk, self.num_slots)
         if not 1 <= topk <= self.num_slots:
             raise ValueError(
                 f"{name}: topk is {topk}; 1 to num_slots={self.num_slots} was expected"
@@ -106,7 +110,8 @@ class Raven(RecurrentMixer):
         self.use_short_conv, self.head_k_dim, self.scale = False, head_k, scale
         self.decay_type, self.topk, self.router_score = decay_type, topk, router_score
         self.add_gumbel_noise, self.gate_logit_normalizer = add_gumbel_noise, gate_logit_normalizer
-        self.feature_map, self.gate_fn, self.use_output_gate = feature_map, gate_fn, use_output_gate
+        self.feature_map = mixer.feature_map(name, feature_map, head_k)
+        self.gate_fn, self.use_output_gate = gate_fn, use_output_gate
         slots = self.num_kv_heads * self.num_slots
         self.q_proj = nn.Linear(hidden_size, key_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, key_dim // groups, bias=False)
@@ -116,13 +121,23 @@ class Raven(RecurrentMixer):
             register(self)
         else:
             self.f_proj = nn.Linear(hidden_size, slots, bias=False)
-        self.r_proj = nn.Linear(hidden_size, slots, bias=False)
-        self.r_bias = nn.Parameter(torch.zeros(slots)) if bias_rmm else None
+        self.r_proj: nn.Module = nn.Linear(hidden_size, slots, bias=False)
+        if router_type == "mlp":
+            first = nn.Linear(hidden_size, hidden_size)
+            self.r_proj = nn.Sequential(first, nn.GELU(), self.r_proj)
+        bias = torch.zeros(self.num_kv_heads, self.num_slots)
+        self.r_bias = nn.Parameter(bias) if bias_rmm else None
         self.q_norm = RMSNorm(head_k, elementwise_affine, eps=norm_eps)
         self.k_norm = RMSNorm(head_k, elementwise_affine, eps=norm_eps)
         if use_output_gate:
             self.o_gate_proj = nn.Linear(hidden_size, value_dim, bias=False)
-            self.o_norm = FusedRMSNormGated(self.head_v_dim, elementwise_affine, norm_eps)
+            # other gates than the fused norm's are multiplied in by hand
+            self.fused_gate = gate_fn in ("swish", "silu", "sigmoid")
+            self.o_norm = (
+                FusedRMSNormGated(self.head_v_dim, elementwise_affine, norm_eps, gate_fn)
+                if self.fused_gate
+                else RMSNorm(self.head_v_dim, elementwise_affine, eps=norm_eps)
+            )
         else:
             self.g_norm = RMSNorm(value_dim, elementwise_affine, eps=norm_eps)
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
@@ -143,7 +158,7 @@ class Raven(RecurrentMixer):
         scores = logits.sigmoid() if self.router_score == "sigmoid" else logits.softmax(-1)
         choice = scores.detach()
         if self.r_bias is not None:
-            choice = choice + self.r_bias.view(-1, self.num_slots)
+            choice = choice + self.r_bias
         kept = scores * torch.zeros_like(scores).scatter(-1, choice.topk(self.topk).indices, 1.0)
         if self.router_score == "sigmoid":
             kept = kept / (kept.sum(-1, keepdim=True) + 1e-9)
@@ -152,11 +167,11 @@ class Raven(RecurrentMixer):
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         (q, k, v), _ = self.project(x, context)
         q, k = (y.unflatten(-1, (-1, self.head_k_dim)) for y in (q, k))
-        q = self.q_norm(ACT2FN[self.feature_map](q))
-        k = self.k_norm(ACT2FN[self.feature_map](k))
+        q, k = self.q_norm(self.feature_map(q)), self.k_norm(self.feature_map(k))
         if self.rotary is not None:
             q, k = self.rotary(q, k, positions=context.layout.positions(x.device))
-        v = F.silu(v).unflatten(-1, (-1, self.head_v_dim))
+        gate = ACT2FN[self.gate_fn]
+        v = gate(v).unflatten(-1, (-1, self.head_v_dim))
         if self.decay_type == "Mamba2":
             decay = softplus_gate(self.a_proj(x), self.A_log, self.dt_bias).unsqueeze(-1)
         else:
@@ -168,9 +183,12 @@ class Raven(RecurrentMixer):
         rule = fused_recurrent_gsa if self.token_by_token(x) else chunk_gsa
         s = (1 - g.exp()).to(v.dtype)
         o, state = rule(q, k, v, s, g, scale=self.scale, **context.sequences)
-        o = ACT2FN[self.gate_fn](o)
-        if self.use_output_gate:
-            o = self.o_norm(o, self.o_gate_proj(x).view_as(o)).flatten(-2)
-        else:
-            o = self.g_norm(o.flatten(-2))
-        return self.o_proj(o), context.after(state)
+        return self.finish(gate(o), x), context.after(state)
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """Norm, gate and output projection."""
+        if not self.use_output_gate:
+            return self.o_proj(self.g_norm(o.flatten(-2)))
+        g = self.o_gate_proj(x).view_as(o)
+        o = self.o_norm(o, g) if self.fused_gate else self.o_norm(o) * ACT2FN[self.gate_fn](g)
+        return self.o_proj(o.flatten(-2))

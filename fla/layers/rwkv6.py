@@ -168,8 +168,10 @@ class RWKV6FeedForward(nn.Module):
         hidden_ratio: float | None = None,
         intermediate_size: int | None = None,
         hidden_act: str = "sqrelu",
+        layer_idx: int | None = None,
     ):
         super().__init__()
+        self.layer_idx = layer_idx  # kept as published; the block keeps the shift's state
         if intermediate_size is None:
             ratio = 3.5 if hidden_ratio is None else hidden_ratio
             intermediate_size = 32 * -(-int(hidden_size * ratio) // 32)

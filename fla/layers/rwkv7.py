@@ -132,8 +132,12 @@ class RWKV7FeedForward(nn.Module):
         hidden_ratio: float | None = None,
         intermediate_size: int | None = None,
         hidden_act: str = "sqrelu",
+        layer_idx: int | None = None,
+        num_hidden_layers: int | None = None,
     ):
         super().__init__()
+        # kept as published; the block keeps the shift's state and sets first values
+        self.layer_idx, self.num_hidden_layers = layer_idx, num_hidden_layers
         if intermediate_size is None:
             ratio = 4 if hidden_ratio is None else hidden_ratio
             intermediate_size = 32 * -(-int(hidden_size * ratio) // 32)

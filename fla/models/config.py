@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from fla.layers.attn import Attention
 from fla.layers.block_sparse_attn import BlockSparseAttention
 from fla.layers.dilated_attn import DilatedAttention
 from fla.layers.mla import MultiheadLatentAttention
+from fla.models.configuration_utils import check_layers, fill_spec
 from fla.modules.moe import Experts
 
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
@@ -48,10 +48,11 @@ class DecoderConfig(PretrainedConfig):
     "sliding_attention". `attn` describes the attention layers: a dictionary with the arguments of
     `fla.layers.Attention`, num_heads first, or with a `kind` ("mla", "dilated", "block_sparse")
     those of another in `ATTENTIONS`; the older form also names its `layers` (and may be a list of
-    such dictionaries), and is translated into `layer_types`. `moe` describes mixtures of experts in
-    the place of MLPs: a dictionary with the fields of `fla.modules.moe.Experts`, and `layers` where
-    not all have one. Layers of the types in `norm_after` norm what their mixer and MLP return, not
-    what they read. `fuse_norm` is accepted so that published configs load.
+    such dictionaries), and is translated into `layer_types`. Defaults are filled in when `attn` is
+    given and when it is assigned (see `fla.models.configuration_utils`). `moe` describes mixtures
+    of experts in the place of MLPs: a dictionary with the fields of `fla.modules.moe.Experts`, and
+    `layers` where not all have one. Layers of the types in `norm_after` norm what their mixer and
+    MLP return, not what they read. `fuse_norm` is accepted so that published configs load.
     """
 
     mixer: ClassVar[Any] = None
@@ -90,8 +91,7 @@ class DecoderConfig(PretrainedConfig):
             if theirs in kwargs:
                 setattr(self, ours, kwargs.pop(theirs))
         self._check_names(kwargs)
-        self.attn = self._filled(self.attn)
-        self.layer_types = self._resolve_layer_types()
+        self._resolve_attention()
         self.experts(0)
         wrong = set(self.norm_after or ()) - set(LAYER_TYPES)
         if wrong:
@@ -99,6 +99,26 @@ class DecoderConfig(PretrainedConfig):
                 f"{type(self).__name__}: norm_after holds {sorted(wrong)}; expected some of "
                 f"{', '.join(LAYER_TYPES)}"
             )
+        super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = dict(self.__dict__)
+        super().__setattr__(name, value)
+        if name == "attn" and "sliding_window" in before:  # the config is complete
+            try:
+                if any("layers" in spec for spec in self._specs()) or value is None:
+                    self.layer_types = None
+                self._resolve_attention()
+            except ValueError:
+                self.__dict__.update(before)
+                raise
+
+    def _resolve_attention(self) -> None:
+        """Check and fill `attn`, and set `layer_types` and the window from it."""
+        filled = [self._filled(spec) for spec in self._specs()]
+        one = filled[0] if filled else None
+        self.__dict__["attn"] = filled if isinstance(self.attn, list) else one
+        self.layer_types = self._resolve_layer_types()
         windows = {
             self.attention_at(i)[1]["window_size"]
             for i, kind in enumerate(self.layer_types)
@@ -109,7 +129,18 @@ class DecoderConfig(PretrainedConfig):
                 f"{type(self).__name__}: one window size per model, got {sorted(windows)}"
             )
         self.sliding_window = next(iter(windows), None)
-        super().__post_init__(**kwargs)
+
+    def _filled(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """An entry of `attn` with the defaults of published configs; with a `kind` as it is."""
+        if "kind" in spec or ("num_heads" not in spec and "layers" not in spec):
+            return dict(spec)
+        spec = {"num_heads": getattr(self, "num_heads", None), **spec}
+        known = attention_fields(self._attention_of(spec))
+        try:
+            filled = fill_spec(spec)
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}: {error}") from None
+        return {name: x for name, x in filled.items() if name in spec or name in known}
 
     def _check_names(self, given: dict[str, Any]) -> None:
         """Raise `ValueError` for names that neither the config nor transformers knows."""
@@ -152,24 +183,13 @@ class DecoderConfig(PretrainedConfig):
         assert self.layer_types is not None  # resolved when the config is made
         return self.layer_types[layer_idx]
 
-    def _filled(self, attn: Any) -> Any:
-        """`attn` with the defaults that published configs write into entries that name layers."""
-        if isinstance(attn, list):
-            return [self._filled(spec) for spec in attn]
-        if not isinstance(attn, dict) or "layers" not in attn or "kind" in attn:
-            return attn
-        known = attention_fields(self.attention)
-        heads = attn.get("num_heads", getattr(self, "num_heads", None))
-        defaults = {"num_heads": heads, "num_kv_heads": heads, "qkv_bias": False}
-        defaults |= {"window_size": None, "rope_theta": 10000.0}
-        missing = {name: x for name, x in defaults.items() if name in known and name not in attn}
-        return {**attn, **missing}
-
     def _specs(self) -> list[dict[str, Any]]:
         """`attn` as a list of dictionaries, checked."""
         name, given = type(self).__name__, self.attn if isinstance(self.attn, list) else [self.attn]
         specs: list[dict[str, Any]] = [spec for spec in given if spec is not None]
         for spec in specs:
+            if not isinstance(spec, dict):
+                raise ValueError(f"{name}: attn holds {spec!r}; expected a dictionary")
             if "kind" in spec and spec["kind"] not in ATTENTIONS:
                 raise ValueError(
                     f"{name}: attn['kind'] is {spec['kind']!r}; expected one of "
@@ -181,17 +201,6 @@ class DecoderConfig(PretrainedConfig):
                 raise ValueError(
                     f"{name}: attn has unknown fields {sorted(unknown)}; expected "
                     f"{', '.join(known)}"
-                )
-            for field in ("num_heads", "num_kv_heads", "window_size"):
-                value = spec.get(field)
-                if value is not None and (not isinstance(value, int) or value < 1):
-                    raise ValueError(
-                        f"{name}: attn[{field!r}] is {value!r}; a positive integer was expected"
-                    )
-            theta = spec.get("rope_theta")
-            if theta is not None and not (0 < theta < math.inf):
-                raise ValueError(
-                    f"{name}: attn['rope_theta'] is {theta!r}; expected a finite number above 0"
                 )
         return specs
 
@@ -212,19 +221,15 @@ class DecoderConfig(PretrainedConfig):
                 )
             return list(self.layer_types)
         kinds = [self.default_layer_type] * n
-        taken: set[int] = set()
-        for spec in self._specs():
-            if "layers" not in spec:
-                raise ValueError(
-                    f"{name}: attn names no layers; give attn['layers'] or layer_types"
-                )
+        specs = self._specs()
+        if any("layers" not in spec for spec in specs):
+            raise ValueError(f"{name}: attn names no layers; give attn['layers'] or layer_types")
+        try:
+            check_layers([spec["layers"] for spec in specs], n)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        for spec in specs:
             for i in spec["layers"]:
-                if not isinstance(i, int) or not 0 <= i < n or i in taken:
-                    raise ValueError(
-                        f"{name}: attn['layers'] holds {i!r}, which is "
-                        + ("named twice" if i in taken else f"outside 0..{n - 1}")
-                    )
-                taken.add(i)
                 kinds[i] = "sliding_attention" if spec.get("window_size") else "full_attention"
         return kinds
 

@@ -4,6 +4,7 @@
 from typing import Any, ClassVar
 
 from fla.layers.linearized import LinearizedAttention, LinearOptions
+from fla.models.configuration_utils import get_attention_spec, parse_attention_config
 from fla.models.decoder import DecoderForCausalLM, DecoderModel, register
 from fla.models.transformer import TransformerConfig
 
@@ -31,5 +32,9 @@ class HybridForCausalLM(DecoderForCausalLM):
     config_class = HybridConfig
     model_class = HybridModel
 
+
+# The names under which the published package's file of this name held two helpers.
+normalize_hybrid_attention_config = parse_attention_config
+get_hybrid_attention_spec = get_attention_spec
 
 register(HybridConfig, HybridModel, HybridForCausalLM)

@@ -9,7 +9,9 @@ from fla.models.decoder import DecoderForCausalLM, DecoderModel, register
 
 
 class LightNetConfig(DecoderConfig):
-    """`DecoderConfig` with the arguments of `fla.layers.LightNetAttention`."""
+    """`DecoderConfig` with the arguments of `fla.layers.LightNetAttention`, whose norm runs with
+    `o_norm_eps`, as in published code.
+    """
 
     model_type = "lightnet"
     mixer: ClassVar = LightNetAttention
@@ -21,6 +23,7 @@ class LightNetConfig(DecoderConfig):
     conv_size: int = 4
     gate_low_rank_dim: int = 128
     elementwise_affine: bool = True
+    o_norm_eps: float = 1e-6
 
 
 class LightNetModel(DecoderModel):

@@ -136,6 +136,7 @@ class FLALayer(CacheLayerMixin):
         super().__init__()
         self.state: dict[str, Any] = dict.fromkeys(STATES)
         self.home: list[torch.device] = []  # devices of what is offloaded
+        self.trimmed = False  # whether a window dropped tokens
 
     def write(self, window: int | None, attn_state: tuple[Tensor, ...] | None, **new: Any) -> None:
         """Replace the given states; tensors `[B, T, ...]` of attn_state are appended along time,
@@ -147,6 +148,7 @@ class FLALayer(CacheLayerMixin):
             if before is not None:
                 attn_state = tuple(torch.cat(x, 1) for x in zip(before, attn_state, strict=True))
             if window is not None:
+                self.trimmed |= attn_state[0].shape[1] > window
                 attn_state = tuple(x[:, -window:] for x in attn_state)
             self.state["attn_state"] = tuple(attn_state)
         self.is_initialized = True
@@ -180,7 +182,7 @@ class FLALayer(CacheLayerMixin):
         self.home = []
 
     def reset(self) -> None:
-        self.state, self.is_initialized = dict.fromkeys(STATES), False
+        self.state, self.is_initialized, self.trimmed = dict.fromkeys(STATES), False, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -191,14 +193,23 @@ class FLALayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map(lambda x: x[indices.to(x.device)])
 
-    def crop(self, tokens_to_remove: int) -> None:
-        if not tokens_to_remove:
-            return
+    def check_crop(self) -> None:
+        """`ValueError` where last tokens cannot be dropped."""
         if any(self.state[name] is not None for name in STATES if name != "attn_state"):
             raise ValueError(
                 "Cache.crop: a recurrent, convolution or ffn state cannot forget its last tokens; "
                 "keep a copy of the cache from before them"
             )
+        if self.trimmed:
+            raise ValueError(
+                "Cache.crop: the window has dropped tokens that would be seen again; keep a copy "
+                "of the cache from before them"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if not tokens_to_remove:
+            return
+        self.check_crop()
         if self.state["attn_state"] is not None:
             self._map(lambda x: x[:, :tokens_to_remove])
 
@@ -344,6 +355,11 @@ class Cache(DynamicCache):
         if isinstance(past_key_values, Cache):
             return past_key_values
         cache = cls()
+        if not isinstance(past_key_values, Iterable | None):
+            raise TypeError(
+                f"Cache.from_legacy_cache: past_key_values is {type(past_key_values).__name__}; "
+                "expected a Cache or a sequence of dictionaries, one per layer"
+            )
         for i, states in enumerate(past_key_values or ()):
             if not isinstance(states, dict) or not set(states) <= set(STATES):
                 raise TypeError(
@@ -355,6 +371,15 @@ class Cache(DynamicCache):
             layer.write(None, **{"attn_state": None, **states})
             cache.alone[i] = max(seen_tokens, layer.get_seq_length())
         return cache
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """(keys that `query_length` new tokens of a layer may look at, 0): for a recurrent layer
+        all tokens that it has seen.
+        """
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if isinstance(layer, RecurrentLayer):
+            return self.get_seq_length(layer_idx) + query_length, 0
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def get_max_length(self) -> int | None:  # type: ignore[override]  # as published
         """None: the cache grows with its tokens."""
@@ -445,7 +470,10 @@ class Cache(DynamicCache):
             raise ValueError(
                 "Cache.crop: a token shift cannot forget its last tokens; keep a copy of the cache"
             )
-        # recurrent layers first: they refuse before anything is cut
+        # layers that refuse do so before anything is cut
+        for layer in self.layers:
+            if tokens_to_remove and isinstance(layer, FLALayer):
+                layer.check_crop()
         for layer in sorted(self.layers, key=lambda x: isinstance(x, DynamicLayer)):
             layer.crop(tokens_to_remove)
         self.seen_tokens += tokens_to_remove

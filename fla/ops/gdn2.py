@@ -39,6 +39,7 @@ from fla.ops.engine.recurrence.recurrence import (
     check_row_dtypes,
     recurrence,
     recurrence_with_states,
+    state_layout,
 )
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
 
@@ -150,6 +151,7 @@ def chunk_gdn2(
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
+    transpose_state_layout: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """GDN-2 chunk by chunk.
@@ -157,6 +159,7 @@ def chunk_gdn2(
     With `return_intermediate_states`, where no gradient is recorded, a third value holds the states
     before every chunk, `[B, NT, HV, K, V]` fp32 (packed: the chunks of each sequence in turn).
     `disable_recompute` is about the memory of published kernels and changes nothing here.
+    `transpose_state_layout` is the former name of `state_v_first`.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 100, 2, 16).unbind()
@@ -171,7 +174,7 @@ def chunk_gdn2(
     options = Options(
         scale,
         output_final_state,
-        state_v_first=state_v_first,
+        state_v_first=state_layout(op, state_v_first, transpose_state_layout),
         chunk_size=chunk_size,
         backend=backend,
     )
@@ -211,11 +214,15 @@ def fused_recurrent_gdn2(
     lower_bound: float | None = None,
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
+    transpose_state_layout: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """GDN-2 token by token. Differentiable."""
+    """GDN-2 token by token. Differentiable. `transpose_state_layout` is the former name of
+    `state_v_first`.
+    """
     op = "fused_recurrent_gdn2"
-    options = Options(scale, output_final_state, state_v_first=state_v_first, backend=backend)
+    v_first = state_layout(op, state_v_first, transpose_state_layout)
+    options = Options(scale, output_final_state, state_v_first=v_first, backend=backend)
     check_tensors(op, g=(g, "B T HV K"))
     g = channel_gate(op, g, A_log, dt_bias, use_gate_in_kernel, False, lower_bound)
     return _gdn2(

@@ -107,7 +107,9 @@ def fused_recurrent_gla(
     transpose_state_layout: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """GLA token by token, with decays on the rows and the columns of the state."""
+    """GLA token by token, with decays on the rows and the columns of the state.
+    `transpose_state_layout` is the former name of `state_v_first`.
+    """
     op = "fused_recurrent_gla"
     v_first = state_layout(op, state_v_first, transpose_state_layout)
     options = Options(

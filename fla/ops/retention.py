@@ -111,7 +111,9 @@ def fused_recurrent_retention(
     transpose_state_layout: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Retention token by token; `reverse` runs from the last token to the first."""
+    """Retention token by token; `reverse` runs from the last token to the first.
+    `transpose_state_layout` is the former name of `state_v_first`.
+    """
     op = "fused_recurrent_retention"
     check_tensors(op, v=(v, "B T HV V"))
     return fused_recurrent_simple_gla(

@@ -190,7 +190,9 @@ def fused_recurrent_simple_gla(
     transpose_state_layout: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Simple GLA token by token; `reverse` runs from the last token to the first."""
+    """Simple GLA token by token; `reverse` runs from the last token to the first.
+    `transpose_state_layout` is the former name of `state_v_first`.
+    """
     op = "fused_recurrent_simple_gla"
     v_first = state_layout(op, state_v_first, transpose_state_layout)
     options = Options(

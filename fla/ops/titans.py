@@ -196,7 +196,26 @@ def chunk_titans_linear(
     return o.transpose(1, 2).to(v.dtype), (S, M) if output_final_state else None
 
 
-chunk_titans_linear_ref = naive_recurrent_titans_linear
+def chunk_titans_linear_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    b: Tensor,
+    theta: Tensor,
+    alpha: Tensor,
+    eta: Tensor,
+    eps: float = 1e-6,
+    chunk_size: int = 16,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    use_chunk: bool = True,
+) -> tuple[Tensor, State | None]:
+    """The equations by mini-batches, or without `use_chunk` token by token: the same numbers."""
+    form = chunk_titans_linear if use_chunk else naive_recurrent_titans_linear
+    return form(
+        q, k, v, w, b, theta, alpha, eta, eps, chunk_size, initial_state, output_final_state
+    )
 
 
 CASES = [

@@ -36,6 +36,7 @@ from fla.data.tokens import TokenBlocks, collate, encode, load_tokenizer
 from fla.evals.perplexity import Score, score, windows
 from fla.models.config import DecoderConfig
 from fla.training.callbacks import FlaTrainer, Interruption, LiveProgress, LossGuard, say
+from fla.training.card import write_card
 from fla.training.checkpoints import checkpoints, newest_whole
 from fla.training.saved import load_saved
 from fla.training.sharded import ShardedTrainer
@@ -164,9 +165,12 @@ def parse_overrides(pairs: list[str], config: type[DecoderConfig]) -> dict[str, 
     return values
 
 
-def train(run: RunArguments, args: TrainingArguments) -> Result | None:
+def train(
+    run: RunArguments, args: TrainingArguments, argv: list[str] | None = None
+) -> Result | None:
     """Train, score on held-out documents, save, plot and sample. Prints as it goes; under
-    `torchrun` the first process does what is not training, and the others return None.
+    `torchrun` the first process does what is not training, and the others return None. The saved
+    model card shows `argv`, the arguments of the command.
     """
     console = Console(highlight=False, soft_wrap=True, quiet=args.process_index > 0)
     folder = output_folder(args)
@@ -205,6 +209,8 @@ def train(run: RunArguments, args: TrainingArguments) -> Result | None:
         return None
     result = finish(run, args, trainer, corpus, tokenizer, console)
     (folder / "results.json").write_text(json.dumps(vars(result), indent=2) + "\n")
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    write_card(folder, config, run, args, corpus, result, argv)
     return result
 
 
@@ -409,7 +415,7 @@ def finish(
     console.print("a sample:", style="bold")
     console.print(text, markup=False)
     console.print(
-        f"\nmodel, tokenizer and results in {folder}\nloss curve {folder / 'loss.png'}\n"
+        f"\nmodel, tokenizer, card, results in {folder}\nloss curve {folder / 'loss.png'}\n"
         f"TensorBoard: tensorboard --logdir {folder / 'logs'}\n"
         f"more text: fla generate {folder} --prompt 'class '"
     )

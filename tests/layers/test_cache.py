@@ -4,6 +4,8 @@
 import pytest
 import torch
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fla.layers import Attention, GatedDeltaNet
 from fla.layers.utils import get_layer_cache, require_cache_layer_idx, update_layer_cache
@@ -133,8 +135,106 @@ def test_attention_states_are_appended_and_windowed():
     assert torch.equal(state["attn_state"][0], torch.cat([k, k], 1)[:, -7:])
     assert cache.get_seq_length(1) == 10 and cache.get_seq_length(0) == 0
     assert cache.size_in_bytes() == 2 * 14 * 4
+    with pytest.raises(ValueError, match="the window has dropped tokens"):
+        cache.crop(-2)
+    cache.update(attn_state=(k, -k), layer_idx=0)
+    with pytest.raises(ValueError, match="the window has dropped tokens"):
+        cache.crop(-2)
+    assert cache[0]["attn_state"][0].shape[1] == 5  # nothing is cut where a layer refuses
+
+
+def test_a_window_that_dropped_tokens_is_not_cropped():
+    cache, k = Cache(), torch.arange(10.0).view(1, 5, 2)
+    cache.update(attn_state=(k, k), layer_idx=0, cache_kwargs={"window_size": 5})
+    cache.crop(-1)
+    assert torch.equal(cache[0]["attn_state"][0], k[:, :4])
+    cache.update(attn_state=(k, k), layer_idx=0, cache_kwargs={"window_size": 5})
+    with pytest.raises(ValueError, match="the window has dropped tokens"):
+        cache.crop(-1)
+    cache.reset()
+    cache.update(attn_state=(k, k), layer_idx=0, cache_kwargs={"window_size": 5})
     cache.crop(-2)
-    assert cache[1]["attn_state"][0].shape[1] == 5 and cache.get_seq_length(1) == 8
+    assert cache.get_seq_length(0) == 3
+
+
+def test_mask_sizes_count_what_a_layer_has_seen():
+    cache = Cache()
+    for i, kind in enumerate(("attention", "recurrent")):
+        layer = layer_of(kind)
+        layer.layer_idx = i
+        layer(torch.randn(1, 4, 64).double(), past_key_values=cache, use_cache=True)
+    cache.update(recurrent_state=torch.zeros(1, 2), layer_idx=2, offset=7)
+    assert [cache.get_mask_sizes(2, i) for i in range(3)] == [(6, 0), (6, 0), (2, 0)]
+    assert cache.get_mask_sizes(2, 3) == (2, 0)  # not there yet
+
+
+def test_offloading_keeps_the_states():
+    layer, x = layer_of("recurrent"), torch.randn(1, 6, 64).double()
+    cache, want = Cache(), layer(x)[0]
+    layer(x[:, :4], past_key_values=cache, use_cache=True)
+    cache.layers[0].offload()
+    cache.layers[0].prefetch()
+    o = layer(x[:, 4:], past_key_values=cache, use_cache=True)[0]
+    assert (o - want[:, 4:]).abs().max() < 1e-12
+    with pytest.raises(TypeError, match="offloading"):
+        Cache(offloading=True)
+
+
+def test_caches_are_made_of_what_was_saved():
+    x = torch.randn(2, 3, 4)
+    cache = Cache.from_legacy_cache(({"attn_state": (x, x)}, {"recurrent_state": x}), seen_tokens=2)
+    assert [cache.get_seq_length(i) for i in (0, 1)] == [3, 2]  # what is held counts at least
+    assert torch.equal(cache.to_legacy_cache()[0]["attn_state"][1], x)
+    assert len(Cache.from_legacy_cache(None)) == 0
+    for wrong in (5, x.sum().item()):
+        with pytest.raises(TypeError, match="expected a Cache or a sequence of dictionaries"):
+            Cache.from_legacy_cache(wrong)
+    for wrong in ("ab", {"recurrent_state": x}, [{"keys": x}]):
+        with pytest.raises(TypeError, match=r"layer 0 is .* expected a dictionary of"):
+            Cache.from_legacy_cache(wrong)
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+    vocab_size: int = 16
+    num_hidden_layers: int = 2
+
+
+class OwnModel(PreTrainedModel, FLAGenerationMixin):
+    """A model as users write them, of layers for the published cache."""
+
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, 8)
+        self.layers = nn.ModuleList(Published(i) for i in range(config.num_hidden_layers))
+        self.head = nn.Linear(8, config.vocab_size)
+        self.post_init()
+
+    def forward(self, input_ids, past_key_values=None, use_cache=None, **kwargs):
+        x = self.embeddings(input_ids)
+        for layer in self.layers:
+            x = nn.functional.normalize(layer(x, past_key_values), dim=-1)
+        return CausalLMOutputWithPast(logits=8 * self.head(x), past_key_values=past_key_values)
+
+
+@pytest.mark.parametrize("mode", [dict(), dict(num_beams=3), dict(num_return_sequences=2, do_sample=True)], ids=str)  # fmt: skip
+def test_generate_of_a_model_for_the_published_cache(mode):
+    torch.manual_seed(0)
+    model, x = OwnModel(OwnConfig()).eval(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    for p in model.parameters():
+        p.data.normal_()
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        out = model.generate(
+            x, max_new_tokens=6, pad_token_id=0, use_cache=use_cache,
+            return_dict_in_generate=True, **mode,
+        )  # fmt: skip
+        results.append(out.sequences)
+        assert isinstance(out.past_key_values, Cache) is use_cache
+    assert torch.equal(*results)
 
 
 def test_beams_move_every_state_of_a_row():

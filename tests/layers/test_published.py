@@ -120,29 +120,44 @@ def slots(q, k, v, g):
     return torch.stack(out, 1)
 
 
+def phi(layer, x):
+    """The feature map of q and k: SiLU, or "t2r" with its matrix."""
+    learnt = hasattr(layer.feature_map, "layer")
+    return F.relu(x @ layer.feature_map.layer.weight.mT) if learnt else F.silu(x)
+
+
 def raven(layer, x, noise=0.0):
-    q, k = (heads(F.silu(p(x)), 2) for p in (layer.q_proj, layer.k_proj))
+    gate = {"swish": F.silu, "sigmoid": F.sigmoid, "relu": F.relu}[layer.gate_fn]
+    q, k = (phi(layer, heads(p(x), 2)) for p in (layer.q_proj, layer.k_proj))
     q, k = rms(q, layer.q_norm.weight, 1e-5), rms(k, layer.k_norm.weight, 1e-5)
-    v = heads(F.silu(layer.v_proj(x)), 2)
+    v = heads(gate(layer.v_proj(x)), 2)
     logits = heads(layer.r_proj(x), 2) + noise
     sigmoid = layer.router_score == "sigmoid"
     scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
-    bias = 0 if layer.r_bias is None else layer.r_bias.view(2, -1)
+    bias = 0 if layer.r_bias is None else layer.r_bias
     kept = torch.zeros_like(scores)
     for i in (scores + bias).topk(layer.topk, -1).indices.unbind(-1):
         kept.scatter_(-1, i[..., None], scores.gather(-1, i[..., None]))
     r = kept / (kept.sum(-1, keepdim=True) + 1e-9) if sigmoid else kept
     step = -layer.A_log.exp() * F.softplus(layer.a_proj(x) + layer.dt_bias)
-    o = F.silu(slots(q, k, v, step[..., None] * r))
+    o = gate(slots(q, k, v, step[..., None] * r))
     if layer.use_output_gate:
-        o = rms(o, layer.o_norm.weight, 1e-5) * F.silu(heads(layer.o_gate_proj(x), 2))
+        o = rms(o, layer.o_norm.weight, 1e-5) * gate(heads(layer.o_gate_proj(x), 2))
         return layer.o_proj(o.flatten(-2))
     return layer.o_proj(rms(o.flatten(-2), layer.g_norm.weight, 1e-5))
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(bias_rmm=True), dict(router_score="softmax"), dict(use_output_gate=True)],
+    [
+        {},
+        dict(bias_rmm=True),
+        dict(router_score="softmax"),
+        dict(use_output_gate=True),
+        dict(use_output_gate=True, gate_fn="sigmoid"),
+        dict(use_output_gate=True, gate_fn="relu", fuse_norm=False),
+        dict(gate_fn="sigmoid", router_type="mlp", feature_map="t2r"),
+    ],
     ids=str,
 )
 def test_raven_routes_and_gates_as_published(options):
@@ -153,6 +168,20 @@ def test_raven_routes_and_gates_as_published(options):
     names = {n for n, _ in layer.named_parameters() if "norm" in n}
     o_norm = {"o_norm.weight"} if layer.use_output_gate else {"g_norm.weight"}
     assert names == {"q_norm.weight", "k_norm.weight"} | o_norm
+
+
+def test_ravens_router_in_two_layers_and_its_slots():
+    layer, x = layer_and_input(L.Raven, num_heads=2, num_slots=6, topk=2, router_type="mlp")
+    first, last = layer.r_proj[0], layer.r_proj[2]
+    want = F.gelu(x @ first.weight.mT + first.bias) @ last.weight.mT
+    assert_same(layer.r_proj(x), want, "r")
+    assert L.Raven(hidden_size=D, num_heads=4).topk == 8  # as many slots as key channels
+    with pytest.raises(ValueError, match="topk is 32; 1 to num_slots=8"):
+        L.Raven(hidden_size=D, num_heads=4, num_slots=8)
+    layer = L.Raven(hidden_size=D, num_heads=4, num_slots=8, topk=2, bias_rmm=True)
+    assert layer.r_bias.shape == (4, 8)
+    with pytest.raises(ValueError, match=r"use_short_conv .*it has no convolution"):
+        L.Raven(hidden_size=D, use_short_conv=True)
 
 
 def test_ravens_noise_joins_the_logits():
@@ -198,6 +227,121 @@ def test_the_norm_of_hgrn2_and_gsa_has_its_own_eps(eps):
     g = F.logsigmoid(heads(layer.f_proj(x), 2)) / 8
     o = rms(F.silu(slots(q, k, v, g)).flatten(-2), layer.g_norm.weight, eps)
     assert_same(layer(x)[0], layer.o_proj(o), "GSA")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(feature_map="t2r"), dict(use_output_gate=True)], ids=str
+)
+def test_gsas_feature_map_and_its_gate_that_is_not(options):
+    layer, x = layer_and_input(L.GatedSlotAttention, num_heads=2, num_slots=4, **options)
+    q, k = (phi(layer, heads(p(x), 2)) for p in (layer.q_proj, layer.k_proj))
+    v, g = heads(F.silu(layer.v_proj(x)), 2), F.logsigmoid(heads(layer.f_proj(x), 2)) / 8
+    o = rms(F.silu(slots(q, k, v, g)).flatten(-2), layer.g_norm.weight, 1e-5)
+    assert_same(layer(x)[0], layer.o_proj(o), "o")
+    with pytest.raises(ValueError, match="feature_map is 'elu'; expected one of t2r"):
+        L.GatedSlotAttention(hidden_size=D, feature_map="elu")
+
+
+def test_abcs_input_gate_is_on_queries_too():
+    layer, x = layer_and_input(
+        L.ABCAttention, num_heads=2, num_slots=4, use_rope=False, use_input_gate=True
+    )
+    q, k, v = (heads(F.silu(p(x)), 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    s = heads(layer.s_proj(x), 2)
+    out = []
+    for t in range(T):
+        w = s[:, : t + 1].softmax(1)  # over the tokens so far, per slot
+        Hk, Hv = (torch.einsum("bthm,bthd->bhmd", w, y[:, : t + 1]) for y in (k, v))
+        p = (torch.einsum("bhmd,bhd->bhm", Hk, q[:, t]) * q.shape[-1] ** -0.5).softmax(-1)
+        out.append(torch.einsum("bhm,bhmd->bhd", p, Hv))
+    o = rms(torch.stack(out, 1), layer.g_norm.weight, 1e-5) * F.silu(heads(layer.g_proj(x), 2))
+    assert_same(layer(x)[0], layer.o_proj(o.flatten(-2)), "o")
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "LogLinearMamba2"])
+def test_the_backend_of_a_convolution_changes_no_number(kind):
+    sizes = {} if kind == "Mamba" else dict(head_dim=16)
+    outputs = []
+    for backend in ("cuda", "triton"):
+        layer, x = layer_and_input(getattr(L, kind), state_size=8, backend=backend, **sizes)
+        outputs.append(layer(x)[0])
+    assert torch.equal(*outputs)
+    with pytest.raises(ValueError, match=f"{kind}: backend is 'tpu'; expected 'cuda' or 'triton'"):
+        layer_and_input(getattr(L, kind), backend="tpu", **sizes)
+
+
+@pytest.mark.parametrize("mode", ["chunk", "fused_recurrent"])
+@pytest.mark.parametrize("kind", ["GatedDeltaNet2", "PrecondKDA", "PrecondGatedDeltaNet"])
+def test_value_heads_of_a_group_share_what_key_heads_have(kind, mode):
+    """Two key heads for four value heads are four key heads, each twice."""
+    options = dict(head_dim=8, expand_v=1, mode=mode, allow_neg_eigval=True)
+    shared, x = layer_and_input(getattr(L, kind), num_heads=2, num_v_heads=4, **options)
+    full, _ = layer_and_input(getattr(L, kind), num_heads=4, **options)
+    state = {}
+    for name, want in full.state_dict().items():
+        given = shared.state_dict()[name]
+        if given.shape != want.shape:
+            given = given.unflatten(0, (2, -1)).repeat_interleave(2, 0).flatten(0, 1)
+        state[name] = given
+    full.load_state_dict(state)
+    assert_same(shared(x)[0], full(x)[0], "o")
+    narrow = {
+        "GatedDeltaNet2": {"f_proj.1.weight": 16, "b_proj.weight": 16, "A_log": 2, "dt_bias": 16},
+        "PrecondKDA": {"f_proj.1.weight": 32, "b_proj.weight": 2, "a_proj.weight": 4},
+        "PrecondGatedDeltaNet": {"a_atk_proj.weight": 2, "b_atk_proj.weight": 2, "A_log_atk": 2,
+            "dt_bias_atk": 2, "log_atk_scale": 2, "b_proj.weight": 4},
+    }[kind]  # fmt: skip
+    assert {name: len(shared.get_parameter(name)) for name in narrow} == narrow
+
+
+def test_norms_of_lightnet_and_bitnet_have_their_own_eps():
+    """1e-6 unless another field says otherwise; `norm_eps` changes nothing."""
+    layer, x = layer_and_input(L.LightNetAttention, expand_ratio=16, norm_eps=0.5)
+    q, k, v = F.silu(layer.q_proj(x)), layer.k_proj(x), heads(layer.v_proj(x), 2)
+    out = []
+    for t in range(T):  # a softmax over the tokens so far, per key channel
+        w = heads(k[:, : t + 1].softmax(1), 2)
+        scores = torch.einsum("bjhk,bhk->bhj", w, heads(q, 2)[:, t]) * 16**-0.5
+        out.append(torch.einsum("bhj,bjhv->bhv", scores, v[:, : t + 1]))
+    o = rms(torch.stack(out, 1).flatten(-2), layer.g_norm.weight, 1e-6)
+    assert_same(layer(x)[0], layer.o_proj(o * F.silu(layer.g_proj(x))), "LightNet")
+    other = L.LightNetAttention(hidden_size=D, expand_ratio=16, o_norm_eps=0.1)
+    assert other.g_norm.eps == 0.1
+    assert L.BitAttention(D, 2, norm_eps=0.5).q_proj.norm.eps == 1e-6
+    assert L.BitAttention(D, 2, bit_norm_eps=0.5).o_proj.norm.eps == 0.5
+
+
+def test_names_that_depend_on_the_gate():
+    for kind in (L.GatedLinearAttention, L.MultiScaleRetention, L.SimpleGatedLinearAttention):
+        names = {g: {n for n, _ in kind(hidden_size=D, num_heads=2, gate_fn=g).named_parameters()}
+            for g in ("swish", "silu")}  # fmt: skip
+        assert "g_norm_swish_gate.weight" in names["swish"] and "g_norm.weight" in names["silu"]
+
+
+def test_widths_that_are_derived_or_refused():
+    sizes = dict(qk_rope_head_dim=8, qk_nope_head_dim=16, kv_lora_rank=16, v_head_dim=16)
+    layer = L.MultiheadLatentAttention(D, 2, None, **sizes, qk_head_dim=None)
+    assert layer.q_proj.weight.shape == (48, D) and layer.scale == 24**-0.5
+    assert L.HGRNAttention(hidden_size=D, expand_ratio=0.5).i_proj.weight.shape == (16, D)
+    with pytest.raises(ValueError, match=r"hidden_size \* expand_ratio is 3.2"):
+        L.HGRNAttention(hidden_size=D, expand_ratio=0.1)
+
+
+def test_mamba3_is_made_where_it_is_told():
+    layer = L.Mamba3(hidden_size=D, head_dim=16, state_size=8, device="meta", dtype=torch.float16)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float16)}
+    assert L.Mamba3(hidden_size=D, head_dim=16, state_size=8).D.dtype == torch.get_default_dtype()
+
+
+def test_constructor_arguments_can_be_read():
+    layer = L.Attention(D, 4, 2, qkv_bias=True, rope_theta=500.0)
+    assert layer.hidden_size == D and layer.qkv_bias is True and layer.rope_theta == 500.0
+    assert layer.num_kv_heads == 2 and layer.window_size is None
+    based = L.BasedLinearAttention(48, 4, 3, 3, "taylor_exp", 1e-12)
+    assert based.eps == 1e-12 and based.causal and based.feature_name == "taylor_exp"
+    assert L.ReBasedLinearAttention(48, 512, 4, 3, 3).l_max == 512
+    assert L.RWKV6FeedForward(D, layer_idx=3).layer_idx == 3
+    assert L.RWKV7FeedForward(D, layer_idx=3, num_hidden_layers=6).num_hidden_layers == 6
 
 
 def test_hgrn2s_expand_ratio_wins_over_its_heads():

@@ -249,11 +249,12 @@ def test_next_tokens_keep_to_their_sequence():
     assert next_tokens(labels, layout).tolist() == [[-100, 3, -100], [6, -100, -100]]
 
 
-def test_attention_of_an_attn_entry_keeps_the_config_s_norm():
-    layer = (
-        make("bitnet", attn=dict(layers=[0, 1, 2], num_heads=4), norm_eps=1e-3).model.layers[0].attn
-    )
-    assert layer.q_proj.norm.eps == 1e-3 and layer.num_heads == 4
+def test_bit_attention_has_an_eps_of_its_own():
+    attn = dict(layers=[0, 1, 2], num_heads=4)
+    layer = make("bitnet", attn=attn, norm_eps=1e-3).model.layers[0].attn
+    assert layer.q_proj.norm.eps == 1e-6 and layer.num_heads == 4
+    layer = make("bitnet", attn=attn | dict(bit_norm_eps=0.3)).model.layers[0].attn
+    assert layer.q_proj.norm.eps == 0.3
 
 
 def test_reset_and_crop():
@@ -286,10 +287,10 @@ def test_reset_and_crop():
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, layer_types=["full_attention"]), "must hold num_hidden_layers=3"),
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, layer_types=["mamba2"] * 3), "entries with 'mamba2'"),
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(layers=[3], num_heads=4)), "holds 3, which is outside 0..2"),
-        (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=[dict(layers=[1])] * 2), "holds 1, which is named twice"),
+        (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=[dict(layers=[1], num_heads=4)] * 2), "holds 1, which is named twice"),
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(layers=[1], heads=4)), r"unknown fields \['heads'\]"),
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(num_heads=4)), "names no layers"),
-        (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(layers=[1.0])), r"holds 1\.0, which is outside"),
+        (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(layers=[1.0])), r"holds 1\.0; expected integers"),
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(layers=[1], num_heads=2.5)), r"attn\['num_heads'\] is 2\.5"),
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(layers=[1], window_size=0)), r"attn\['window_size'\] is 0"),
         (lambda: GatedDeltaNetConfig(**TINY, **GDN, attn=dict(layers=[1], rope_theta=-1.0)), r"attn\['rope_theta'\] is -1\.0"),

@@ -13,6 +13,8 @@ from fla.models import (
     GSAForCausalLM,
     HGRN2Config,
     HGRN2ForCausalLM,
+    LightNetConfig,
+    LightNetForCausalLM,
     LogLinearMamba2Config,
     LogLinearMamba2ForCausalLM,
     MomConfig,
@@ -69,14 +71,15 @@ def test_a_residual_in_fp32_keeps_bf16_sums():
     assert states[1].dtype == torch.float32 and states[-1].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("config", "model", "options"), [
-    (HGRN2Config, HGRN2ForCausalLM, dict(expand_ratio=16)),
-    (GSAConfig, GSAForCausalLM, dict(num_heads=2, num_slots=8)),
+@pytest.mark.parametrize(("config", "model", "options", "published"), [
+    (HGRN2Config, HGRN2ForCausalLM, dict(expand_ratio=16), 1e-5),
+    (GSAConfig, GSAForCausalLM, dict(num_heads=2, num_slots=8), 1e-5),
+    (LightNetConfig, LightNetForCausalLM, dict(expand_ratio=16), 1e-6),
 ])  # fmt: skip
-def test_norm_eps_does_not_reach_the_mixers_norm(config, model, options):
+def test_norm_eps_does_not_reach_the_mixers_norm(config, model, options, published):
     for eps in (1e-6, 0.3):
         built = model(config(**TINY | options, norm_eps=eps))
-        assert built.model.layers[0].attn.g_norm.eps == 1e-5
+        assert built.model.layers[0].attn.g_norm.eps == published
         assert built.model.layers[0].attn_norm.eps == eps
     built = model(config(**TINY | options, o_norm_eps=0.3))
     assert built.model.layers[0].attn.g_norm.eps == 0.3

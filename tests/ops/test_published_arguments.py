@@ -1,25 +1,35 @@
 # SPDX-License-Identifier: MIT
 """Arguments that callers of the published operators pass: what each of them does."""
 
+import importlib.util
 import warnings
-from itertools import pairwise
-from itertools import product as product_of
+from itertools import pairwise, product
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fla import use_backend
-from fla.ops import gated_delta_product as product
-from fla.ops import kda, log_linear_attn, precond_gated_delta_rule, precond_kda, rwkv7
+from fla.ops import (
+    comba,
+    gsa,
+    kda,
+    log_linear_attn,
+    precond_gated_delta_rule,
+    precond_kda,
+    rwkv7,
+    titans,
+)
+from fla.ops import gated_delta_product as products
 from fla.ops.engine.native import library
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_gdn_gate
 from fla.ops.gdn2 import chunk_gdn2
 from fla.ops.registry import OPS
-from tests.helpers import assert_same
+from tests.helpers import assert_same, matrix
 
-FORMER = ("gla", "simple_gla", "retention", "gated_delta_rule", "kda")
+FORMER = ("gla", "simple_gla", "retention", "gated_delta_rule", "kda", "gdn2")
 BACKENDS = ["torch", *([] if library.MISSING else ["native"])]
+TRITON = ["triton"] if importlib.util.find_spec("triton") else []  # on a CPU its interpreter
 
 
 def case(name):
@@ -32,7 +42,7 @@ def inputs(name, B=1, T=150, K=6, V=8, dtype=torch.float32, **sizes):
 
 @pytest.mark.parametrize(
     ("name", "form"),  # the published chunk form of retention has no such switch
-    sorted(set(product_of(FORMER, ("chunk", "token"))) - {("retention", "chunk")}),
+    sorted(set(product(FORMER, ("chunk", "token"))) - {("retention", "chunk")}),
 )
 def test_the_former_name_of_state_v_first(name, form):
     op, x = case(name), inputs(name, T=9)
@@ -91,9 +101,21 @@ def test_intermediate_states_go_on_from_a_state_in_its_layout():
         kda.chunk_kda(**x, return_intermediate_states=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [0, -1, 1.5])
+def test_intermediate_states_of_no_chunk_size(size):
+    with pytest.raises(ValueError, match=f"chunk_size is {size}; a positive integer"):
+        kda.chunk_kda(**inputs("kda", T=9), chunk_size=size, return_intermediate_states=True)
+
+
 @pytest.mark.parametrize(
-    "name", ["gated_delta_rule", "kda", "gdn2", "precond_kda", "comba", "delta_rule"]
+    ("name", "backend"),
+    matrix(
+        product(
+            ["gated_delta_rule", "kda", "gdn2", "precond_kda", "comba", "delta_rule"],
+            [*BACKENDS, *TRITON],
+        ),
+        lambda name, backend: backend != "triton" or name == "kda",
+    ),
 )
 def test_keys_in_fp32_beside_values_in_half(name, backend):
     """What an l2norm outside the operator leaves."""
@@ -190,15 +212,15 @@ def test_scale_of_log_linear_attention():
 def test_loops_of_packed_rows():
     bounds = torch.tensor([0, 4, 4, 11])
     x = inputs("gated_delta_product", T=11, dtype=torch.float64)
-    naive = product.naive_recurrent_gated_delta_product
+    naive = products.naive_recurrent_gated_delta_product
     o, S = naive(*x.values(), 0.5, bounds, None, True, 2)
-    want, final = product.chunk_gated_delta_product(
+    want, final = products.chunk_gated_delta_product(
         *x.values(), 2, 0.5, None, True, cu_seqlens=bounds
     )
     torch.testing.assert_close(o, want)
     torch.testing.assert_close(S, final)
     normed = {n: F.normalize(y, dim=-1) if n in "qk" else y for n, y in x.items()}
-    other = product.chunk_gated_delta_product_ref(
+    other = products.chunk_gated_delta_product_ref(
         *x.values(), 2, 0.5, None, True, bounds, use_qk_l2norm_in_kernel=True
     )[0]
     torch.testing.assert_close(other, naive(*normed.values(), 0.5, bounds, None, True, 2)[0],
@@ -235,3 +257,39 @@ def test_a_legacy_layout_compiles_and_warns_once_it_is_named():
         warnings.simplefilter("ignore")
         S = compiled(**x, transpose_state_layout=True, output_final_state=True)[1]
     assert S.shape == (1, 2, 8, 6)
+
+
+def test_comba_of_grouped_value_heads_is_its_equation():
+    """q, k, p of head h // 2, by a loop in fp64."""
+    x = inputs("comba", T=9, HV=4, dtype=torch.float64)
+    q, k, v, p, g, beta = (x[n][0] for n in ("q", "k", "v", "p", "g", "beta"))
+    want = torch.empty_like(v)
+    for h in range(4):
+        S = v.new_zeros(6, 8)
+        for t in range(9):
+            u = beta[t, h] * (v[t, h] - S.T @ p[t, h // 2])
+            S = g[t, h].exp() * S + torch.outer(k[t, h // 2], u)
+            want[t, h] = 6**-0.5 * S.T @ q[t, h // 2]
+    assert_same(comba.chunk_comba(**x)[0][0], want, "chunk")
+    assert_same(comba.fused_recurrent_comba(**x)[0][0], want, "token")
+    assert_same(comba.naive_recurrent_comba(**x)[0][0], want, "naive")
+
+
+def test_slot_attention_without_g_normalises_its_slots():
+    x = inputs("gsa", T=9, dtype=torch.float64)
+    s, _ = x.pop("s"), x.pop("g", None)
+    z = s.logcumsumexp(1)
+    before = torch.cat([torch.full_like(z[:, :1], -torch.inf), z[:, :-1]], 1)
+    want = gsa.naive_recurrent_gsa(**x, s=(s - z).exp(), g=before - z)[0]
+    assert_same(gsa.naive_recurrent_gsa(**x, s=s)[0], want, "o")
+
+
+def test_both_loops_of_titans_are_one():
+    x = inputs("titans", T=20, V=6, dtype=torch.float64)
+    mini_batches, tokens = (
+        titans.chunk_titans_linear_ref(**x, output_final_state=True, use_chunk=use)
+        for use in (True, False)
+    )
+    assert_same(mini_batches[0], tokens[0], "o", rtol=1e-9)
+    for a, b in zip(mini_batches[1], tokens[1], strict=True):
+        assert_same(a, b, "state", rtol=1e-9)

@@ -3,6 +3,8 @@
 
 import json
 import os
+import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -25,6 +28,7 @@ from transformers import (
 import fla
 from fla import cli
 from fla.training.callbacks import FlaTrainer
+from fla.training.card import shown_command
 from fla.training.checkpoints import damage, newest_whole
 from fla.training.run import RunArguments, prepare_model
 from tests import processes
@@ -76,6 +80,33 @@ def test_a_run_leaves_everything_behind(trained):
     tokenizer = AutoTokenizer.from_pretrained(trained)
     ids = tokenizer("def ", return_tensors="pt", add_special_tokens=False).input_ids
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] <= 7
+
+
+def test_a_run_writes_a_model_card(text, trained):
+    card = ModelCard.load(trained / "README.md")
+    assert card.data.to_dict() == dict(library_name="transformers", pipeline_tag="text-generation",
+        tags=["fla", "linear-attention", "gated_deltanet"])  # fmt: skip
+    result = json.loads((trained / "results.json").read_text())
+    rows = dict(re.findall(r"^\| (.*?) \| (.*?) \|$", card.text, re.MULTILINE))
+    want = {
+        "architecture": "`gated_deltanet`", "parameters": f"{result['parameters']:,}", "steps": "8",
+        "layers": "2 linear attention", "width": "16", "tokens": "512", "data": f"`{text}`",
+        "this model": f"{result['bits_per_byte']:.3f}", "gzip -9": f"{result['compressed']['gzip -9']:.3f}",
+        "fla": fla.__version__, "torch": torch.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+    assert {name: rows[name] for name in want} == want
+    assert "fla train --model_config hidden_size=16 num_hidden_layers=2" in card.text
+    home = str(Path.home())  # no path but those that were given
+    assert home not in card.text.replace(text, "").replace(str(trained), "")
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    space = {}
+    exec(code, space)
+    assert space["model"].num_parameters() == result["parameters"]
+
+
+def test_a_model_card_shows_no_secret():
+    shown = shown_command(["--hub_token", "hf_one", "--hub_token=hf_two", "--tokenizer", "byte"])
+    assert "hf_" not in shown and "--tokenizer byte" in shown
 
 
 def test_resumed_equals_uninterrupted(text, trained, tmp_path):
