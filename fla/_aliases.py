@@ -2,9 +2,9 @@
 """Module paths that other software imports, on the modules that hold the names here.
 
 `PARTS` gives a page the submodules that the published package splits it into (`fla.ops.gla.naive`),
-`MODULES` names other paths. One finder on `sys.meta_path` serves both: an alias is a module whose
-names are looked up in the real one when asked for, and functions keep the real one as their
-`__module__`, so they pickle.
+`MODULES` names other paths, `DILATED` those of `dilated_attention_pytorch`. One finder on
+`sys.meta_path` serves them all: an alias is a module whose names are looked up in the real one when
+asked for, and functions keep the real one as their `__module__`, so they pickle.
 """
 
 from __future__ import annotations
@@ -86,27 +86,40 @@ MODULES = {
     "fla.modules.causal_conv1d": "fla.modules.convolution",
     "fla.modules.causal_conv1d.cp": "fla.modules.convolution",
     "fla.modules.token_shift_cp": "fla.modules.token_shift",
-    "dilated_attention_pytorch.core.memory_pool": "dilated_attention_pytorch.core.pools",
-    "dilated_attention_pytorch.multihead_dilated_attention": (
-        "dilated_attention_pytorch.dilated_attention"
+}
+# Modules of the package `dilated_attention_pytorch`, by the one here that holds their names.
+DILATED = {
+    "_arguments": "utils.validation",
+    "adaptive": "block_sparse_adaptive",
+    "block_sparse": (
+        "block_sparse_hierarchical block_sparse_optimized block_sparse_ring_dilated_attention "
+        "block_sparse_ring_distributed_dilated_attention "
+        "block_sparse_ring_multihead_dilated_attention block_sparse_torch_sparse "
+        "distributed_sparse_config"
     ),
-    "dilated_attention_pytorch.improved_dilated_attention": (
-        "dilated_attention_pytorch.dilated_attention"
+    "core.pools": (
+        "core.bucketed_memory_pool core.enhanced_memory_pool core.fragment_aware_pool "
+        "core.memory_pool core.numa_aware_pool core.unified_memory_pool"
     ),
-    "dilated_attention_pytorch.improved_multihead_dilated_attention": (
-        "dilated_attention_pytorch.dilated_attention"
+    "dilated_attention": (
+        "core.base improved_dilated_attention improved_distributed_dilated_attention "
+        "improved_multihead_dilated_attention multihead_dilated_attention"
     ),
-    "dilated_attention_pytorch.improved_distributed_dilated_attention": (
-        "dilated_attention_pytorch.dilated_attention"
+    "patterns": "sparse_pattern_generator sparse_pattern_utils utils.sparse_pattern_utils",
+    "ring": (
+        "ring_dilated_attention ring_dilated_attention_production ring_dilated_attention_v2 "
+        "ring_dilated_attention_v2_collective ring_dilated_attention_v2_flash"
     ),
-    "dilated_attention_pytorch.ring_dilated_attention": "dilated_attention_pytorch.ring",
-    "dilated_attention_pytorch.ring_dilated_attention_v2": "dilated_attention_pytorch.ring",
-    "dilated_attention_pytorch.block_sparse_ring_dilated_attention": (
-        "dilated_attention_pytorch.block_sparse"
-    ),
-    "dilated_attention_pytorch.block_sparse_optimized": "dilated_attention_pytorch.block_sparse",
-    "dilated_attention_pytorch.block_sparse_hierarchical": "dilated_attention_pytorch.block_sparse",
-    "dilated_attention_pytorch.block_sparse_adaptive": "dilated_attention_pytorch.adaptive",
+    "utils": "utils.attention_utils",
+}
+# Names that are another name in the module that an alias stands for.
+RENAMED = {
+    "dilated_attention_pytorch.core.base": {
+        "BaseDilatedAttention": "dilated_attention_pytorch.dilated_attention:DilatedAttention",
+        "BaseMultiheadDilatedAttention": (
+            "dilated_attention_pytorch.dilated_attention:MultiheadDilatedAttention"
+        ),
+    },
 }
 
 
@@ -176,7 +189,10 @@ def install(models: Mapping[str, str]) -> None:
     table = dict(MODULES)
     for page, parts in PARTS.items():
         table.update({f"{page}.{part}": page for part in parts.split()})
-    renamed = {}
+    package = "dilated_attention_pytorch"
+    for page, parts in DILATED.items():
+        table.update({f"{package}.{part}": f"{package}.{page}" for part in parts.split()})
+    renamed: dict[str, Mapping[str, str]] = dict(RENAMED)
     for kind, name in models.items():
         home = f"fla.models.{kind}"
         table[f"{home}.configuration_{kind}"] = table[f"{home}.modeling_{kind}"] = home

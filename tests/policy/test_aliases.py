@@ -25,7 +25,8 @@ def test_an_alias_is_imported_and_hides_nothing(alias):
     real = importlib.import_module(FINDER.table[alias])
     public = [name for name in dir(module) if hasattr(real, name)]
     assert public and getattr(module, public[0]) is getattr(real, public[0])
-    assert {*MODULES, *PARTS} & {alias, home, FINDER.table[alias]} or home.startswith("fla.models")
+    if not alias.startswith(("dilated", "fla.models")):
+        assert {*MODULES, *PARTS} & {alias, home, FINDER.table[alias]}
 
 
 def test_the_ways_to_import():
@@ -42,6 +43,24 @@ def test_the_ways_to_import():
     assert pickle.loads(pickle.dumps(naive.naive_recurrent_gla)) is naive_recurrent_gla
     assert fused_kda_gate is fla.ops.fused_kda_gate and GLAConfig is fla.GLAConfig
     assert GatedDeltaNetBlock is fla.models.gated_deltanet.GatedDeltaNetModel.block
+
+
+def test_modules_of_dilated_attention_pytorch_hold_its_names():
+    from dilated_attention_pytorch.core.base import (
+        BaseDilatedAttention,
+        BaseMultiheadDilatedAttention,
+    )
+    from dilated_attention_pytorch.utils.validation import check_dropout
+
+    import dilated_attention_pytorch as package
+    from dilated_attention_pytorch.utils import sparse_pattern_utils
+
+    assert sparse_pattern_utils.PatternType is package.PatternType
+    assert check_dropout("test", 0.1) == 0.1
+    assert issubclass(package.RingDilatedAttentionV2Flash, BaseDilatedAttention)
+    assert issubclass(
+        package.BlockSparseRingMultiheadDilatedAttention, BaseMultiheadDilatedAttention
+    )
 
 
 def test_blocks_are_those_of_the_models():
