@@ -26,7 +26,8 @@ __getattr__, __all__ = lazy_names(
             "fused_recurrent_gated_delta_rule",
             "recurrent_gated_delta_rule",
         ],
-        "fla.core.stage": ["explain", "use_backend"],
+        "fla._explain": ["explain"],
+        "fla.core.stage": ["use_backend"],
         "fla.ops.engine.recurrence.recurrence": ["overwrite_states"],
         "fla.models.provider": ["provide"],
         "fla.models.swap": ["accelerate"],
@@ -42,7 +43,8 @@ __getattr__, __all__ = lazy_names(
 )
 
 if TYPE_CHECKING:  # what editors and type checkers see
-    from fla.core.stage import explain, use_backend
+    from fla._explain import explain
+    from fla.core.stage import use_backend
     from fla.layers import *
     from fla.models import *
     from fla.models.provider import provide

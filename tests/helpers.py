@@ -26,6 +26,12 @@ def error(x: Tensor, reference: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
+def relative_error(x: Tensor, reference: Tensor) -> float:
+    """Largest absolute difference in units of the largest reference; NaN counts as infinite."""
+    size = reference.abs().max().item() if reference.numel() else 0.0
+    return error(x, reference) / (size or 1.0)
+
+
 def assert_same(x: Tensor, reference: Tensor, what: str, rtol: float = 1e-11) -> None:
     """Equal in fp64 up to the rounding of a few hundred operations."""
     assert x.shape == reference.shape, f"{what}: {list(x.shape)} instead of {list(reference.shape)}"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import sys
 
@@ -69,6 +70,11 @@ def _run(command: str, argv: list[str]) -> int:
         print(f"fla {command}: {error}", file=sys.stderr)
         return USAGE
     except TrainingDiverged as error:
+        print(f"fla {command}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise
         print(f"fla {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

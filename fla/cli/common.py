@@ -4,12 +4,58 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import math
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from fla.core.errors import UsageError
+
+# The range of numeric flags, [least, most]; counts are from 1 on and other numbers above 0.
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**63 - 1),
+    "temperature": (0, math.inf),
+    "top_p": (1e-9, 1),
+    "length": (2, math.inf),
+    "sample_tokens": (1, math.inf),
+    "seq_len": (2, math.inf),
+}
+
+
+def check_range(name: str, value: Any, ranges: dict[str, tuple[float, float]] = RANGES) -> None:
+    """Raise `UsageError` for a number that a flag does not take; anything else passes."""
+    for x in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(x, bool) or not isinstance(x, int | float):
+            continue
+        low, high = ranges.get(name, (1, math.inf) if isinstance(x, int) else (1e-300, math.inf))
+        if not (low <= x <= high and math.isfinite(x)):
+            least = "above 0" if low == 1e-300 else f"from {low:g} on"
+            most = "" if high == math.inf else f" to {high:g}"
+            expected = f"a number {least}" if not most else f"a number from {low:g}{most}"
+            raise UsageError(f"--{name}: {x} is out of range; expected {expected}")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that refuses with one line, numbers out of their range too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found = super().parse_args(args, namespace)
+        numeric = [action.dest for action in self._actions if action.type in (int, float)]
+        check_ranges({name: getattr(found, name) for name in numeric})
+        return found
+
+
+def check_ranges(values: dict[str, Any], names: Iterable[str] | None = None) -> None:
+    """`check_range` of every flag."""
+    for name in values if names is None else names:
+        check_range(name, values[name])
 
 
 def command_parser(command: str, description: str | None) -> argparse.ArgumentParser:
     """The parser of a command, whose description keeps its lines."""
-    return argparse.ArgumentParser(
+    return CommandParser(
         prog=f"fla {command}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -18,8 +64,16 @@ def command_parser(command: str, description: str | None) -> argparse.ArgumentPa
 
 def load(folder: str, device: str | None, tokenizer: str | None = None) -> tuple[Any, Any]:
     """A saved model, ready to run, and its tokenizer."""
+    import torch
+
     from fla.training.saved import load_saved
     from fla.utils import get_available_device
 
+    place = device or get_available_device()
+    try:
+        torch.empty(1, device=place).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        problem = str(error).splitlines()[0]
+        raise UsageError(f"--device: {place!r} cannot be used: {problem}") from None
     model, own = load_saved(folder, tokenizer)
-    return model.eval().to(device=device or get_available_device()), own
+    return model.eval().to(device=place), own

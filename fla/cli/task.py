@@ -53,9 +53,10 @@ def _score_tasks(folder: str, names: list[str], recipe: Any, console: Any) -> in
     from fla.tasks.rows import task_of
     from fla.tasks.scores import score_task
     from fla.training.checkpoints import require_model
+    from fla.training.saved import load_checked
     from fla.utils import get_available_device
 
-    model: Any = AutoModelForCausalLM.from_pretrained(require_model(folder))
+    model: Any = load_checked(AutoModelForCausalLM, require_model(folder))
     model.to(device=get_available_device())
     for name in names:
         lengths = recipe.lengths(task_of(name))

@@ -6,8 +6,9 @@ transformers' `TrainingArguments`; the defaults fit a small run on this machine.
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def main(argv: list[str]) -> int:
@@ -17,7 +18,12 @@ def main(argv: list[str]) -> int:
     from fla.training import run
 
     kinds: Any = (run.RunArguments, TrainingArguments)
-    parser = HfArgumentParser(kinds, prog="fla train", description=__doc__)
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(message)
+
+    parser = Parser(kinds, prog="fla train", description=__doc__)
     parser.set_defaults(
         output_dir="runs/train",
         report_to=["tensorboard"],
@@ -30,7 +36,14 @@ def main(argv: list[str]) -> int:
         save_total_limit=3,
     )
     try:
-        arguments, training = parser.parse_args_into_dataclasses(from_file(argv))
+        arguments, training, unknown = parser.parse_args_into_dataclasses(
+            from_file(argv), return_remaining_strings=True
+        )
+        if unknown:
+            known = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; fla train --help lists all"
+            raise UsageError(f"there is no flag {unknown[0]}{hint}")
     except (ValueError, ImportError) as error:
         if isinstance(error, UsageError):
             raise

@@ -162,15 +162,18 @@ def check_sequences(
         origin = f"cu_seqlens, which bounds {sequences} sequences"
     if initial_state is not None and initial_state.shape[0] != sequences:
         raise ValueError(
-            f"{op}: {name} holds {initial_state.shape[0]} states but {sequences} were "
-            "expected from "
-            f"{origin}; pass one state per sequence"
+            f"{op}: {name} holds {initial_state.shape[0]} states but {sequences} were expected "
+            f"from {origin}; pass one state per sequence"
         )
     return sequences
 
 
-def check_boundaries(op: str, batch: int, cu_seqlens: Tensor) -> None:
-    """Shape and dtype of `cu_seqlens`; its values are checked where they are read."""
+def check_boundaries(
+    op: str, batch: int, cu_seqlens: Tensor, device: torch.device | None = None
+) -> None:
+    """Shape, dtype and device of `cu_seqlens`, which may lie beside the tokens, on `device`, or on
+    the host; its values are checked where they are read.
+    """
     if batch != 1:
         raise ValueError(
             f"{op}: cu_seqlens was given with batch size {batch}; packed sequences need B=1: "
@@ -184,6 +187,10 @@ def check_boundaries(op: str, batch: int, cu_seqlens: Tensor) -> None:
     if cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool:
         raise ValueError(
             f"{op}: cu_seqlens has dtype {cu_seqlens.dtype}; int32 or int64 was expected"
+        )
+    if cu_seqlens.device.type != "cpu" and device not in (None, cu_seqlens.device):
+        raise ValueError(
+            f"{op}: cu_seqlens is on {cu_seqlens.device} and the tokens on {device}; move it there"
         )
 
 

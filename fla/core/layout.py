@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
 """`SequenceLayout`: padding and boundaries in one canonical form.
 
-A batch reaches a model as a padded rectangle with a mask, as packed sequences with `cu_seqlens`, or
-as packed sequences with restarting position ids. All three become one `SequenceLayout`: which
-tokens are real, and where sequences start. Convolution and recurrence both read it, so neither can
-forget it.
+A batch reaches a layer as a padded rectangle with a mask or as packed sequences with `cu_seqlens`.
+Both become one `SequenceLayout`, which convolution and recurrence both read, so neither can forget
+it. Further forms of boundaries that models take are read in `fla.models.packing`.
 """
 
 from __future__ import annotations
@@ -55,23 +54,20 @@ class SequenceLayout:
         *,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        position_ids: Tensor | None = None,
         past_length: int = 0,
+        device: torch.device | None = None,
     ) -> SequenceLayout:
         """Build the layout from whatever describes the input, and refuse descriptions that
-        disagree.
-
-        attention_mask is `[B, T]` or, under a cache, `[B, past + T]`; 1 marks a real token.
-        position_ids are read as boundaries only for B = 1 without a cache, where they restart at
-        each sequence.
+        disagree. attention_mask is `[B, T]` or, under a cache, `[B, past + T]`; 1 marks a real
+        token, 0 padding. `device` is where the tokens are.
         """
+        if attention_mask is not None:
+            _check_mask(attention_mask, device)
         parallel = current()
         if parallel is not None:
             if past_length or (attention_mask is not None and not attention_mask.bool().all()):
                 what = "a cache" if past_length else "padding in attention_mask"
                 refuse_sharded("SequenceLayout", f"with {what}: pack sequences with cu_seqlens")
-            if position_ids is not None:
-                refuse_sharded("SequenceLayout", "with position_ids: pass cu_seqlens of all tokens")
             shard = parallel.of("SequenceLayout", length)
             shard.bounds("SequenceLayout", cu_seqlens)
             return cls(batch, length, cu_seqlens, shard=shard)
@@ -79,7 +75,7 @@ class SequenceLayout:
             attention_mask = torch.nn.functional.pad(attention_mask, (past_length, 0), value=1)
         mask, starts = cls._split_mask(batch, length, attention_mask, past_length)
         if cu_seqlens is not None:
-            check_boundaries("SequenceLayout", batch, cu_seqlens)
+            check_boundaries("SequenceLayout", batch, cu_seqlens, device)
             boundaries_to_list(cu_seqlens, length)
             if mask is not None:
                 raise ValueError(
@@ -88,11 +84,6 @@ class SequenceLayout:
                     "so the two contradict each other; drop the padded tokens or the mask"
                 )
             return cls(batch, length, cu_seqlens=cu_seqlens, starts=starts)
-        if mask is None and position_ids is not None and batch == 1 and past_length == 0:
-            restarts = position_ids.reshape(-1).diff().ne(1).nonzero().flatten() + 1
-            if restarts.numel():
-                ends = restarts.new_tensor([length])
-                return cls(batch, length, cu_seqlens=torch.cat([ends.new_zeros(1), restarts, ends]))
         if mask is None:
             return cls(batch, length, starts=starts)
         bounds = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
@@ -133,6 +124,12 @@ class SequenceLayout:
     def padded(self) -> bool:
         """Whether some tokens of the rectangle are padding."""
         return self.indices is not None
+
+    @property
+    def rows(self) -> bool:
+        """Whether every row of the rectangle is one sequence, as a cache keeps them."""
+        bounds = self.cu_seqlens
+        return bounds is None or (self.indices is not None and len(bounds) == self.batch + 1)
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` to `[1, total, ...]` without padding; unchanged when nothing is padded."""
@@ -182,3 +179,16 @@ class SequenceLayout:
         bounds = self.cu_seqlens.to(tokens)
         first = bounds[torch.searchsorted(bounds, tokens, right=True) - 1]
         return (tokens - first).unsqueeze(0)
+
+
+def _check_mask(mask: Tensor, device: torch.device | None) -> None:
+    """Raise `ValueError` unless a mask holds zeros and ones, where the tokens are."""
+    if not isinstance(mask, Tensor):
+        problem = f"is a {type(mask).__name__}; expected a tensor [B, T] of 0 and 1"
+    elif device is not None and mask.device != device:
+        problem = f"is on {mask.device} and the tokens on {device}; move it there"
+    elif mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        problem = "holds other values than 0 (padding) and 1; pass for example mask != 0"
+    else:
+        return
+    raise ValueError(f"SequenceLayout: attention_mask {problem}")

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 
 class Schema(NamedTuple):
@@ -140,11 +143,66 @@ def define(
         first = grads[0]
         if first is None:
             first = saved[s].new_zeros(shape, dtype=dtype)
-        found = back(first, *grads[1:d], *saved, *rest)
+        found = call(f"{name}_backward", first, *grads[1:d], *saved, *rest)
         own = (None if t is None else g.to(t) for g, t in zip(found, ctx.dtypes, strict=True))
         return *own, *[None] * len(rest)
 
     op.register_autograd(differentiate, setup_context=setup_context)
+    _functional[name] = _function(name, setup_context, differentiate)
+    _functional[f"{name}_backward"] = _function(f"{name}_backward", lambda *context: None, _once)
+
+
+def _function(name: str, setup_context: Callable[..., None], backward: Callable) -> Any:
+    """An operator as an `autograd.Function` in the form that torch.func's transforms take."""
+    parts = dict(forward=lambda *args: call(name, *args), setup_context=setup_context)
+    methods = {key: staticmethod(part) for key, part in (parts | dict(backward=backward)).items()}
+    return type(f"Functional_{name}", (torch.autograd.Function,), methods)
+
+
+def _once(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("fla's operators are differentiable once")
+
+
+_functional: dict[str, Any] = {}  # by operator, the form that torch.func differentiates
+
+
+def call(name: str, *args: Any) -> Any:
+    """`torch.ops.fla.<name>(*args)`, inside `torch.func.grad` too, whose transforms see through an
+    `autograd.Function` and through no registered operator. None has a forward-mode derivative.
+    """
+    if not torch.compiler.is_compiling():
+        refuse_forward_mode(name, *args)
+        if transformed():
+            return _functional[name].apply(*args)
+    return getattr(torch.ops.fla, name)(*args)
+
+
+def transformed() -> bool:
+    """Whether tensors are those of a transform of torch.func, which have no memory of their own."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def recomputed(form: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`form(...)`, computed again in the backward; torch.func's transforms keep it instead."""
+    if transformed():
+        return form(*args, **kwargs)
+    return checkpoint(form, *args, use_reentrant=False, **kwargs)
+
+
+def refuse_forward_mode(name: str, *args: Any) -> None:
+    """Raise `NotImplementedError` where a derivative goes forward through the arguments, which a
+    registered operator would drop without a word.
+    """
+    if transformed():
+        forward = torch._C._functorch.peek_interpreter_stack().key() == TransformType.Jvp
+    else:
+        forward = forward_ad._current_level >= 0 and any(
+            isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
+        )
+    if forward:
+        raise NotImplementedError(
+            f"fla::{name} has no forward-mode derivative; use reverse mode (torch.func.grad, vjp)"
+        )
 
 
 def _moves(x: Tensor | None) -> bool:

@@ -5,6 +5,8 @@ Hugging Face datasets. Every source becomes a `Corpus` (`documents.py`).
 
 import gzip
 import lzma
+import os
+import sys
 import sysconfig
 from collections.abc import Iterable
 from itertools import islice
@@ -28,6 +30,8 @@ def load_corpus(source: str, column: str = "text", streaming: bool = False) -> C
     ask for what they say (`fla.data.probes`), and `"stdlib+recall"` for both; `"tokens:FOLDER"`
     for what `fla preprocess` wrote. Raises `UsageError` where nothing is there.
     """
+    if not source:
+        raise UsageError("--data: it is empty; pass a text file, a folder, 'stdlib' or 'hf:NAME'")
     if source.startswith("tokens:"):
         folder = Path(source.removeprefix("tokens:")).expanduser()
         load_index(folder)
@@ -47,7 +51,7 @@ def load_corpus(source: str, column: str = "text", streaming: bool = False) -> C
             )
         if path.suffix in TABLES:
             return _from_datasets(TABLES[path.suffix], str(path), column, streaming)
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        files = [path] if path.is_file() else _files(path)
         documents = _read_files(path, files)
     if streaming:
         raise UsageError(
@@ -56,8 +60,16 @@ def load_corpus(source: str, column: str = "text", streaming: bool = False) -> C
     return split(source, documents)
 
 
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder; those in folders that cannot be entered are not seen."""
+    found: list[Path] = []
+    for home, _, names in os.walk(folder, onerror=lambda error: _tell(folder, [str(error)])):
+        found += [p for p in (Path(home, name) for name in names) if p.is_file()]
+    return sorted(found)
+
+
 def _stdlib() -> dict[str, str]:
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = _library()
     return _read_files(root, sorted(root.rglob("*.py")))
 
 
@@ -72,16 +84,29 @@ def _recall() -> dict[str, str]:
 
 def _read_files(root: Path, files: list[Path]) -> dict[str, str]:
     """Text by path, without files that are not UTF-8, tests and installed packages."""
-    documents = {}
+    documents, unread = {}, []
     for path in files:
         relative = path.relative_to(root) if path != root else Path(path.name)
         if SKIPPED_FOLDERS & set(relative.parts[:-1]):
             continue
         try:
             documents[relative.as_posix()] = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, PermissionError):
-            continue
+        except (UnicodeDecodeError, OSError) as error:
+            why = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+            unread.append(f"{relative.as_posix()} ({why})")
+    if unread and not (root.is_file() or root == _library()):
+        _tell(root, unread)
     return documents
+
+
+def _library() -> Path:
+    """Where Python's standard library is, some of whose files are meant not to be UTF-8."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _tell(root: Path, unread: list[str]) -> None:
+    shown = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
+    print(f"--data: {len(unread)} files of {root} are left out: {shown}", file=sys.stderr)
 
 
 def _from_datasets(name: str, file: str | None, column: str, streaming: bool) -> Corpus:
@@ -109,7 +134,13 @@ def _from_datasets(name: str, file: str | None, column: str, streaming: bool) ->
     if streaming:
         held = [row[column] for row in islice(table, STREAM_HELD_OUT)]
         return Corpus(label, _Column(table.skip(len(held)), column), held)
-    return split(label, {str(i): text for i, text in enumerate(table[column])})
+    texts = list(table[column])
+    wrong = next((x for x in texts if x is not None and not isinstance(x, str)), None)
+    if wrong is not None:
+        raise UsageError(
+            f"--data_column: {column!r} of {label!r} holds {type(wrong).__name__}s; expected text"
+        )
+    return split(label, {str(i): text for i, text in enumerate(texts) if text is not None})
 
 
 class _Column:

@@ -106,7 +106,8 @@ class StreamedBlocks(IterableDataset):
 
 def collate(blocks: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Blocks one after the other in a single row: input_ids and labels `[1, total]` and cu_seqlens,
-    which bounds every document and every block.
+    which bounds every document and every block. A sequence's first token carries no loss, and
+    says so: its label is -100, which whoever counts labels must know.
 
     Example:
         >>> block = {"input_ids": torch.tensor([1, 7, 1, 8]), "starts": [0, 2]}
@@ -120,4 +121,5 @@ def collate(blocks: list[dict[str, Any]]) -> dict[str, Tensor]:
         offset += len(block["input_ids"])
     row = torch.cat(ids).unsqueeze(0)
     cu_seqlens = torch.tensor([*sorted(bounds), offset], dtype=torch.int32)
-    return {"input_ids": row, "labels": row.clone(), "cu_seqlens": cu_seqlens}
+    labels = row.index_fill(1, cu_seqlens[:-1].long(), -100)
+    return {"input_ids": row, "labels": labels, "cu_seqlens": cu_seqlens}

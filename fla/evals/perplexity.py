@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fla.core.errors import UsageError
 from fla.core.layout import SequenceLayout
 from fla.models.decoder import next_tokens
 
@@ -50,6 +51,14 @@ class Score:
         return Score(
             self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes, buckets
         )
+
+    def whole(self) -> Score:
+        """Itself, or `UsageError` where it is the score of nothing, or no number."""
+        if not self.tokens:
+            raise UsageError("there is no token to score: the held-out text is empty")
+        if not math.isfinite(self.nats):
+            raise UsageError("the model's losses are not numbers, so it has no score")
+        return self
 
     def by_position(self) -> dict[int, float]:
         """Perplexity by the first position of each bucket."""

@@ -71,6 +71,9 @@ class SoftmaxMixer(Mixer):
         the length.
         """
         T, window = q.shape[1], self.window_size
+        if window is not None and torch.compiler.is_exporting():
+            # a graph for any length has no number of blocks
+            return self._attend(q, k, v, attn_mask=self._visible(T, T, q.device))
         if window is None or window >= T:
             return self._attend(q, k, v, is_causal=True)
         blocks = []
@@ -244,7 +247,7 @@ class Attention(SoftmaxMixer):
             q, k = self.rotary(q, k, positions=layout.positions(x.device))
         return q, k, v, gate
 
-    def mix(self, x: Tensor, layout: SequenceLayout, cache, shared) -> Tensor:
+    def mix(self, x: Tensor, layout: SequenceLayout, cache, handed) -> Tensor:
         q, k, v, gate = self.heads(x, layout)
         if cache is not None:
             o = layout.pack(self._look(layout.unpack(q), *self._remember(k, v, layout, cache)))

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """HGRN: Qin et al. (2023), arXiv:2311.04823; HGRN2: Qin et al. (2024), arXiv:2404.07904."""
 
-from typing import Any
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,15 +13,14 @@ from fla.ops.gla import chunk_gla, fused_recurrent_gla
 from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
 
 
-def forget(f: Tensor, shared: dict[str, Any], layer_idx: int | None) -> Tensor:
-    """`log(l + (1 - l) sigmoid(f))` for the layer's lower bound l, which a model shares as
-    `lower_bounds` `[layers, D]`; `log sigmoid(f)` without.
+def forget(f: Tensor, lower_bound: Tensor | None, layer_idx: int | None) -> Tensor:
+    """`log(l + (1 - l) sigmoid(f))` for the lower bound l `[D]` that a model gives the layer;
+    `log sigmoid(f)` without.
     """
     g = F.logsigmoid(promote_to_fp32(f))
-    bounds = shared.get("lower_bounds")
-    if bounds is None or not layer_idx:  # the first layer's bound is 0
+    if lower_bound is None or not layer_idx:  # the first layer's bound is 0
         return g
-    bound = promote_to_fp32(bounds[layer_idx])
+    bound = promote_to_fp32(lower_bound)
     return torch.logaddexp(bound.log(), torch.log1p(-bound) + g)
 
 
@@ -37,6 +34,8 @@ class HGRNAttention(RecurrentMixer):
         >>> HGRNAttention(hidden_size=64)(torch.randn(2, 10, 64))[0].shape
         torch.Size([2, 10, 64])
     """
+
+    takes = ("lower_bound",)
 
     def __init__(
         self,
@@ -65,7 +64,7 @@ class HGRNAttention(RecurrentMixer):
 
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         (i, f), conv = self.project(x, context, "if")
-        g = forget(f, context.shared, self.layer_idx)
+        g = forget(f, context.handed.get("lower_bound"), self.layer_idx)
         rule = fused_recurrent_hgrn if self.token_by_token(x) else chunk_hgrn
         o, state = rule((F.silu(i) * (1 - g.exp())).to(x.dtype), g, **context.sequences)
         return self.o_proj(self.g_norm(o, self.g_proj(x))), context.after(state, conv)
@@ -85,6 +84,8 @@ class HGRN2Attention(RecurrentMixer):
         >>> HGRN2Attention(hidden_size=64, expand_ratio=32)(torch.randn(2, 10, 64))[0].shape
         torch.Size([2, 10, 64])
     """
+
+    takes = ("lower_bound",)
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class HGRN2Attention(RecurrentMixer):
 
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         (q, f, i), conv = self.project(x, context, "qfi")
-        g = forget(f, context.shared, self.layer_idx)
+        g = forget(f, context.handed.get("lower_bound"), self.layer_idx)
         rows = (F.silu(q), (1 - g.exp()).to(q.dtype), i, g)
         q, k, v, g = (y.unflatten(-1, (self.num_heads, -1)) for y in rows)
         rule = fused_recurrent_gla if self.token_by_token(x) else chunk_gla

@@ -62,15 +62,31 @@ class Decay(nn.Module):
     def calibrate(self, half_life: Tensor) -> None:
         self.dt_bias.data.copy_(self.steps(half_life.to(self.dt_bias)))
 
-    def step(self, x: Tensor) -> Tensor:
-        """The softplus, in fp32: `[B, T, H]` or `[B, T, H, channels]`."""
-        logits = promote_to_fp32(self.proj(self.down(x) if self.channels else x)) + self.dt_bias
-        step = F.softplus(logits)
-        return step.unflatten(-1, (self.heads, -1)) if self.channels else step
+    def logits(self, x: Tensor) -> Tensor:
+        """W x, in fp32: `[B, T, H]` or `[B, T, H * channels]`."""
+        return promote_to_fp32(self.proj(self.down(x) if self.channels else x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        rate = promote_to_fp32(self.A_log).exp()
-        return -(rate.unsqueeze(-1) if self.channels else rate) * self.step(x)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(g, the softplus), in fp32: `[B, T, H]` or `[B, T, H, channels]`."""
+        step, rate = F.softplus(self.logits(x) + self.dt_bias), promote_to_fp32(self.A_log).exp()
+        if self.channels:
+            step, rate = step.unflatten(-1, (self.heads, -1)), rate.unsqueeze(-1)
+        return -rate * step, step
+
+
+class ConstantDecay(Decay):
+    """`Decay` of no input: W is 0."""
+
+    def __init__(self, hidden_size: int, heads: int):
+        super().__init__(hidden_size, heads)
+        del self.proj
+
+    def initial_values(self) -> dict[str, Tensor]:
+        half = torch.full((self.heads,), HALF_LIFE)
+        return {"A_log": torch.zeros(self.heads), "dt_bias": self.steps(half)}
+
+    def logits(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:2], self.heads, dtype=torch.float32)
 
 
 class Rule(nn.Module):
@@ -125,7 +141,7 @@ class GatedDeltaNetRule(Rule):
 
     def run(self, q, k, v, x, token, sequences):
         form = fused_recurrent_gated_delta_rule if token else chunk_gated_delta_rule
-        gates = dict(g=self.decay(x), beta=self.beta(x))
+        gates = dict(g=self.decay(x)[0], beta=self.beta(x))
         return form(q, k, v, **gates, use_qk_l2norm_in_kernel=True, **sequences)
 
 
@@ -134,7 +150,7 @@ class KDARule(Rule):
 
     def run(self, q, k, v, x, token, sequences):
         form = fused_recurrent_kda if token else chunk_kda
-        gates = dict(g=self.decay(x), beta=self.beta(x))
+        gates = dict(g=self.decay(x)[0], beta=self.beta(x))
         return form(q, k, v, **gates, use_qk_l2norm_in_kernel=True, **sequences)
 
 
@@ -151,7 +167,7 @@ class GLARule(Rule):
 
     def run(self, q, k, v, x, token, sequences):
         form = fused_recurrent_gla if token else chunk_gla
-        gate = dict(gk=self.decay(x)) if token else dict(g=self.decay(x))
+        gate = {"gk" if token else "g": self.decay(x)[0]}
         return form(l2norm(q), l2norm(k), v, **gate, **sequences)
 
 
@@ -160,17 +176,11 @@ class RetNetRule(Rule):
 
     def run(self, q, k, v, x, token, sequences):
         form = fused_recurrent_simple_gla if token else chunk_simple_gla
-        step = F.softplus(promote_to_fp32(self.decay.dt_bias))
-        g = (-promote_to_fp32(self.decay.A_log).exp() * step).expand(*x.shape[:2], -1)
-        return form(l2norm(q), l2norm(k), v, g=g, **sequences)
+        return form(l2norm(q), l2norm(k), v, g=self.decay(x)[0], **sequences)
 
     def __init__(self, hidden_size: int, heads: int, head_dim: int, options: Any):
         super().__init__(hidden_size, heads, head_dim, options)
-        del self.decay.proj
-
-    def initial_values(self) -> dict[str, Tensor]:
-        half = torch.full((self.heads,), HALF_LIFE)
-        return {"decay.A_log": torch.zeros(self.heads), "decay.dt_bias": self.decay.steps(half)}
+        self.decay = ConstantDecay(hidden_size, heads)
 
 
 class Mamba2Rule(Rule):
@@ -178,8 +188,9 @@ class Mamba2Rule(Rule):
 
     def run(self, q, k, v, x, token, sequences):
         form = fused_recurrent_simple_gla if token else chunk_simple_gla
-        written = (promote_to_fp32(v) * self.decay.step(x).unsqueeze(-1)).to(v.dtype)
-        return form(l2norm(q), l2norm(k), written, g=self.decay(x), **sequences)
+        g, step = self.decay(x)
+        written = (promote_to_fp32(v) * step.unsqueeze(-1)).to(v.dtype)
+        return form(l2norm(q), l2norm(k), written, g=g, **sequences)
 
 
 class RWKV7Rule(Rule):
@@ -209,7 +220,7 @@ class RWKV7Rule(Rule):
             promote_to_fp32(self.a_proj(self.a_down(x))).sigmoid().unflatten(-1, (self.heads, -1))
         )
         b = (promote_to_fp32(unit) * rate).to(unit.dtype)
-        return form(l2norm(q), self.decay(x), b, v, -unit, b, scale=1.0, **sequences)
+        return form(l2norm(q), self.decay(x)[0], b, v, -unit, b, scale=1.0, **sequences)
 
 
 class GSARule(Rule):

@@ -11,6 +11,7 @@ from torch import Tensor
 from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import Context, RecurrentMixer, State, check_convolution
 from fla.modules import ShortConvolution
+from fla.modules.linear import is_plain
 from fla.ops.mamba import chunk_mamba, fused_recurrent_mamba
 
 
@@ -91,14 +92,15 @@ class Mamba(RecurrentMixer):
         u, conv = context.convolve(self.conv1d, u)
         dt, B, C = self.x_proj(u).split([self.rank, self.state_size, self.state_size], -1)
         rule = fused_recurrent_mamba if x.shape[1] == 1 else chunk_mamba
+        plain = is_plain(self.dt_proj)  # the scan then adds the bias, in fp32
         y, state = rule(
             u,
-            F.linear(dt, self.dt_proj.weight),
+            F.linear(dt, self.dt_proj.weight) if plain else self.dt_proj(dt),
             -promote_to_fp32(self.A_log).exp(),
             B,
             C,
             self.D,
-            dt_bias=self.dt_proj.bias,
+            dt_bias=self.dt_proj.bias if plain else None,
             dt_softplus=True,
             **context.sequences,
         )

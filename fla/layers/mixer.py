@@ -10,12 +10,13 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.layout import SequenceLayout
 from fla.modules.activations import ACT2FN
 from fla.modules.feature_map import T2RFeatureMap
@@ -39,13 +40,13 @@ class Context:
         layout: padding and boundaries of the tokens.
         state: where the sequences stand; None at their start.
         keep: whether the new state is wanted.
-        shared: what the layers of one forward pass hand to each other, by name.
+        handed: what the layer takes from others, and room for what it gives them, by name.
     """
 
     layout: SequenceLayout
     state: State | None
     keep: bool
-    shared: dict[str, Any]
+    handed: dict[str, Any]
 
     @property
     def cu_seqlens(self) -> Tensor | None:
@@ -93,7 +94,10 @@ class StateCache(Protocol):
 
 
 def _keeping_arguments(init: Callable[..., None]) -> Callable[..., None]:
-    """A constructor after which every argument it did not store is an attribute of its name."""
+    """A constructor that checks its arguments, and after which every one that it did not store is
+    an attribute of its name.
+    """
+    init = checked(init)
     signature = inspect.signature(init)
 
     @functools.wraps(init)
@@ -116,8 +120,14 @@ class Mixer(nn.Module):
     A decoder resolves the layout once, packs the real tokens and hands `layout` down. A mixer used
     alone builds it from `attention_mask` or `cu_seqlens`, packs, unpacks its result, and counts its
     tokens in the cache.
+
+    What one layer computes for others it returns behind the cache, in the order of `gives`; what it
+    reads of others comes as keywords named in `takes`. Both are plain tensors, so that casts,
+    offloading, checkpointing and compilation around a layer see them.
     """
 
+    takes: ClassVar[tuple[str, ...]] = ()
+    gives: ClassVar[tuple[str, ...]] = ()
     layer_idx: int | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -145,14 +155,18 @@ class Mixer(nn.Module):
         output_attentions: bool = False,
         cu_seqlens: Tensor | None = None,
         layout: SequenceLayout | None = None,
-        shared: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, None, StateCache | None]:
-        """Returns (o, None, past_key_values). attention_mask `[B, T]` (or `[B, past + T]` under a
-        cache), 1 for real tokens on any side; cu_seqlens bounds packed sequences; `shared` is what
-        the layers of one forward pass hand to each other.
+        **taken: Tensor | None,
+    ) -> tuple[Any, ...]:
+        """Returns (o, None, past_key_values, *what `gives` names). attention_mask `[B, T]` (or
+        `[B, past + T]` under a cache), 1 for real tokens on any side; cu_seqlens bounds packed
+        sequences; `taken` is what `takes` names.
         """
-        shared = {} if shared is None else shared
         name = type(self).__name__
+        for unknown in set(taken) - set(self.takes):
+            raise TypeError(
+                f"{name}: forward() has no argument {unknown!r}; beside hidden_states it takes "
+                + ", ".join((*list(inspect.signature(Mixer.forward).parameters)[2:-1], *self.takes))
+            )
         if output_attentions:
             raise ValueError(
                 f"{name}: output_attentions is not supported: no attention matrix is formed"
@@ -168,24 +182,31 @@ class Mixer(nn.Module):
                     f"{name}: layout already holds padding and boundaries; drop attention_mask "
                     "and cu_seqlens"
                 )
-            o = self.mix(hidden_states, layout, past_key_values, shared)
-            return o, None, past_key_values
+            o = self.mix(hidden_states, layout, past_key_values, taken)
+            return o, None, past_key_values, *(taken[name] for name in self.gives)
         layout = SequenceLayout.resolve(
             *hidden_states.shape[:2],
             attention_mask=attention_mask,
             cu_seqlens=cu_seqlens,
             past_length=past,
+            device=hidden_states.device,
         )
-        o = self.mix(layout.pack(hidden_states), layout, past_key_values, shared)
-        if past_key_values is not None and (layout.padded or not layout.packed):
+        handed: dict[str, Any] = dict(taken)
+        for name, value in taken.items():  # [B, T, ...] like the tokens; a row [D] is for all
+            handed[name] = value if value is None or value.dim() < 3 else layout.pack(value)
+        o = self.mix(layout.pack(hidden_states), layout, past_key_values, handed)
+        if past_key_values is not None and layout.rows:
             # a decoder, which hands a layout down, counts for all of its layers
             past_key_values.advance(layout.length, layout.padded, self.cache_index())
-        return layout.unpack(o), None, past_key_values
+        given = (layout.unpack(handed[name]) for name in self.gives)
+        return layout.unpack(o), None, past_key_values, *given
 
     def mix(
-        self, x: Tensor, layout: SequenceLayout, cache: StateCache | None, shared: dict[str, Any]
+        self, x: Tensor, layout: SequenceLayout, cache: StateCache | None, handed: dict[str, Any]
     ) -> Tensor:
-        """x `[B, T, D]`, or `[1, total, D]` where `layout.packed`."""
+        """x `[B, T, D]`, or `[1, total, D]` where `layout.packed`. `handed` holds what the layer
+        takes, and after the call also what it gives.
+        """
         raise NotImplementedError
 
     def cache_index(self) -> int:
@@ -208,12 +229,12 @@ class RecurrentMixer(Mixer):
     use_short_conv: bool
 
     def mix(
-        self, x: Tensor, layout: SequenceLayout, cache: StateCache | None, shared: dict[str, Any]
+        self, x: Tensor, layout: SequenceLayout, cache: StateCache | None, handed: dict[str, Any]
     ) -> Tensor:
         if cache is None:
-            return self.recur(x, Context(layout, None, False, shared))[0]
+            return self.recur(x, Context(layout, None, False, handed))[0]
         place = self.cache_index()
-        o, state = self.recur(x, Context(layout, cache.read_state(place), True, shared))
+        o, state = self.recur(x, Context(layout, cache.read_state(place), True, handed))
         assert state is not None  # `Context.after` gives one where it is kept
         cache.write_state(place, state)
         return o

@@ -6,8 +6,6 @@
 per head, where the turned part of a key is the same for all heads. q_t has the same two parts.
 """
 
-from typing import Any
-
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -15,6 +13,7 @@ from torch import Tensor
 from fla.core.layout import SequenceLayout
 from fla.layers.attn import SoftmaxMixer, Where
 from fla.modules import RMSNorm, RotaryEmbedding
+from fla.modules.linear import weight_of
 
 
 class MultiheadLatentAttention(SoftmaxMixer):
@@ -82,7 +81,7 @@ class MultiheadLatentAttention(SoftmaxMixer):
         self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
         self.rotary = None if rope_theta is None else RotaryEmbedding(qk_rope_head_dim, rope_theta)
 
-    def mix(self, x: Tensor, layout: SequenceLayout, cache, shared) -> Tensor:
+    def mix(self, x: Tensor, layout: SequenceLayout, cache, handed) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))
         latent = self.kv_proj[1](self.kv_proj[0](x)).unsqueeze(-2)
         turned = self.k_rope(x).unsqueeze(-2)
@@ -114,8 +113,8 @@ class MultiheadLatentAttention(SoftmaxMixer):
 
     def _absorbed(self, q: Tensor, latent: Tensor, where: Where | None) -> Tensor:
         """o `[B, T, H, v_head_dim]` without a key or value per head."""
-        maps: Any = self.kv_proj[2]
-        weight = maps.weight.unflatten(0, (self.num_heads, -1))
+        weight = weight_of(self.kv_proj[2], self.kv_lora_rank, latent)
+        weight = weight.unflatten(0, (self.num_heads, -1))
         up_k, up_v = weight.split([self.parts[0], self.v_head_dim], 1)
         plain, turned = q.split(self.parts, -1)
         q = torch.cat([torch.einsum("bthn,hnc->bthc", plain, up_k), turned], -1)

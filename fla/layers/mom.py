@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import refuse_symbolic
 from fla.core.parallel import refuse_sharded
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, gate_steps, register, whole
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
@@ -24,7 +25,7 @@ class MomAttention(RecurrentMixer):
     Memory m is a Gated DeltaNet over the tokens that chose it, as if they were its whole sequence:
     its convolutions skip the others too. It has its own k, v, beta and decay projections (with
     `single_kv_proj` one for all), and shares queries, convolutions, A_log and dt_bias. The routing
-    logits of every layer go to the forward's `shared["router_logits"]`. `capacity` drops no token
+    logits `[B, T, num_memories]` are what the layer returns last. `capacity` drops no token
     here: 1.0 alone is accepted.
 
     Example:
@@ -33,6 +34,7 @@ class MomAttention(RecurrentMixer):
         torch.Size([2, 10, 64])
     """
 
+    gives = ("router_logits",)
     A_log: Tensor
     dt_bias: Tensor
 
@@ -103,8 +105,9 @@ class MomAttention(RecurrentMixer):
 
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         refuse_sharded("MomAttention")
+        refuse_symbolic("MomAttention", x.shape[1])
         logits = self.gate(x)
-        context.shared.setdefault("router_logits", []).append(logits)
+        context.handed["router_logits"] = logits
         weights, chosen = logits.softmax(-1).topk(self.topk, -1)
         weights = weights / weights.sum(-1, keepdim=True)
         weights = torch.zeros_like(logits).scatter(-1, chosen, weights)

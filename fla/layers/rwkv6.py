@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """RWKV-6 time mixing and channel mixing: Peng et al. (2024), arXiv:2404.05892."""
 
-from typing import Any
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -12,6 +10,7 @@ from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, multiple, whole
 from fla.modules import GroupNorm
 from fla.modules.activations import ACT2FN
+from fla.modules.linear import weight_of
 from fla.modules.token_shift import token_shift
 from fla.ops.rwkv6 import chunk_rwkv6, fused_recurrent_rwkv6
 
@@ -138,10 +137,7 @@ class RWKV6Attention(RecurrentMixer):
     def recur(self, x: Tensor, context: Context) -> tuple[Tensor, State | None]:
         before = None if context.state is None else context.state.conv[0]
         delta, last = token_shift(x, context.cu_seqlens, before, output_cache=True)
-        low = self.x_proj[0](x, delta).unflatten(-1, (5, -1)).tanh()
-        weight: Any = self.x_proj[2].weight
-        up = weight.unflatten(1, (5, -1))
-        mixes = torch.einsum("btnr,hnr->btnh", low, up) + self.x_bias
+        mixes = self._mixes(self.x_proj[0](x, delta).unflatten(-1, (5, -1)).tanh())
         r, w, k, v, g = (
             proj(x, mu, delta)
             for proj, mu in zip(
@@ -157,6 +153,13 @@ class RWKV6Attention(RecurrentMixer):
         o, state = rule(r, k, v, w, self.bonus, scale=1.0, **context.sequences)
         o = self.g_norm(o.flatten(-2)) * ACT2FN[self.gate_fn](g)
         return self.o_proj(o), context.after(state, (last,))
+
+    def _mixes(self, low: Tensor) -> Tensor:
+        """How much of the token before r, w, k, v and g read, `[B, T, 5, D]`, from low
+        `[B, T, 5, rank]`: each reads its own columns of one map.
+        """
+        up = weight_of(self.x_proj[2], 5 * low.shape[-1], low).unflatten(1, (5, -1))
+        return torch.einsum("btnr,hnr->btnh", low, up) + self.x_bias
 
 
 class RWKV6FeedForward(nn.Module):

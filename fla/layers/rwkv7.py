@@ -40,14 +40,16 @@ class RWKV7Attention(RecurrentMixer):
         o = group_norm(rwkv7(r, w, k, v, -kk, kk a)) + (sum r k r_k) v
         y = W_o (o * lora_g m)
 
-    v_first goes from layer to layer in the forward's `shared`. `fuse_norm` and `num_hidden_layers`
-    are kept for published code and configs.
+    v_first is what the layer returns last, and what later layers take. `fuse_norm` and
+    `num_hidden_layers` are kept for published code and configs.
 
     Example:
         >>> layer = RWKV7Attention(hidden_size=64, head_dim=32, layer_idx=0)
         >>> layer(torch.randn(2, 10, 64))[0].shape
         torch.Size([2, 10, 64])
     """
+
+    takes = gives = ("v_first",)
 
     def __init__(
         self,
@@ -110,9 +112,9 @@ class RWKV7Attention(RecurrentMixer):
         r, k, v = self.r_proj(xr), self.k_proj(xk), self.v_proj(xv)
         w = -SLOWEST * promote_to_fp32(self.w_lora(xw)).sigmoid()
         if not self.layer_idx:
-            context.shared["v_first"] = v
+            context.handed["v_first"] = v
         else:
-            v = torch.lerp(v, context.shared["v_first"], self.v_lora(xv).sigmoid())
+            v = torch.lerp(v, self._first(context), self.v_lora(xv).sigmoid())
         a, g = self.a_lora(xa).sigmoid(), self.g_lora(xg)
         kk = l2norm((k * self.k_k).unflatten(-1, (self.num_heads, -1)))
         k = fused_k_rwkv7(k, a, self.k_a)
@@ -121,6 +123,16 @@ class RWKV7Attention(RecurrentMixer):
         o, state = rule(r, w, k, v, -kk, kk * a, scale=1.0, **context.sequences)
         o = gate_output_correction(self.g_norm(o.flatten(-2)), r, k, self.r_k, v, g)
         return self.o_proj(o), context.after(state, (last,))
+
+    def _first(self, context: Context) -> Tensor:
+        """The values of the first layer, or `ValueError`."""
+        v = context.handed.get("v_first")
+        if v is None:
+            raise ValueError(
+                f"RWKV7Attention: layer_idx={self.layer_idx} needs v_first, the values that the "
+                "layer with layer_idx=0 returns last; in a hybrid, layer 0 has to be RWKV-7"
+            )
+        return v
 
 
 class RWKV7FeedForward(nn.Module):

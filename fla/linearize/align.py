@@ -18,14 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fla.core.layout import SequenceLayout
 from fla.layers.linearized import LinearizedAttention
 from fla.linearize.config import Align
 from fla.linearize.data import Text, on
-from fla.linearize.files import layer_file, read_json, save_tensors, save_torch, write_json
+from fla.linearize.files import (
+    layer_file,
+    load_tensors,
+    read_json,
+    save_tensors,
+    save_torch,
+    write_json,
+)
 from fla.linearize.surgery import attention_of
 
 ENOUGH = 0.995  # an error above this share of the best one so far is no progress
@@ -212,7 +218,7 @@ class Alignment:
         """
         waiting = sorted(set(bank) - set(records(self.folder)))
         for i in set(bank) - set(waiting):
-            bank[i].load_state_dict(load_file(layer_file(self.folder, i)))
+            bank[i].load_state_dict(load_tensors(layer_file(self.folder, i)))
         size = self.options.layers_at_once or len(waiting) or 1
         groups = [waiting[i : i + size] for i in range(0, len(waiting), size)]
         for group in groups:

@@ -26,7 +26,6 @@ from fla.linearize.files import read_json, write_json, write_text
 from fla.linearize.measure import decode_cost, divergence
 from fla.linearize.report import markdown
 from fla.linearize.run import Conversion
-from fla.models import HybridForCausalLM
 
 LENGTHS = (4096, 32768, 131072)
 PROMPT = 1024
@@ -75,7 +74,7 @@ def measure(source: str, out: Path, rule: str, config: Config, console: Console)
     layers, teacher, text = conversion.linear_layers(), conversion.teacher, conversion.text
     before, _ = divergence(conversion.student(layers, "align").eval(), teacher, text)
     conversion.run("distill")
-    model = HybridForCausalLM.from_pretrained(out / rule / "distill").eval().to(teacher.device)
+    model = conversion.student_of("distill").eval().to(teacher.device)
     after, _ = divergence(model, teacher, text)
     errors = [conversion.errors()[i] for i in layers]
     seconds, _ = decode_cost(model, PROMPT)

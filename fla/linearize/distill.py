@@ -34,7 +34,7 @@ from fla.models.decoder import next_tokens
 from fla.modules.fused_linear_divergence import fused_linear_divergence
 from fla.modules.losses import Divergence, Head
 from fla.training.callbacks import FlaTrainer, say
-from fla.training.checkpoints import newest_whole
+from fla.training.checkpoints import newest_whole, seal
 from fla.training.run import make_trainer, output_folder, run_trainer
 
 LAST, LOW = 0.15, 0.1  # the last share of the steps is a cosine down to this share of the rate
@@ -102,6 +102,7 @@ class Distiller(InOrder):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # this loss is a mean, whatever the model's would be
         self.teacher, self.top, self.config = teacher, top, config
         d = config.distill
         self.lr_mixer = d.lr_mixer
@@ -199,6 +200,8 @@ def train_stage(
         return False
     trainer.save_model(str(folder))
     tokenizer.save_pretrained(str(folder))
+    if trainer.is_world_process_zero():
+        seal(folder)
     return True
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from fla.core.errors import UsageError
+from fla.training.checkpoints import record, require_whole
 
 
 def _replace(path: Path, write: Any) -> None:
@@ -37,13 +40,27 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """The value of a JSON file, or None if there is no file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(
+            f"{path} is not valid JSON ({error}); delete it to make it again"
+        ) from None
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     _replace(
         path, lambda beside: save_file({n: x.contiguous() for n, x in tensors.items()}, beside)
     )
+
+    record(path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that `save_tensors` wrote, or `UsageError` where it is another."""
+    return load_file(require_whole(path))
 
 
 def save_torch(path: Path, value: Any) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -31,13 +30,15 @@ from fla.linearize.config import Config
 from fla.linearize.data import Text
 from fla.linearize.distill import InOrder, arguments, distill, train_stage
 from fla.linearize.export import obstacle, to_qwen3_5
-from fla.linearize.files import layer_file, read_json, save_tensors, write_json
+from fla.linearize.files import layer_file, load_tensors, read_json, save_tensors, write_json
 from fla.linearize.measure import Measures, ablate, from_dict, measure
 from fla.linearize.select import Selection, read_scores, uniform_layers
 from fla.linearize.surgery import assemble, load_teacher, make_linear, student_config
 from fla.linearize.teacher import teacher_fingerprint
 from fla.models import HybridForCausalLM
 from fla.training.callbacks import Interruption, clock, say
+from fla.training.checkpoints import seal
+from fla.training.saved import load_checked
 from fla.utils import get_available_device
 
 STAGES = ("calibrate", "align", "select", "distill", "long", "report")
@@ -192,7 +193,7 @@ class Conversion:
         layers = {i: make_linear(self.teacher, i, linear) for i in self.layers}
         if folder:
             for i, layer in layers.items():
-                layer.load_state_dict(load_file(layer_file(self.out / folder, i)))
+                layer.load_state_dict(load_tensors(layer_file(self.out / folder, i)))
         return layers
 
     def calibrate(self) -> None:
@@ -288,9 +289,10 @@ class Conversion:
         """Save a stage's student as the conversion's result."""
         if not self.first:
             return
-        model = HybridForCausalLM.from_pretrained(self.out / stage)
+        model = self.student_of(stage)
         model.save_pretrained(self.out)
         self.tokenizer.save_pretrained(self.out)
+        seal(self.out)
         if self.config.export == "qwen3_5":
             folder = self.out / "qwen3_5"
             to_qwen3_5(model).save_pretrained(folder)
@@ -308,7 +310,7 @@ class Conversion:
     def long(self) -> None:
         options = self.config.long
         if options.tokens:
-            model = HybridForCausalLM.from_pretrained(self.out / "distill")
+            model = self.student_of("distill")
             self.plain("long", model, options.tokens, options.lr, options.seq)
             self.publish("long")
 
@@ -374,4 +376,8 @@ class Conversion:
             begun = time.monotonic()
             train()
             self.note("done", name, round(time.monotonic() - begun, 1))
-        return HybridForCausalLM.from_pretrained(self.out / name)
+        return self.student_of(name)
+
+    def student_of(self, stage: str) -> Any:
+        """The model that a stage saved, or `UsageError` where it is damaged."""
+        return load_checked(HybridForCausalLM, self.out / stage)

@@ -100,7 +100,7 @@ class Swaps:
         """Run the blocks from `first` on; returns their inputs and the last states."""
         inputs = [hidden]
         for block in self.model.model.layers[first:]:
-            inputs.append(block(inputs[-1], layout, shared={}))
+            inputs.append(block(inputs[-1], layout)[0])
         inputs[-1] = self.model.model.norm(inputs[-1])
         return inputs
 

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch.nn as nn
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fla.core.layout import SequenceLayout
 from fla.core.precision import promote_to_fp32
@@ -18,13 +17,15 @@ from fla.layers.rwkv4 import RWKV4FeedForward
 from fla.layers.rwkv6 import RWKV6FeedForward
 from fla.layers.rwkv7 import RWKV7FeedForward
 from fla.models.config import DecoderConfig
-from fla.models.decoder import DecoderForCausalLM, DecoderModel, build_mixer
+from fla.models.decoder import DecoderBlock, DecoderForCausalLM, DecoderModel, build_mixer
 from fla.models.utils import Cache
 from fla.modules import GatedMLP, LayerNorm, RMSNorm, SubNormMLP
 
 
-class MixerBlock(GradientCheckpointingLayer):
+class MixerBlock(DecoderBlock):
     """`h + mixer(norm(h))`: Mamba's block. `residual_in_fp32` adds in fp32."""
+
+    mixer_name = "mixer"
 
     def __init__(self, config: DecoderConfig, layer_idx: int):
         super().__init__()
@@ -36,20 +37,18 @@ class MixerBlock(GradientCheckpointingLayer):
         self,
         hidden: Tensor,
         layout: SequenceLayout,
+        *handed: Tensor | None,
         past_key_values: Cache | None = None,
-        shared: dict[str, Any] | None = None,
-    ) -> Tensor:
-        mixed, _, _ = self.mixer(
-            self.norm(hidden).to(self.norm.weight.dtype),
-            layout=layout,
-            past_key_values=past_key_values,
-            shared=shared,
-        )
-        return (promote_to_fp32(hidden) if self.residual_in_fp32 else hidden) + mixed
+    ) -> tuple[Tensor | None, ...]:
+        read = self.norm(hidden).to(self.norm.weight.dtype)
+        mixed, given = self.mixed(read, layout, handed, past_key_values)
+        return (promote_to_fp32(hidden) if self.residual_in_fp32 else hidden) + mixed, *given
 
 
-class MixerMLPBlock(GradientCheckpointingLayer):
+class MixerMLPBlock(DecoderBlock):
     """`decoder.Block` under the names mixer_norm, mixer, mlp_norm, mlp."""
+
+    mixer_name = "mixer"
 
     def __init__(self, config: DecoderConfig, layer_idx: int):
         super().__init__()
@@ -64,17 +63,15 @@ class MixerMLPBlock(GradientCheckpointingLayer):
         self,
         hidden: Tensor,
         layout: SequenceLayout,
+        *handed: Tensor | None,
         past_key_values: Cache | None = None,
-        shared: dict[str, Any] | None = None,
-    ) -> Tensor:
-        mixed, _, _ = self.mixer(
-            self.mixer_norm(hidden), layout=layout, past_key_values=past_key_values, shared=shared
-        )
+    ) -> tuple[Tensor | None, ...]:
+        mixed, given = self.mixed(self.mixer_norm(hidden), layout, handed, past_key_values)
         hidden, residual = self.mlp_norm(mixed, residual=hidden, prenorm=True)
-        return residual + self.mlp(hidden)
+        return residual + self.mlp(hidden), *given
 
 
-class SubNormBlock(GradientCheckpointingLayer):
+class SubNormBlock(DecoderBlock):
     """`h + attn(attn_norm(h))`, then `h + mlp(mlp_norm(h))` with LayerNorms, one of them in the
     middle of the MLP (sub-LN, MAGNETO, arXiv:2210.06423); the attention brings its own.
     """
@@ -97,17 +94,15 @@ class SubNormBlock(GradientCheckpointingLayer):
         self,
         hidden: Tensor,
         layout: SequenceLayout,
+        *handed: Tensor | None,
         past_key_values: Cache | None = None,
-        shared: dict[str, Any] | None = None,
-    ) -> Tensor:
-        mixed, _, _ = self.attn(
-            self.attn_norm(hidden), layout=layout, past_key_values=past_key_values, shared=shared
-        )
+    ) -> tuple[Tensor | None, ...]:
+        mixed, given = self.mixed(self.attn_norm(hidden), layout, handed, past_key_values)
         hidden, residual = self.mlp_norm(mixed, residual=hidden, prenorm=True)
-        return residual + self.mlp(hidden)
+        return residual + self.mlp(hidden), *given
 
 
-class RWKVBlock(GradientCheckpointingLayer):
+class RWKVBlock(DecoderBlock):
     """`h + attn(attn_norm(h))`, then `h + ffn(ffn_norm(h))` with LayerNorms; the first layer norms
     the embeddings. The channel mixing's last token lies in the cache beside the mixer's state.
     """
@@ -131,20 +126,18 @@ class RWKVBlock(GradientCheckpointingLayer):
         self,
         hidden: Tensor,
         layout: SequenceLayout,
+        *handed: Tensor | None,
         past_key_values: Cache | None = None,
-        shared: dict[str, Any] | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor | None, ...]:
         cache, i = past_key_values, self.layer_idx
         hidden = self.pre_norm(hidden) if hasattr(self, "pre_norm") else hidden
-        mixed, _, _ = self.attn(
-            self.attn_norm(hidden), layout=layout, past_key_values=cache, shared=shared
-        )
+        mixed, given = self.mixed(self.attn_norm(hidden), layout, handed, cache)
         hidden, residual = self.ffn_norm(mixed, residual=hidden, prenorm=True)
         before = None if cache is None else cache.read_extra(i, "ffn")
         y, last = self.ffn(hidden, layout.cu_seqlens, before)
         if cache is not None:
             cache.write_extra(i, "ffn", last)
-        return residual + y
+        return residual + y, *given
 
 
 class RWKV4Block(RWKVBlock):

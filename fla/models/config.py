@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PretrainedConfig
 
+from fla._arguments import check_fields
 from fla.layers.attn import Attention
 from fla.layers.block_sparse_attn import BlockSparseAttention
 from fla.layers.dilated_attn import DilatedAttention
@@ -91,6 +92,7 @@ class DecoderConfig(PretrainedConfig):
             if theirs in kwargs:
                 setattr(self, ours, kwargs.pop(theirs))
         self._check_names(kwargs)
+        check_fields(self)
         self._resolve_attention()
         self.experts(0)
         wrong = set(self.norm_after or ()) - set(LAYER_TYPES)

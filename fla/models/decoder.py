@@ -10,6 +10,7 @@ layer receives the same `SequenceLayout`, and the result is unpacked at the end.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -30,10 +31,12 @@ from fla.core.layout import SequenceLayout
 from fla.core.parallel import refuse_sharded
 from fla.layers.mixer import Mixer
 from fla.models.config import DecoderConfig
+from fla.models.packing import resolve_layout
 from fla.models.utils import Cache
 from fla.modules import FusedCrossEntropyLoss, FusedLinearCrossEntropyLoss, GatedMLP, RMSNorm
 from fla.modules.feature_map import HedgehogFeatureMap
 from fla.modules.l2warp import L2_FACTOR, l2_warp
+from fla.modules.linear import is_plain
 from fla.modules.moe import ExpertMLPs, MixtureOfExperts
 from fla.ops.engine.sharding import mean_over_ranks, sharded_next_tokens
 
@@ -53,7 +56,35 @@ def build_mixer(config: DecoderConfig, layer_idx: int) -> Mixer:
     return attention(config.hidden_size, **values, layer_idx=layer_idx)
 
 
-class Block(GradientCheckpointingLayer):
+class DecoderBlock(GradientCheckpointingLayer):
+    """A layer of a decoder: forward(hidden, layout, *values of `takes`, past_key_values=None)
+    returns (hidden, *values of `gives`). Values travel as tensors of their own by position, which
+    is where checkpointing with `use_reentrant=True` looks for what needs a gradient.
+    """
+
+    mixer_name: ClassVar[str] = "attn"
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """What the mixer reads of other layers."""
+        return getattr(self, self.mixer_name).takes
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        """What the mixer computes for other layers."""
+        return getattr(self, self.mixer_name).gives
+
+    def mixed(
+        self, x: Tensor, layout: SequenceLayout, handed: tuple[Any, ...], cache: Cache | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The mixer's output for x, and what it gives."""
+        taken = dict(zip(self.takes, handed, strict=True))
+        mixer = getattr(self, self.mixer_name)
+        o, _, _, *given = mixer(x, layout=layout, past_key_values=cache, **taken)
+        return o, given
+
+
+class Block(DecoderBlock):
     """`h + attn(attn_norm(h))`, then `h + mlp(mlp_norm(h))`, or `h + attn_norm(attn(h))` and
     `h + mlp_norm(mlp(h))`, by `norm_after`; `layer_types` names the mixer, `moe` the MLP.
     """
@@ -78,21 +109,29 @@ class Block(GradientCheckpointingLayer):
             )
         self.norm_after = config.layer_type(layer_idx) in (config.norm_after or ())
 
+    @property
+    def gives(self) -> tuple[str, ...]:
+        return (*super().gives, "balance_loss") if self.sparse else super().gives
+
     def forward(
         self,
         hidden: Tensor,
         layout: SequenceLayout,
+        *handed: Tensor | None,
         past_key_values: Cache | None = None,
-        shared: dict[str, Any] | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor | None, ...]:
         read = hidden if self.norm_after else self.attn_norm(hidden)
-        mixed, _, _ = self.attn(read, layout=layout, past_key_values=past_key_values, shared=shared)
-        to_experts = {"shared": shared} if self.sparse else {}
+        mixed, given = self.mixed(read, layout, handed, past_key_values)
         if self.norm_after:
-            hidden = hidden + self.attn_norm(mixed)
-            return hidden + self.mlp_norm(self.mlp(hidden, **to_experts))
-        hidden, residual = self.mlp_norm(mixed, residual=hidden, prenorm=True)
-        return residual + self.mlp(hidden, **to_experts)
+            residual = hidden = hidden + self.attn_norm(mixed)
+        else:
+            hidden, residual = self.mlp_norm(mixed, residual=hidden, prenorm=True)
+        if self.sparse:
+            y, loss = self.mlp(hidden, with_loss=True)
+            given = [*given, loss]
+        else:
+            y = self.mlp(hidden)
+        return residual + (self.mlp_norm(y) if self.norm_after else y), *given
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -128,15 +167,19 @@ class DecoderPreTrainedModel(PreTrainedModel):
         cu_seqlens: Tensor | None,
         position_ids: Tensor | None,
         cache: Cache | None,
+        **packing: Any,
     ) -> SequenceLayout:
         """The layout of `tokens` `[B, T, ...]`, continuing what the cache has seen."""
         past = 0 if cache is None else cache.get_seq_length()
-        layout = SequenceLayout.resolve(
+        layout = resolve_layout(
+            type(self).__name__,
             *tokens.shape[:2],
             attention_mask=attention_mask,
             cu_seqlens=cu_seqlens,
             position_ids=position_ids,
             past_length=past,
+            device=tokens.device,
+            **packing,
         )
         whole = attention_mask is not None and attention_mask.shape[1] == past + tokens.shape[1]
         if cache is not None and past and cache.padded and not whole:
@@ -151,7 +194,7 @@ class DecoderModel(DecoderPreTrainedModel):
     """Token ids to hidden states.
 
     An architecture may bring its own `block`, name its last norm otherwise (`norm_name`, as
-    published checkpoints do), and share values between its layers (`shared`).
+    published checkpoints do), and hand values to its layers (`handed`).
     """
 
     block: ClassVar[type[nn.Module]] = Block
@@ -175,15 +218,15 @@ class DecoderModel(DecoderPreTrainedModel):
         """The norm after the last layer."""
         return RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def shared(self) -> dict[str, Any]:
-        """What the layers of one forward pass share from its start; layers may add to it."""
+    def handed(self) -> dict[str, list[Tensor]]:
+        """What the model itself gives its layers, by name: a value for each of them."""
         return {}
 
-    def auxiliary_loss(self, shared: dict[str, Any]) -> Tensor | None:
-        """What joins the loss in training, from what the layers shared: the mean of the experts'
+    def auxiliary_loss(self, given: dict[str, list[Tensor]]) -> Tensor | None:
+        """What joins the loss in training, from what the layers gave: the mean of the experts'
         load-balancing losses.
         """
-        losses = shared.get("balance_losses")
+        losses = [loss for loss in given.get("balance_loss", []) if loss is not None]
         return torch.stack(losses).mean() if losses else None
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -205,11 +248,13 @@ class DecoderModel(DecoderPreTrainedModel):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         layout: SequenceLayout | None = None,
+        **packing: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """input_ids `[B, T]` (or inputs_embeds `[B, T, D]`); attention_mask `[B, past + T]`,
         padding on any side.
 
-        Packed sequences (B = 1) come with cu_seqlens, or with position_ids that restart. Hidden
+        Packed sequences come with cu_seqlens (B = 1), with position_ids that start again at 0
+        inside a row, or with what transformers' collators write: `fla.models.packing`. Hidden
         states at padding are zero.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -222,36 +267,51 @@ class DecoderModel(DecoderPreTrainedModel):
         self._check_cache(past_key_values)
         if layout is None:
             layout = self.resolve_layout(
-                hidden, attention_mask, cu_seqlens, position_ids, past_key_values
+                hidden, attention_mask, cu_seqlens, position_ids, past_key_values, **packing
             )
-        rows = not layout.packed or layout.padded  # packed sequences have no rows to cache
+        use_cache = self._wants_cache(use_cache, past_key_values, layout)
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = Cache(config=self.config)
+        dtype, hidden = hidden.dtype, layout.pack(hidden)
+        collected, given = [hidden], self.handed()
+        for i, block in enumerate(cast("Iterable[DecoderBlock]", self.layers)):
+            taken = [_latest(given.get(name), i) for name in block.takes]
+            hidden, *values = block(hidden, layout, *taken, past_key_values=cache)
+            for name, value in zip(block.gives, values, strict=True):
+                given.setdefault(name, []).append(value)
+            if output_hidden_states:
+                collected.append(hidden)
+        hidden = layout.unpack(self.get_submodule(self.norm_name)(hidden).to(dtype))
+        if cache is not None:
+            cache.advance(layout.length, layout.padded)
+        states = None
+        if output_hidden_states:
+            states = (*(layout.unpack(x) for x in collected[:-1]), hidden)
+        output: Any = BaseModelOutputWithPast(hidden, cache if use_cache else None, states)
+        output.auxiliary_loss = self.auxiliary_loss(given) if self.training else None
+        return output if return_dict or return_dict is None else output.to_tuple()
+
+    def _wants_cache(
+        self, use_cache: bool | None, cache: Cache | None, layout: SequenceLayout
+    ) -> bool:
+        """Whether a cache is returned, or `ValueError` where one cannot be kept."""
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and rows
-        if (use_cache or past_key_values is not None) and not rows:
+            use_cache = self.config.use_cache and not self.training and layout.rows
+        if not use_cache and cache is None:
+            return False
+        if not layout.rows:
             raise ValueError(
                 "packed sequences have no cache; pass use_cache=False, or a padded batch with "
                 "attention_mask"
             )
-        cache = past_key_values
-        if cache is None and use_cache:
-            cache = Cache(config=self.config)
-        hidden = layout.pack(hidden)
-        collected = [hidden] if output_hidden_states else None
-        shared = self.shared()
-        for block in self.layers:
-            hidden = block(hidden, layout, past_key_values=cache, shared=shared)
-            if collected is not None:
-                collected.append(hidden)
-        hidden = self.get_submodule(self.norm_name)(hidden)
-        hidden = layout.unpack(hidden.to(self.embeddings.weight.dtype))
-        if cache is not None:
-            cache.advance(layout.length, layout.padded)
-        states = None
-        if collected is not None:
-            states = (*(layout.unpack(x) for x in collected[:-1]), hidden)
-        output: Any = BaseModelOutputWithPast(hidden, cache if use_cache else None, states)
-        output.auxiliary_loss = self.auxiliary_loss(shared) if self.training else None
-        return output if return_dict or return_dict is None else output.to_tuple()
+        if self.gradient_checkpointing and self.training:
+            raise ValueError(
+                f"{type(self).__name__}: gradient checkpointing computes every layer twice, so a "
+                "cache would see its tokens twice; pass use_cache=False and no past_key_values, or "
+                "call gradient_checkpointing_disable()"
+            )
+        return use_cache
 
     @staticmethod
     def _check_cache(cache: Cache | None) -> None:
@@ -261,6 +321,11 @@ class DecoderModel(DecoderPreTrainedModel):
                 "fla.models.utils.Cache(config=model.config), which also keeps recurrent states "
                 "and counts tokens"
             )
+
+
+def _latest(values: list[Tensor] | None, layer: int) -> Tensor | None:
+    """The layer's own value of a list with one for each, else the last one there is."""
+    return values[min(layer, len(values) - 1)] if values else None
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
@@ -317,18 +382,23 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **packing: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """`DecoderModel.forward`, and logits `[B, T, vocab_size]` of all tokens, of the last
         `logits_to_keep` tokens, or of the positions it lists. labels `[B, T]` are the tokens
         themselves (the shift happens here); -100, padding and the first token of every sequence
-        carry no loss. With `fuse_linear_cross_entropy` and labels, logits is None.
+        carry no loss. With `fuse_linear_cross_entropy` and labels, logits is None in training.
+
+        The loss is a mean over the tokens that carry one, 0 without any; or their sum over
+        `num_items_in_batch`, which transformers' Trainer counts over the batches of one update.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         self.get_decoder()._check_cache(past_key_values)
         if tokens is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         layout = self.resolve_layout(
-            tokens, attention_mask, cu_seqlens, position_ids, past_key_values
+            tokens, attention_mask, cu_seqlens, position_ids, past_key_values, **packing
         )
         output = self.get_decoder()(
             input_ids,
@@ -341,21 +411,21 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         )
         hidden, loss, logits = output.last_hidden_state, None, None
         if labels is not None:
-            loss, logits = self._loss(hidden, labels, layout)
+            loss, logits, share = self._loss(hidden, labels, layout, num_items_in_batch)
             if output.auxiliary_loss is not None:
                 refuse_sharded(type(self).__name__, "the experts' balance is over all tokens")
-                loss = loss + output.auxiliary_loss
-        if logits is None and (labels is None or not self.config.fuse_linear_cross_entropy):
+                loss = loss + output.auxiliary_loss * share
+        if labels is None:
             keep = logits_to_keep
             logits = self.lm_head(hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep])
         result = CausalLMOutputWithPast(loss, logits, output.past_key_values, output.hidden_states)
         return result if return_dict or return_dict is None else result.to_tuple()
 
     def _loss(
-        self, hidden: Tensor, labels: Tensor, layout: SequenceLayout
-    ) -> tuple[Tensor, Tensor | None]:
-        """(loss, logits where they were formed). Each token is scored on the next one of its own
-        sequence.
+        self, hidden: Tensor, labels: Tensor, layout: SequenceLayout, items: int | Tensor | None
+    ) -> tuple[Tensor, Tensor | None, float | Tensor]:
+        """(loss, logits where they were formed, these tokens' share of all `items`). Each token is
+        scored on the next one of its own sequence.
         """
         if labels.shape != (layout.batch, layout.length):
             raise ValueError(
@@ -364,30 +434,35 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             )
         targets = next_tokens(labels, layout)
         loss, logits = self._mean_loss(hidden, targets)
-        share = 1.0
+        count: int | Tensor = (targets != IGNORE).sum()
+        rows, share = 1.0, cast("float | Tensor", 1.0)
         if layout.shard is not None:
             if self.config.use_l2warp and logits is None:
                 refuse_sharded(
                     type(self).__name__,
                     "use_l2warp needs the logits, which fuse_linear_cross_entropy does not form",
                 )
-            count, parallel = int((targets != IGNORE).sum()), layout.shard.parallel
-            loss = mean_over_ranks(loss, count, hidden, parallel)
-            share = layout.length / max(1, layout.shard.total)
+            loss, count = mean_over_ranks(loss, int(count), hidden, layout.shard.parallel)
+            rows = layout.length / max(1, layout.shard.total)
+        if items is not None:
+            share = count / (items.clamp_min(1) if isinstance(items, Tensor) else max(items, 1))
+            loss = loss * share
         if self.config.use_l2warp and logits is not None:
-            loss = l2_warp(loss, logits, L2_FACTOR * share)
-        return loss, logits
+            loss = l2_warp(loss, logits, float(L2_FACTOR * rows * share))
+        return loss, logits, share
 
     def _mean_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.config.fuse_linear_cross_entropy:
+        head = self.lm_head
+        if self.config.fuse_linear_cross_entropy and self.training and is_plain(head):
             loss = FusedLinearCrossEntropyLoss(use_l2warp=self.config.use_l2warp)
-            return loss(hidden, targets, self.lm_head.weight), None
+            return loss(hidden, targets, head.weight, head.bias), None
         logits = self.lm_head(hidden)
         if self.config.fuse_cross_entropy:
             loss = FusedCrossEntropyLoss()(logits, targets)
         else:
-            rows = logits.flatten(0, 1).float()
-            loss = nn.functional.cross_entropy(rows, targets.flatten(), ignore_index=IGNORE)
+            rows, chosen = logits.flatten(0, 1).float(), targets.flatten()
+            total = nn.functional.cross_entropy(rows, chosen, ignore_index=IGNORE, reduction="sum")
+            loss = total / (chosen != IGNORE).sum().clamp_min(1)
         return loss, logits
 
 

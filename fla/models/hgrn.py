@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """HGRN, arXiv:2311.04823."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from fla.core.precision import promote_to_fp32
 from fla.layers import HGRNAttention
@@ -37,12 +38,13 @@ class HGRNModel(DecoderModel):
             shape = (config.num_hidden_layers, config.hidden_size * config.expand_ratio)
             self.lower_bounds = nn.Parameter(torch.zeros(shape))
 
-    def shared(self) -> dict[str, Any]:
-        """Bounds `[layers, D]` that grow from 0 with the depth."""
+    def handed(self) -> dict[str, list[Tensor]]:
+        """Lower bounds `[D]` layer by layer, which grow from 0 with the depth."""
         if not self.config.use_lower_bound:
             return {}
         steps = promote_to_fp32(self.lower_bounds).softmax(0)
-        return {"lower_bounds": (steps.cumsum(0) - steps[0]).to(self.lower_bounds.dtype)}
+        bounds = steps.cumsum(0) - steps[0]
+        return {"lower_bound": list(bounds.to(self.lower_bounds.dtype).unbind())}
 
 
 class HGRNForCausalLM(DecoderForCausalLM):

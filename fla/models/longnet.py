@@ -43,7 +43,7 @@ class LongNetConfig(DecoderConfig):
     causal: bool = True
     inner_norm: bool = True
     qkv_bias: bool = True
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     rope_theta: float | None = 10000.0
     head_dim: int | None = None
     hidden_act: str = "gelu"

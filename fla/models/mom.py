@@ -48,13 +48,11 @@ class MomConfig(DecoderConfig):
 class MomModel(DecoderModel):
     config_class = MomConfig
 
-    def auxiliary_loss(self, shared: dict[str, Any]) -> Tensor | None:
+    def auxiliary_loss(self, given: dict[str, list[Tensor]]) -> Tensor | None:
         """`aux_loss_scale` times the mean over layers of how unevenly memories are used."""
         if not self.config.aux_loss_scale:
-            return super().auxiliary_loss(shared)
-        p = [
-            promote_to_fp32(logits.flatten(0, 1)).softmax(-1) for logits in shared["router_logits"]
-        ]
+            return super().auxiliary_loss(given)
+        p = [promote_to_fp32(logits.flatten(0, 1)).softmax(-1) for logits in given["router_logits"]]
         layers = [load_balance(x, x.topk(self.config.topk, -1).indices) for x in p]
         return self.config.aux_loss_scale * torch.stack(layers).mean()
 

@@ -6,13 +6,18 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fla.core.layout import SequenceLayout
 from fla.core.precision import promote_to_fp32
 from fla.layers import RodimusAttention, SlidingWindowSharedKeyAttention
 from fla.models.config import DecoderConfig
-from fla.models.decoder import DecoderForCausalLM, DecoderModel, build_mixer, register
+from fla.models.decoder import (
+    DecoderBlock,
+    DecoderForCausalLM,
+    DecoderModel,
+    build_mixer,
+    register,
+)
 from fla.models.utils import Cache
 from fla.modules import GatedMLP, RMSNorm
 
@@ -56,10 +61,12 @@ class RodimusConfig(DecoderConfig):
         super().__post_init__(**kwargs)
 
 
-class RodimusBlock(GradientCheckpointingLayer):
+class RodimusBlock(DecoderBlock):
     """`r = h + mixer(norm(h))`; in Rodimus+ `y = r + ska_attn(norm(r))` and `r + mlp(norm(y))`: the
     MLP reads what the attention says, and the residual is the mixer's, as in published code.
     """
+
+    mixer_name = "mixer"
 
     def __init__(self, config: RodimusConfig, layer_idx: int):
         super().__init__()
@@ -88,17 +95,19 @@ class RodimusBlock(GradientCheckpointingLayer):
         self,
         hidden: Tensor,
         layout: SequenceLayout,
+        *handed: Tensor | None,
         past_key_values: Cache | None = None,
-        shared: dict[str, Any] | None = None,
-    ) -> Tensor:
-        call: dict[str, Any] = dict(layout=layout, past_key_values=past_key_values, shared=shared)
+    ) -> tuple[Tensor | None, ...]:
+        cache = past_key_values
         dtype = self.mixer_norm.weight.dtype
         hidden = promote_to_fp32(hidden) if self.residual_in_fp32 else hidden
-        hidden = hidden + self.mixer(self.mixer_norm(hidden).to(dtype), **call)[0]
+        mixed, given = self.mixed(self.mixer_norm(hidden).to(dtype), layout, handed, cache)
+        hidden = hidden + mixed
         if not self.plus:
-            return hidden
-        heard = hidden + self.ska_attn(self.ska_attn_norm(hidden).to(dtype), **call)[0]
-        return hidden + self.mlp(self.mlp_norm(heard).to(dtype))
+            return hidden, *given
+        heard = self.ska_attn_norm(hidden).to(dtype)
+        heard = hidden + self.ska_attn(heard, layout=layout, past_key_values=cache)[0]
+        return hidden + self.mlp(self.mlp_norm(heard).to(dtype)), *given
 
 
 class RodimusModel(DecoderModel):

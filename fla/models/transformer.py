@@ -19,7 +19,7 @@ class TransformerConfig(DecoderConfig):
     num_heads: int = 32
     num_kv_heads: int | None = None
     qkv_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     qk_norm_eps: float = 1e-5
     window_size: int | None = None
     rope_theta: float | None = 10000.0

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
+from fla.core.operator import transformed
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, not_compiled, tokenwise
 from fla.ops.engine.native import library
@@ -97,6 +99,7 @@ SWIGLU = Stage(
 )
 
 
+@checked
 def swiglu(x: Tensor, y: Tensor) -> Tensor:
     """`silu(x) * y`."""
     if not torch.is_grad_enabled():
@@ -104,6 +107,7 @@ def swiglu(x: Tensor, y: Tensor) -> Tensor:
     return SWIGLU("swiglu", None, x, y)
 
 
+@checked
 def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear(silu(x) * y)`; the product is recomputed in the backward instead of stored.
 
@@ -116,19 +120,24 @@ def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = No
         x.device.type
     ):  # the cast of the weight belongs to autograd's graph
         return F.linear(swiglu(x, y), weight, bias)
+    if transformed():
+        return F.linear(_swiglu(x, y), weight, bias)
     return _SwiGLULinear.apply(x, y, weight, bias)
 
 
+@checked
 def sigmoidglu(x: Tensor, y: Tensor) -> Tensor:
     """`sigmoid(x) * y`."""
     return _gated(torch.sigmoid, x, y)
 
 
+@checked
 def sigmoidglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear(sigmoid(x) * y)`."""
     return F.linear(sigmoidglu(x, y), weight, bias)
 
 
+@checked
 def powglu(x: Tensor, y: Tensor, power: float = 3.0) -> Tensor:
     """`x^(power / (sqrt(x) + 1)) * sigmoid(x) * y` where x > 0, elsewhere `x * sigmoid(x) * y`:
     near zero a power, for large x almost `sigmoid(x) * y`. Computed in fp32 or wider, in x's dtype.
@@ -146,6 +155,7 @@ def powglu(x: Tensor, y: Tensor, power: float = 3.0) -> Tensor:
     return (gate * promote_to_fp32(y)).to(x.dtype)
 
 
+@checked
 def powglu_linear(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None, power: float = 3.0
 ) -> Tensor:
@@ -159,21 +169,25 @@ def powglu_linear(
     return F.linear(powglu(x, y, power), weight, bias)
 
 
+@checked
 def sqrelu(x: Tensor) -> Tensor:
     """`relu(x)^2`."""
     return F.relu(x).square()  # rounded once: relu is exact
 
 
+@checked
 def logsigmoid(x: Tensor, temperature: float = 1.0) -> Tensor:
     """`log sigmoid(x) / temperature`."""
     return (F.logsigmoid(promote_to_fp32(x)) / temperature).to(x.dtype)
 
 
+@checked
 def fast_gelu_impl(x: Tensor) -> Tensor:
     """GELU by its tanh approximation."""
     return F.gelu(x, approximate="tanh")
 
 
+@checked
 def bias_gelu_impl(x: Tensor, bias: Tensor) -> Tensor:
     """`fast_gelu_impl(x + bias)`."""
     return fast_gelu_impl(x + bias)

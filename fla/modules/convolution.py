@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
 from fla._lazy import lazy_names
 from fla.core.boundaries import boundaries_to_list, count_sequences
 from fla.core.checks import check_sequences, check_shapes
@@ -45,6 +46,7 @@ __getattr__, _names = lazy_names(
 ACTIVATIONS = (None, "silu", "swish")
 
 
+@checked
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -94,6 +96,7 @@ def causal_conv1d(
     return y, final.to(x.dtype) if output_final_state else None
 
 
+@checked
 def causal_conv1d_cp(
     x: Tensor,
     weight: Tensor,
@@ -119,6 +122,7 @@ def causal_conv1d_cp(
     )[0]  # fmt: skip
 
 
+@checked
 def causal_conv1d_update(
     x: Tensor,
     cache: Tensor,
@@ -287,6 +291,7 @@ class ShortConvolution(nn.Conv1d):
         (torch.Size([2, 5, 8]), torch.Size([2, 8, 4]), torch.Size([2, 1, 8]))
     """
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
@@ -317,6 +322,7 @@ class ShortConvolution(nn.Conv1d):
         """Numbers held in the cache per sequence."""
         return self.hidden_size * self.kernel_size[0]
 
+    @checked
     def forward(  # type: ignore[override]  # it also returns a state
         self,
         x: Tensor,

@@ -10,15 +10,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.modules.layernorm import layer_norm
 
 
+@checked
 def flatten_diag_outer_product(x: Tensor, y: Tensor) -> Tensor:
     """`x_i y_j` for i <= j, `[..., D (D + 1) / 2]`."""
     i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
     return x[..., i] * y[..., j]
 
 
+@checked
 def flatten_diag_outer_product_off1(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """`x_i y_j` for i < j, and for i = j."""
     i, j = torch.triu_indices(x.shape[-1], x.shape[-1], 1, device=x.device)
@@ -34,6 +37,7 @@ class HedgehogFeatureMap(nn.Module):
         torch.Size([2, 16])
     """
 
+    @checked
     def __init__(self, head_dim: int):
         super().__init__()
         self.layer = nn.Linear(head_dim, head_dim)
@@ -46,6 +50,7 @@ class HedgehogFeatureMap(nn.Module):
         D = self.layer.in_features
         return {"layer.weight": torch.eye(D), "layer.bias": torch.zeros(D)}
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
         return torch.cat([2 * y, -2 * y], -1).softmax(-1)
@@ -54,10 +59,12 @@ class HedgehogFeatureMap(nn.Module):
 class T2RFeatureMap(nn.Module):
     """`relu(W x + c)`; Kasai et al. (2021), arXiv:2103.13076."""
 
+    @checked
     def __init__(self, head_dim: int, dot_dim: int | None = None, bias: bool | None = False):
         super().__init__()
         self.layer = nn.Linear(head_dim, dot_dim or head_dim, bias=bool(bias))
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x).relu()
 
@@ -67,10 +74,12 @@ class DPFPFeatureMap(nn.Module):
     arXiv:2102.11174.
     """
 
+    @checked
     def __init__(self, head_dim: int, nu: int = 4):
         super().__init__()
         self.nu = nu
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([x, -x], -1).relu()
         rolled = torch.cat([x.roll(shifts=j, dims=-1) for j in range(1, self.nu + 1)], -1)
@@ -80,11 +89,13 @@ class DPFPFeatureMap(nn.Module):
 class HadamardFeatureMap(nn.Module):
     """`(W x + c) * (U x + d)`."""
 
+    @checked
     def __init__(self, head_dim: int):
         super().__init__()
         self.layer1 = nn.Linear(head_dim, head_dim)
         self.layer2 = nn.Linear(head_dim, head_dim)
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         return self.layer1(x) * self.layer2(x)
 
@@ -92,11 +103,13 @@ class HadamardFeatureMap(nn.Module):
 class LearnableOuterProductFeatureMap(nn.Module):
     """`x_i y_j` for i <= j, of x = `W z` and y = `U z`."""
 
+    @checked
     def __init__(self, head_dim: int, feature_dim: int):
         super().__init__()
         self.layer1 = nn.Linear(head_dim, feature_dim, bias=False)
         self.layer2 = nn.Linear(head_dim, feature_dim, bias=False)
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         return flatten_diag_outer_product(self.layer1(x), self.layer2(x))
 
@@ -106,6 +119,7 @@ class LearnablePolySketchNonNegativeFeatureMap(nn.Module):
     Kacham et al. (2023), arXiv:2310.01655.
     """
 
+    @checked
     def __init__(self, head_dim: int, sketch_size: int | None = None, degree: int = 2):
         super().__init__()
         if degree < 2 or degree & (degree - 1):
@@ -124,6 +138,7 @@ class LearnablePolySketchNonNegativeFeatureMap(nn.Module):
             )
             width = self.sketch_size
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = layer_norm(x, self.gamma, self.beta)  # type: ignore[assignment]
         for pair in self.layers:
@@ -135,10 +150,12 @@ class LearnablePolySketchNonNegativeFeatureMap(nn.Module):
 class TaylorFeatureMap(nn.Module):
     """phi with `phi(q) . phi(k) = 1 + x + x^2 / 2` at `x = q . k / sqrt(D)`; arXiv:2402.18668."""
 
+    @checked
     def __init__(self, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         x = x * self.head_dim**-0.25
         off, diagonal = flatten_diag_outer_product_off1(x, x)
@@ -150,6 +167,7 @@ class RebasedFeatureMap(nn.Module):
     phi(q) . phi(k) is the square of the dot product; Aksenov et al. (2024), arXiv:2402.10644.
     """
 
+    @checked
     def __init__(
         self, head_dim: int, use_gamma: bool = True, use_beta: bool = True, normalize: bool = True
     ):
@@ -158,6 +176,7 @@ class RebasedFeatureMap(nn.Module):
         self.gamma = nn.Parameter(torch.ones(head_dim)) if use_gamma else None
         self.beta = nn.Parameter(torch.zeros(head_dim)) if use_beta else None
 
+    @checked
     def forward(self, x: Tensor, flatten: bool = True) -> Tensor:
         if self.normalize:
             x = layer_norm(x, self.gamma, self.beta)  # type: ignore[assignment]
@@ -173,6 +192,7 @@ class RebasedFeatureMap(nn.Module):
 class ReLUFeatureMap(nn.Module):
     """`relu(x)`."""
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         return x.relu()
 
@@ -180,6 +200,7 @@ class ReLUFeatureMap(nn.Module):
 class SquaredReLUFeatureMap(nn.Module):
     """`relu(x)^2`."""
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         return x.relu().square()
 
@@ -187,6 +208,7 @@ class SquaredReLUFeatureMap(nn.Module):
 class GELUFeatureMap(nn.Module):
     """`gelu(x)`."""
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x)
 
@@ -194,6 +216,7 @@ class GELUFeatureMap(nn.Module):
 class SwishFeatureMap(nn.Module):
     """`silu(x)`."""
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(x)
 
@@ -201,5 +224,6 @@ class SwishFeatureMap(nn.Module):
 class SigmoidFeatureMap(nn.Module):
     """`sigmoid(x)`."""
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         return x.sigmoid()

@@ -13,9 +13,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.modules.layernorm import RMSNorm
 
 
+@checked
 def activation_quant(x: Tensor) -> Tensor:
     """x rounded to 8 bits per token.
 
@@ -27,6 +29,7 @@ def activation_quant(x: Tensor) -> Tensor:
     return (x * scale).round().clamp(-128, 127) / scale
 
 
+@checked
 def weight_quant(w: Tensor) -> Tensor:
     """w rounded to -1, 0 or 1 times its mean magnitude.
 
@@ -43,6 +46,7 @@ def _through(x: Tensor, rounded: Tensor) -> Tensor:
     return x + (rounded - x).detach()
 
 
+@checked
 def bit_linear(
     x: Tensor,
     weight: Tensor,
@@ -55,6 +59,10 @@ def bit_linear(
     width = x.shape[-1:]
     y = F.rms_norm(x, width, norm_weight, eps)
     y = y if norm_bias is None else y + norm_bias
+    return _quantised(y, weight, bias)
+
+
+def _quantised(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(_through(y, activation_quant(y)), _through(weight, weight_quant(weight)), bias)
 
 
@@ -66,18 +74,21 @@ class BitLinear(nn.Linear):
         torch.Size([2, 4])
     """
 
+    @checked
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, norm_eps: float = 1e-8
     ):
         super().__init__(in_features, out_features, bias)
         self.norm = RMSNorm(in_features, eps=norm_eps)
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
-        return bit_linear(x, self.weight, self.bias, self.norm.weight, None, self.norm.eps)
+        return _quantised(self.norm(x), self.weight, self.bias)
 
 
 class FusedBitLinear(BitLinear):
     """`BitLinear` under the name of its fused kernel."""
 
+    @checked
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)

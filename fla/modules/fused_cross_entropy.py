@@ -14,6 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
+from fla.core.operator import transformed
 from fla.core.stage import Facts, Form, Stage, first_tensor, not_compiled, tokenwise
 from fla.modules.losses import LogitShape
 from fla.modules.vocab_parallel import vocab_parallel_cross_entropy
@@ -23,6 +25,7 @@ from fla.ops.engine.kernels.tensors import on_device
 REDUCTIONS = ("mean", "sum", "none")
 
 
+@checked
 def shape_logits(logits: Tensor, logit_scale: float, logit_softcapping: float | None) -> Tensor:
     """The z of the equation, in fp32 (fp64 for fp64)."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -74,7 +77,7 @@ class _WriteOver(torch.autograd.Function):
 def _plain(
     logits: Tensor, target: Tensor, shape: LogitShape, inplace: bool
 ) -> tuple[Tensor, Tensor]:
-    logits = _WriteOver.apply(logits) if inplace else logits
+    logits = _WriteOver.apply(logits) if inplace and not transformed() else logits
     z = shape_logits(logits, shape.logit_scale, shape.logit_softcapping)
     how: Any = dict(ignore_index=shape.ignore_index, label_smoothing=shape.label_smoothing)
     loss = F.cross_entropy(z, target, **how, reduction="none")
@@ -115,6 +118,7 @@ CROSS_ENTROPY = Stage(
 )
 
 
+@checked
 def cross_entropy_loss(
     logits: Tensor,
     target: Tensor,
@@ -158,6 +162,7 @@ class FusedCrossEntropyLoss(nn.Module):
         4.0
     """
 
+    @checked
     def __init__(
         self,
         ignore_index: int = -100,
@@ -186,6 +191,7 @@ class FusedCrossEntropyLoss(nn.Module):
             process_group=process_group,
         )
 
+    @checked
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         rows = cross_entropy_loss(input.flatten(0, -2), target.flatten(), **self.options)
         count = (target != self.options["ignore_index"]).sum().clamp(min=1)

@@ -6,10 +6,12 @@ their logits: `fused_linear_divergence.py` under the names and arguments that us
 import torch.nn as nn
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.modules.fused_linear_divergence import fused_linear_divergence
 from fla.modules.losses import Head
 
 
+@checked
 def fused_kl_div_loss(
     x: Tensor,
     target_x: Tensor,
@@ -39,10 +41,12 @@ def fused_kl_div_loss(
 class FusedKLDivLoss(nn.Module):
     """`fused_kl_div_loss` as a module."""
 
+    @checked
     def __init__(self, reduction: str = "batchmean", accumulate_grad_in_fp32: bool = True):
         super().__init__()
         self.reduction, self.accumulate = reduction, accumulate_grad_in_fp32
 
+    @checked
     def forward(self, x: Tensor, target_x: Tensor, weight: Tensor, target_weight: Tensor) -> Tensor:
         return fused_kl_div_loss(
             x, target_x, weight, target_weight, self.reduction, self.accumulate

@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
 from fla._lazy import lazy_names
 from fla.core.checks import refuse
 from fla.core.stage import Facts, Form, Stage, first_tensor, not_compiled, tokenwise
@@ -133,6 +134,7 @@ LINEAR_ROWS = Stage(
 )
 
 
+@checked
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, in total's dtype."""
     if a.dtype == total.dtype:
@@ -187,6 +189,7 @@ def _refuse_group(op: str, process_group: object | None) -> None:
     refuse(op, "process_group", process_group, fix)
 
 
+@checked
 def fused_linear_cross_entropy_loss(
     x: Tensor,
     target: Tensor,
@@ -242,6 +245,7 @@ def fused_linear_cross_entropy_loss(
 class FusedLinearCrossEntropyLoss(nn.Module):
     """`fused_linear_cross_entropy_loss` as a module."""
 
+    @checked
     def __init__(
         self,
         ignore_index: int = -100,
@@ -262,6 +266,7 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         self.options = {name: value for name, value in locals().items() if name in names}
         LinearLoss(**self.options)
 
+    @checked
     def forward(
         self, x: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:

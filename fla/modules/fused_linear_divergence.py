@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.stage import Form, Stage, not_compiled, tokenwise
 from fla.modules.fused_cross_entropy import shape_logits
 from fla.modules.fused_linear_cross_entropy import add_product
@@ -263,6 +264,7 @@ class _LinearDivergence(torch.autograd.Function):
         return *(None if d is None else (d * scale).to(t) for d, t in grads), *[None] * 4
 
 
+@checked
 def fused_linear_divergence(
     x: Tensor,
     head: Head,

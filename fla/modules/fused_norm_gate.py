@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
+from fla.core.operator import transformed
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, not_compiled, tokenwise
 from fla.modules.layernorm import LayerNorm, Normed, RMSNorm, layer_norm, project, rms_norm
@@ -108,7 +110,7 @@ def _torch(
     x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str, eps: float
 ) -> Tensor:
     # a compiled graph keeps no more of the plain form than _Torch does
-    form = _plain if torch.compiler.is_compiling() else _Torch.apply
+    form = _plain if torch.compiler.is_compiling() or transformed() else _Torch.apply
     return form(x, g, weight, bias, activation, eps)
 
 
@@ -163,6 +165,7 @@ RMS_NORM_GATED = Stage(
 )
 
 
+@checked
 def check_activation(op: str, activation: str) -> None:
     """Raise `ValueError` for an activation that gates do not have."""
     if activation not in ACTIVATIONS:
@@ -178,6 +181,7 @@ def _sum(x: Tensor, residual: Tensor | None, in_fp32: bool) -> Tensor:
     return promote_to_fp32(x) + residual
 
 
+@checked
 def rms_norm_gated(
     x: Tensor,
     g: Tensor,
@@ -207,6 +211,7 @@ class FusedRMSNormGated(RMSNorm):
         torch.Size([2, 3, 8])
     """
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
@@ -220,6 +225,7 @@ class FusedRMSNormGated(RMSNorm):
         check_activation(type(self).__name__, activation)
         self.activation = activation
 
+    @checked
     def forward(  # type: ignore[override]  # the gate comes second
         self,
         x: Tensor,
@@ -244,6 +250,7 @@ class FusedRMSNormGated(RMSNorm):
 class FusedRMSNormSwishGate(FusedRMSNormGated):
     """`FusedRMSNormGated` with the swish activation, under its older name."""
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
@@ -255,6 +262,7 @@ class FusedRMSNormSwishGate(FusedRMSNormGated):
         super().__init__(hidden_size, elementwise_affine, eps, "swish", device, dtype)
 
 
+@checked
 def layer_norm_gated(
     x: Tensor,
     g: Tensor,
@@ -280,6 +288,7 @@ def layer_norm_gated(
     return (y, total if residual_in_fp32 else total.to(x.dtype)) if prenorm else y
 
 
+@checked
 def layer_norm_swish_gate_linear(
     x: Tensor,
     g: Tensor,
@@ -304,6 +313,7 @@ def layer_norm_swish_gate_linear(
     return project(normed, linear_weight, linear_bias)
 
 
+@checked
 def rms_norm_swish_gate_linear(
     x: Tensor,
     g: Tensor,
@@ -338,6 +348,7 @@ class FusedLayerNormGated(LayerNorm):
         torch.Size([2, 3, 8])
     """
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
@@ -352,6 +363,7 @@ class FusedLayerNormGated(LayerNorm):
         check_activation(type(self).__name__, activation)
         self.activation = activation
 
+    @checked
     def forward(  # type: ignore[override]  # the gate comes second
         self,
         x: Tensor,
@@ -367,6 +379,7 @@ class FusedLayerNormGated(LayerNorm):
 class FusedLayerNormSwishGate(FusedLayerNormGated):
     """`FusedLayerNormGated` with the swish activation, under its older name."""
 
+    @checked
     def __init__(
         self,
         hidden_size: int,

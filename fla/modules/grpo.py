@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_shapes
 from fla.core.precision import promote_to_fp32
 
@@ -111,6 +112,7 @@ class _Fused(torch.autograd.Function):
         return out, None, None, None, None, None, None
 
 
+@checked
 def fused_grpo_loss(
     logits: Tensor,
     ref_logp: Tensor,
@@ -142,6 +144,7 @@ def fused_grpo_loss(
     return (loss, kl) if save_kl else loss
 
 
+@checked
 def grpo_loss_torch(
     logits: Tensor,
     ref_logp: Tensor,
@@ -172,6 +175,7 @@ def grpo_loss_torch(
     return (loss, kl) if save_kl else loss
 
 
+@checked
 def grpo_loss_with_old_logps(
     logps: Tensor,
     ref_logps: Tensor,

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.ops.engine.recurrence.gates import l2norm
 
 __all__ = ["L2Norm", "l2_norm", "l2norm"]
@@ -17,9 +18,11 @@ l2_norm = l2norm
 class L2Norm(nn.Module):
     """`l2norm` as a module."""
 
+    @checked
     def __init__(self, eps: float = 1e-6, output_dtype: torch.dtype | None = None):
         super().__init__()
         self.eps, self.output_dtype = eps, output_dtype
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         return l2norm(x, self.eps, self.output_dtype)

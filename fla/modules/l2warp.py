@@ -4,14 +4,20 @@
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
+
 
 class _L2Wrap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss: Tensor, logits: Tensor, factor: float) -> Tensor:
+    def forward(loss: Tensor, logits: Tensor, factor: float) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        _, logits, factor = inputs
         largest, where = logits.max(-1, keepdim=True)
         ctx.save_for_backward(largest * (factor / max(1, logits.shape[:-1].numel())), where)
         ctx.shape = logits.shape
-        return loss.clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -22,6 +28,7 @@ class _L2Wrap(torch.autograd.Function):
 L2_FACTOR = 1e-4
 
 
+@checked
 def l2_warp(loss: Tensor, logits: Tensor, l2_penalty_factor: float = L2_FACTOR) -> Tensor:
     """loss, with `factor * max(z) / M` added to the gradient of the largest logit z of each of the
     M rows of `logits` `[..., vocab]`.

@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
 from fla._lazy import lazy_names
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, not_compiled, tokenwise
@@ -26,6 +27,7 @@ from fla.ops.engine.native import rows as native
 __getattr__, _names = lazy_names(__name__, {"fla.modules.parallel": ["NormParallel"]})
 
 
+@checked
 def layer_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -96,6 +98,7 @@ RMS_NORM = Stage(
 )
 
 
+@checked
 def rms_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -119,6 +122,7 @@ class LayerNorm(nn.Module):
 
     is_rms_norm = False
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
@@ -138,6 +142,7 @@ class LayerNorm(nn.Module):
             if bias:
                 self.bias = nn.Parameter(torch.zeros(hidden_size, **factory))
 
+    @checked
     def forward(
         self,
         x: Tensor,
@@ -171,6 +176,7 @@ class RMSNorm(LayerNorm):
     is_rms_norm = True
 
 
+@checked
 def group_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -209,6 +215,7 @@ class GroupNorm(nn.Module):
         torch.Size([2, 3, 8])
     """
 
+    @checked
     def __init__(
         self,
         num_groups: int,
@@ -236,6 +243,7 @@ class GroupNorm(nn.Module):
             if bias:
                 self.bias = nn.Parameter(torch.zeros(hidden_size, **factory))
 
+    @checked
     def forward(
         self,
         x: Tensor,
@@ -259,6 +267,7 @@ class GroupNorm(nn.Module):
 Normed = Tensor | tuple[Tensor, Tensor]
 
 
+@checked
 def project(normed: Normed, weight: Tensor, bias: Tensor | None) -> Normed:
     """`linear(y)` of y or of (y, s)."""
     y, *rest = (normed,) if isinstance(normed, Tensor) else normed
@@ -271,6 +280,7 @@ def project(normed: Normed, weight: Tensor, bias: Tensor | None) -> Normed:
     return (out, rest[0]) if rest else out
 
 
+@checked
 def layer_norm_linear(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -299,6 +309,7 @@ def layer_norm_linear(
     return project(normed, linear_weight, linear_bias)
 
 
+@checked
 def rms_norm_linear(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -370,6 +381,7 @@ class GroupNormLinear(_ThenLinear, GroupNorm):  # type: ignore[misc]  # as above
     """
 
 
+@checked
 def group_norm_ref(
     x: Tensor,
     weight: Tensor | None,
@@ -403,6 +415,7 @@ def group_norm_ref(
     return (y, total) if prenorm else y
 
 
+@checked
 def layer_norm_ref(
     x: Tensor,
     weight: Tensor | None,
@@ -416,6 +429,7 @@ def layer_norm_ref(
     return group_norm_ref(x, weight, bias, 1, residual, eps, False, prenorm, upcast)
 
 
+@checked
 def rms_norm_ref(
     x: Tensor,
     weight: Tensor | None,
@@ -438,6 +452,7 @@ class GroupNormRef(GroupNorm):
         True
     """
 
+    @checked
     def forward(
         self,
         x: Tensor,

@@ -14,9 +14,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.modules.layernorm import layer_norm
 
 
+@checked
 def layernorm_fn(
     x: Tensor,
     weight: Tensor,
@@ -46,6 +48,7 @@ def layernorm_fn(
     return (y if gate is None or not norm_before_gate else y * gate).to(x.dtype)
 
 
+@checked
 def rmsnorm_fn(
     x: Tensor,
     weight: Tensor,
@@ -65,6 +68,7 @@ rms_norm_ref = rmsnorm_fn
 class LayerNormGated(nn.Module):
     """`layernorm_fn` with its parameters."""
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
@@ -80,6 +84,7 @@ class LayerNormGated(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden_size, **factory))
         self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
 
+    @checked
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         return layernorm_fn(
             x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate
@@ -95,6 +100,7 @@ class RMSNormGated(nn.Module):
         torch.Size([2, 3, 8])
     """
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
@@ -109,5 +115,6 @@ class RMSNormGated(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, **factory))
         self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
 
+    @checked
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         return rmsnorm_fn(x, self.weight, None, z, self.eps, self.group_size, self.norm_before_gate)

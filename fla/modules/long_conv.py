@@ -15,11 +15,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_shapes
 from fla.core.parallel import refuse_sharded
 from fla.core.precision import promote_to_fp32
 
 
+@checked
 def fft_conv(
     u: Tensor,
     k: Tensor,
@@ -72,11 +74,13 @@ class LongConvolution(nn.Module):
         torch.Size([2, 5, 8])
     """
 
+    @checked
     def __init__(self, hidden_size: int, max_len: int):
         super().__init__()
         self.hidden_size, self.max_len = hidden_size, max_len
         self.filter = nn.Parameter(torch.randn(hidden_size, max_len))
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         y = fft_conv(x.transpose(1, 2), self.filter, None, gelu=False)
         return y.transpose(1, 2).to(x.dtype)
@@ -91,6 +95,7 @@ class PositionalEmbedding(nn.Module):
         torch.Size([1, 4, 3])
     """
 
+    @checked
     def __init__(self, emb_dim: int, seq_len: int):
         super().__init__()
         if emb_dim < 3 or emb_dim % 2 == 0:
@@ -106,6 +111,7 @@ class PositionalEmbedding(nn.Module):
         z = torch.cat([time, angle.cos(), -angle.sin()], -1)
         self.z = nn.Parameter(z.unsqueeze(0), requires_grad=False)
 
+    @checked
     def forward(self, L: int) -> Tensor:
         """The features of the first L positions, `[1, L, emb_dim]`."""
         return self.z[:, :L]
@@ -120,6 +126,7 @@ class ImplicitLongConvolution(nn.Module):
         torch.Size([2, 5, 8])
     """
 
+    @checked
     def __init__(self, hidden_size: int, max_len: int, d_emb: int = 3, d_hidden: int = 16):
         super().__init__()
         if d_emb < 3 or d_emb % 2 == 0:
@@ -136,6 +143,7 @@ class ImplicitLongConvolution(nn.Module):
         """The filters of the first T taps, `[1, hidden_size, T]`."""
         return self.mlp(self.pos_emb(T)).transpose(1, 2)
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] > self.max_len:
             raise ValueError(

@@ -8,14 +8,17 @@ import math
 import torch.nn as nn
 from torch import Tensor
 
+from fla._arguments import checked
 from fla._lazy import lazy_names
 from fla.modules.activations import ACT2FN, powglu, powglu_linear, swiglu, swiglu_linear
 from fla.modules.layernorm import LayerNorm
+from fla.modules.linear import is_plain
 
 # loads torch's DTensor, which takes a second
 __getattr__, _names = lazy_names(__name__, {"fla.modules.parallel": ["SwiGLULinearParallel"]})
 
 
+@checked
 def intermediate_width(hidden_size: int, hidden_ratio: float | None) -> int:
     """`hidden_size * hidden_ratio * 2/3` (ratio 4 by default), rounded up to a multiple of 256."""
     ratio = 4 if hidden_ratio is None else hidden_ratio
@@ -32,15 +35,9 @@ class SwiGLULinear(nn.Module):
         torch.Size([3, 4])
     """
 
+    @checked
     def forward(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return swiglu_linear(x, y, weight, bias)
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a linear layer is its weight and its bias alone: no adapter, no quantised layer in
-    its place, no hooks on it.
-    """
-    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
 class GatedMLP(nn.Module):
@@ -54,6 +51,7 @@ class GatedMLP(nn.Module):
         torch.Size([2, 3, 8])
     """
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
@@ -76,6 +74,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
         self.swiglu_linear = SwiGLULinear()
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
         fused = self.fuse_swiglu and is_plain(down)
@@ -100,6 +99,7 @@ class SubNormMLP(nn.Module):
         torch.Size([2, 3, 8])
     """
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
@@ -117,5 +117,6 @@ class SubNormMLP(nn.Module):
         self.norm = LayerNorm(intermediate_size, eps=norm_eps)
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.norm(ACT2FN[self.hidden_act](self.fc1(x))))

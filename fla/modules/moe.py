@@ -19,8 +19,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.precision import promote_to_fp32
 from fla.modules.activations import swiglu_linear
+from fla.modules.linear import is_plain
 from fla.modules.mlp import GatedMLP
 
 SCORES = {"softmax": lambda x: x.softmax(-1), "sigmoid": torch.sigmoid}
@@ -84,6 +86,7 @@ class Experts:
         return cls(**values)
 
 
+@checked
 def load_balance(p: Tensor, chosen: Tensor) -> Tensor:
     """`E sum_e (share of the choices that fell on e) (mean of p_e)`: 1 where all are used alike;
     p `[N, E]` sums to 1, chosen `[N, k]`. Fedus et al. (2021), arXiv:2101.03961.
@@ -95,6 +98,7 @@ def load_balance(p: Tensor, chosen: Tensor) -> Tensor:
 class ExpertMLPs(nn.Module):
     """SwiGLU MLPs with stacked weights."""
 
+    @checked
     def __init__(self, hidden_size: int, options: Experts):
         super().__init__()
         E, width = options.num_experts, options.intermediate_size
@@ -107,8 +111,11 @@ class ExpertMLPs(nn.Module):
         for weight in self.parameters():
             nn.init.normal_(weight, std=std)
 
+    @checked
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """`sum_i weights_i mlp_{chosen_i}(x)` for x `[N, D]`, chosen and weights `[N, k]`."""
+        if torch.compiler.is_exporting():
+            return self._dense(x, chosen, weights)
         order = chosen.flatten().argsort(stable=True)
         token = order.div(chosen.shape[1], rounding_mode="floor")
         counts = torch.bincount(chosen.flatten(), minlength=len(self.down_proj)).tolist()
@@ -125,12 +132,22 @@ class ExpertMLPs(nn.Module):
         y = torch.cat(parts or [rows]) * weights.flatten()[order].unsqueeze(1).to(x.dtype)
         return torch.zeros_like(x).index_add(0, token, y)
 
+    def _dense(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """The same by every expert on every token: an exported graph knows no counts of them."""
+        y = torch.zeros_like(x)
+        for e, (up, down) in enumerate(
+            zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
+        ):
+            share = (weights * (chosen == e)).sum(-1, keepdim=True)
+            gate, value = F.linear(x, up).chunk(2, -1)
+            y = y + share.to(x.dtype) * swiglu_linear(gate, value, down)
+        return y
+
 
 class MixtureOfExperts(nn.Module):
     """The module's equation on `[..., hidden_size]`; scores are computed in fp32.
 
-    `correction_bias` is a buffer: checkpoints bring it, nothing here trains it. `shared` collects
-    the load-balancing losses of a forward pass under "balance_losses".
+    `correction_bias` is a buffer: checkpoints bring it, nothing here trains it.
 
     Example:
         >>> layer = MixtureOfExperts(8, Experts(num_experts=4, top_k=2, intermediate_size=16))
@@ -140,6 +157,7 @@ class MixtureOfExperts(nn.Module):
 
     correction_bias: Tensor
 
+    @checked
     def __init__(self, hidden_size: int, options: Experts):
         super().__init__()
         self.options = options
@@ -155,9 +173,11 @@ class MixtureOfExperts(nn.Module):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(scores `[N, E]`, chosen `[N, k]`, weights `[N, k]`) of x `[N, D]`."""
         options = self.options
-        scores = SCORES[options.scoring](
-            F.linear(promote_to_fp32(x), promote_to_fp32(self.gate.weight))
-        )
+        if is_plain(self.gate):
+            logits = F.linear(promote_to_fp32(x), promote_to_fp32(self.gate.weight))
+        else:
+            logits = promote_to_fp32(self.gate(x))
+        scores = SCORES[options.scoring](logits)
         rank = scores.detach()
         if options.scoring == "sigmoid":
             rank = rank + self.correction_bias
@@ -173,17 +193,20 @@ class MixtureOfExperts(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return scores, chosen, weights * options.scale
 
-    def forward(self, x: Tensor, shared: dict[str, Any] | None = None) -> Tensor:
+    @checked
+    def forward(self, x: Tensor, with_loss: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
+        """y, or (y, the weighted load-balancing loss; None outside training and without one)."""
         rows = x.flatten(0, -2)
         scores, chosen, weights = self.route(rows)
-        if shared is not None and self.training and self.options.balance_loss:
+        loss = None
+        if with_loss and self.training and self.options.balance_loss:
             p = scores / scores.sum(-1, keepdim=True)
             loss = self.options.balance_loss * load_balance(p, chosen)
-            shared.setdefault("balance_losses", []).append(loss)
         y = self.experts(rows, chosen, weights)
         if self.options.shared_size:
             common = self.shared_expert(rows)
             if self.options.shared_gate:
                 common = self.shared_expert_gate(rows).sigmoid() * common
             y = y + common
-        return y.view_as(x)
+        y = y.view_as(x)
+        return (y, loss) if with_loss else y

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.layout import SequenceLayout
 from fla.ops.engine.recurrence.recurrence import check_packed
 
@@ -23,6 +24,7 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 SCALINGS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
 
 
+@checked
 def rotary_embedding(
     x: Tensor,
     cos: Tensor,
@@ -85,6 +87,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat([y, rest], -1) if rest.shape[-1] else y
 
 
+@checked
 def rotary_embedding_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """`rotary_embedding` as its definition: every pair of channels turned by its angle, cos, sin
     `[T, R/2]`.
@@ -111,6 +114,7 @@ class RotaryEmbedding(nn.Module):
         True
     """
 
+    @checked
     def __init__(
         self,
         dim: int,
@@ -153,6 +157,7 @@ class RotaryEmbedding(nn.Module):
         share = ((turns - low) / (high - low)).clamp(0, 1)
         return share * frequencies + (1 - share) * slow
 
+    @checked
     def forward(
         self,
         q: Tensor,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_sequences, check_tensors
 from fla.core.parallel import refuse_sharded
 from fla.ops.cp.context import FLACPContext, on_ranks
@@ -15,6 +16,7 @@ from fla.ops.engine.recurrence.recurrence import check_packed
 from fla.ops.engine.scan.running import lasts, starts
 
 
+@checked
 def token_shift(
     x: Tensor,
     cu_seqlens: Tensor | None = None,
@@ -41,6 +43,7 @@ def token_shift(
     return (delta, lasts(x, first, cu_seqlens)) if output_cache else delta
 
 
+@checked
 def token_shift_cp(
     x: Tensor,
     cp_context: FLACPContext,
@@ -51,6 +54,7 @@ def token_shift_cp(
     return token_shift(x, cu_seqlens, chunk_indices=chunk_indices, cp_context=cp_context)  # type: ignore[return-value]  # no cache is asked for
 
 
+@checked
 def token_shift_ref(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """`token_shift` by a loop over the tokens."""
     bounds = {0} if cu_seqlens is None else set(cu_seqlens.tolist())

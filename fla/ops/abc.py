@@ -24,12 +24,14 @@ On the one equation: `gsa` with the decay that the normalisation implies.
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.ops.case import OpCase
 from fla.ops.engine.recurrence.recurrence import Options
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE
 from fla.ops.gsa import State, _gsa, naive_recurrent_gsa
 
 
+@checked
 def naive_recurrent_abc(
     q: Tensor,
     k: Tensor,
@@ -44,6 +46,7 @@ def naive_recurrent_abc(
     return naive_recurrent_gsa(q, k, v, s, g, scale, initial_state, output_final_state)
 
 
+@checked
 def naive_cumsum_abc(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, None]:
     """The definition with explicit averages: each slot's key and value at every token."""
     weights = (s - s.amax(1, keepdim=True)).exp()
@@ -54,6 +57,7 @@ def naive_cumsum_abc(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor
     return torch.einsum("bthm,bthmv->bthv", p, values), None
 
 
+@checked
 def chunk_abc(
     q: Tensor,
     k: Tensor,
@@ -77,6 +81,7 @@ def chunk_abc(
     return _gsa("chunk_abc", options, q, k, v, s, None, initial_state, cu_seqlens)
 
 
+@checked
 def fused_recurrent_abc(
     q: Tensor,
     k: Tensor,

@@ -27,8 +27,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from fla._arguments import checked
+from fla.core import operator
 from fla.core.checks import check_groups, check_same, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import QKV, OpCase, literal
@@ -81,6 +82,7 @@ def naive_recurrent_based(
     return torch.stack(out, 1), S if output_final_state else None
 
 
+@checked
 def naive_parallel_based(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, use_norm: bool = True
 ) -> Tensor:
@@ -108,7 +110,7 @@ def polynomial_attention(f: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v:
     for begin in range(0, q.shape[2], BLOCK):
         end = min(begin + BLOCK, q.shape[2])
         args = (q[:, :, begin:end], k[:, :, :end], v[:, :, :end])
-        out.append(checkpoint(rows, *args, use_reentrant=False))
+        out.append(operator.recomputed(rows, *args))
     return torch.cat(out, 2).transpose(1, 2) if out else v.transpose(1, 2)
 
 
@@ -142,6 +144,7 @@ def _based(
     return _divided(o, use_norm, v.dtype), final
 
 
+@checked
 def chunk_based(
     q: Tensor,
     k: Tensor,
@@ -165,6 +168,7 @@ def chunk_based(
     return _based("chunk_based", options, q, k, v, use_norm, initial_state, cu_seqlens)
 
 
+@checked
 def fused_chunk_based(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, use_norm: bool = True
 ) -> Tensor:
@@ -172,6 +176,7 @@ def fused_chunk_based(
     return chunk_based(q, k, v, scale, use_norm)[0]
 
 
+@checked
 def fused_recurrent_based(
     q: Tensor,
     k: Tensor,
@@ -188,6 +193,7 @@ def fused_recurrent_based(
     return _based("fused_recurrent_based", options, q, k, v, use_norm, initial_state, cu_seqlens)
 
 
+@checked
 def parallel_based(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, use_norm: bool = True
 ) -> Tensor:

@@ -524,8 +524,8 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float
 ) -> tuple[Tensor, Tensor]:
     _check_pattern(pattern, q, k, q.shape[1])
-    return torch.ops.fla.block_sparse_attention(
-        q, k, v, pattern.kept.to(q.device), pattern.gate,
+    return operator.call(
+        "block_sparse_attention", q, k, v, pattern.kept.to(q.device), pattern.gate,
         [pattern.block_size, pattern.query_block], pattern.causal, scale,
     )  # fmt: skip
 

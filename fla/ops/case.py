@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.precision import compute_dtype
 
 FAMILIES = {
@@ -265,6 +266,7 @@ def literal(*grouped: str, of: str = "v") -> Callable[[Loop], Loop]:
     def decorate(loop: Loop) -> Loop:
         signature = inspect.signature(loop)
 
+        @checked
         @wraps(loop)
         def call(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs)

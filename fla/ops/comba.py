@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_groups, check_tensors
 from fla.ops.case import QKV, Inputs, OpCase, delta, literal
 from fla.ops.engine.recurrence.equation import chunk_form
@@ -62,6 +63,7 @@ def naive_recurrent_comba(
     return torch.stack(out, 1), S if output_final_state else None
 
 
+@checked
 def naive_chunk_comba(
     q: Tensor,
     k: Tensor,
@@ -116,6 +118,7 @@ def _comba(
     )
 
 
+@checked
 def chunk_comba(
     q: Tensor,
     k: Tensor,
@@ -158,6 +161,7 @@ def chunk_comba(
     )
 
 
+@checked
 def fused_recurrent_comba(
     q: Tensor,
     k: Tensor,

@@ -22,6 +22,7 @@ On the one equation: no decay, a = -beta k, b = k, written k and beta v.
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.ops.case import QKV, OpCase, delta, literal
 from fla.ops.engine.recurrence.equation import chunk_form
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
@@ -51,6 +52,7 @@ def naive_recurrent_delta_rule(
     return torch.stack(out, 1), S if output_final_state else None
 
 
+@checked
 def delta_rule_recurrence(
     q: Tensor,
     k: Tensor,
@@ -65,6 +67,7 @@ def delta_rule_recurrence(
     return o.transpose(1, 2), S
 
 
+@checked
 def delta_rule_chunkwise(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, chunk_size: int = 32
 ) -> tuple[Tensor, Tensor]:
@@ -76,6 +79,7 @@ def delta_rule_chunkwise(
     return o.transpose(1, 2), S
 
 
+@checked
 def delta_rule_parallel(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """The matrix the rule implies, head-first: `A = tril(scale q k^T) (I + strict(beta k k^T))^{-1}
     beta`, (o = A v, A).
@@ -88,6 +92,7 @@ def delta_rule_parallel(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> tuple[
     return A @ v, A
 
 
+@checked
 def chunk_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -123,6 +128,7 @@ def chunk_delta_rule(
     )
 
 
+@checked
 def fused_recurrent_delta_rule(
     q: Tensor,
     k: Tensor,

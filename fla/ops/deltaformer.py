@@ -32,8 +32,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from fla._arguments import checked, refuse_symbolic
+from fla.core import operator
 from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_parts, check_sequences, check_tensors
 from fla.core.layout import SequenceLayout
@@ -46,6 +47,7 @@ BLOCK = 128
 State = tuple[Tensor, Tensor]
 
 
+@checked
 def naive_deltaformer_attn(
     q: Tensor,
     k: Tensor,
@@ -100,7 +102,7 @@ def _sequence(
     for begin in range(0, q.shape[2], C):
         rows = [x[:, :, begin : begin + C] for x in (q, v, beta)]
         seen = keys[:, :, : past + begin + rows[0].shape[2]]
-        o, u = checkpoint(_block, *rows, seen, us, use_reentrant=False)
+        o, u = operator.recomputed(_block, *rows, seen, us)
         us = torch.cat([us, u], 2)
         out.append(o)
     return (torch.cat(out, 2) if out else v), keys, us
@@ -126,6 +128,7 @@ BLOCKS = Stage(
 )
 
 
+@checked
 def deltaformer_attn(
     q: Tensor,
     k: Tensor,
@@ -151,6 +154,7 @@ def deltaformer_attn(
     )
     check_sequences(op, sizes["B"], cu_seqlens, None)
     check_chunk_size(op, C)
+    refuse_symbolic(op, q.shape[1])
     if attention_mask is not None:
         if initial_state is not None or output_final_state:
             raise ValueError(
@@ -191,6 +195,7 @@ def _head_first(op: str, sizes: dict[str, int], state: State, cu_seqlens: Tensor
     return promote_to_fp32(state[0]).transpose(1, 2), promote_to_fp32(state[1]).transpose(1, 2)
 
 
+@checked
 def fused_recurrent_deltaformer(
     q: Tensor,
     k: Tensor,

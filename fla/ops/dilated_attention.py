@@ -380,7 +380,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if mode is not None:
         raise ValueError(f"dilated_attention: mode={mode!r} is for sequence_parallel; drop it")
-    return torch.ops.fla.dilated_attention(q, k, v, cu_seqlens, *b, causal, scale)
+    return operator.call("dilated_attention", q, k, v, cu_seqlens, *b, causal, scale)
 
 
 def _over_ranks(

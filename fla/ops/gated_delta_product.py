@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_tensors
 from fla.ops.case import SIZES, Inputs, OpCase, gated_delta, literal
 from fla.ops.cp.context import FLACPContext, on_ranks
@@ -111,6 +112,7 @@ def _product(
     return o[:, n - 1 :: n], final
 
 
+@checked
 def chunk_gated_delta_product(
     q: Tensor,
     k: Tensor,
@@ -157,6 +159,7 @@ def chunk_gated_delta_product(
     )
 
 
+@checked
 def chunk_gated_delta_product_ref(
     q: Tensor,
     k: Tensor,
@@ -178,6 +181,7 @@ def chunk_gated_delta_product_ref(
     )
 
 
+@checked
 def fused_recurrent_gated_delta_product(
     q: Tensor,
     k: Tensor,

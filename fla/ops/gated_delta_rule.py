@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_shapes
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import QKV, OpCase, gated_delta, literal
@@ -65,6 +66,7 @@ def naive_recurrent_gated_delta_rule(
     return torch.stack(out, 1), S if output_final_state else None
 
 
+@checked
 def naive_chunk_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -93,6 +95,7 @@ def naive_chunk_gated_delta_rule(
     return o, S if output_final_state else None
 
 
+@checked
 def naive_gdn_gate(
     g: Tensor,
     A_log: Tensor,
@@ -149,6 +152,7 @@ def _gates(
     return g, beta
 
 
+@checked
 def chunk_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -211,6 +215,7 @@ def chunk_gated_delta_rule(
     )
 
 
+@checked
 def fused_recurrent_gated_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import OpCase, literal
@@ -108,6 +109,7 @@ def _oja(
     return o, None if final is None else final.mT.contiguous()
 
 
+@checked
 def chunk_gated_oja_rule(
     q: Tensor,
     k: Tensor,
@@ -148,6 +150,7 @@ def chunk_gated_oja_rule(
     )
 
 
+@checked
 def fused_recurrent_gated_oja_rule(
     q: Tensor,
     k: Tensor,

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_groups, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import QKV, Inputs, OpCase, literal
@@ -69,6 +70,7 @@ def naive_recurrent_gdn2(
     return torch.stack(out, 1), S if output_final_state else None
 
 
+@checked
 def naive_chunk_gdn2(
     q: Tensor,
     k: Tensor,
@@ -128,6 +130,7 @@ def _gdn2(
     return o.to(v.dtype), *states
 
 
+@checked
 def chunk_gdn2(
     q: Tensor,
     k: Tensor,
@@ -197,6 +200,7 @@ def chunk_gdn2(
     )
 
 
+@checked
 def fused_recurrent_gdn2(
     q: Tensor,
     k: Tensor,

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.ops.case import QKV, OpCase, linear, literal
 from fla.ops.cp.context import FLACPContext, on_ranks
 from fla.ops.engine.recurrence.equation import chunk_form
@@ -84,6 +85,7 @@ def naive_recurrent_iplr_delta_rule(
     return torch.stack(out, 1), S if output_final_state else None
 
 
+@checked
 def dplr_recurrence(
     q: Tensor,
     k: Tensor,
@@ -102,6 +104,7 @@ def dplr_recurrence(
     return o.transpose(1, 2), S
 
 
+@checked
 def dplr_chunkwise(
     q: Tensor,
     k: Tensor,
@@ -122,6 +125,7 @@ def dplr_chunkwise(
     return o.transpose(1, 2), S if output_final_state else None
 
 
+@checked
 def iplr_recurrence(
     q: Tensor,
     k: Tensor,
@@ -136,6 +140,7 @@ def iplr_recurrence(
     return dplr_recurrence(q, k, v, alpha, beta, gk, initial_state, output_final_state)
 
 
+@checked
 def iplr_chunkwise(
     q: Tensor,
     k: Tensor,
@@ -180,6 +185,7 @@ def check_bounds(
         )
 
 
+@checked
 def chunk_dplr_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -223,6 +229,7 @@ def chunk_dplr_delta_rule(
     return _low_rank(op, options, q, k, v, a, b, gk, **sequences)
 
 
+@checked
 def fused_recurrent_dplr_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -243,6 +250,7 @@ def fused_recurrent_dplr_delta_rule(
     return _low_rank("fused_recurrent_dplr_delta_rule", options, q, k, v, a, b, gk, **sequences)
 
 
+@checked
 def chunk_iplr_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -272,6 +280,7 @@ def chunk_iplr_delta_rule(
     return _low_rank("chunk_iplr_delta_rule", options, q, k, v, a, b, None, **sequences)
 
 
+@checked
 def fused_recurrent_iplr_delta_rule(
     q: Tensor,
     k: Tensor,

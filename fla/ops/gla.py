@@ -23,6 +23,7 @@ On the one equation: vector decay, no erase.
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.ops.case import QKV, OpCase, linear, literal, renamed
 from fla.ops.engine.recurrence.recurrence import Options, recurrence, state_layout
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Terms
@@ -47,6 +48,7 @@ def naive_recurrent_gla(
     return torch.stack(out, 1), S if output_final_state else None
 
 
+@checked
 def chunk_gla(
     q: Tensor,
     k: Tensor,
@@ -92,6 +94,7 @@ def chunk_gla(
 fused_chunk_gla = chunk_gla
 
 
+@checked
 def fused_recurrent_gla(
     q: Tensor,
     k: Tensor,

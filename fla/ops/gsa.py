@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_groups, check_parts, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import OpCase, literal
@@ -168,6 +169,7 @@ def _gsa(
     return o, final if last is None else (*final, last)
 
 
+@checked
 def chunk_gsa(
     q: Tensor,
     k: Tensor,
@@ -202,6 +204,7 @@ def chunk_gsa(
     return _gsa("chunk_gsa", options, q, k, v, s, g, initial_state, bounds)
 
 
+@checked
 def fused_recurrent_gsa(
     q: Tensor,
     k: Tensor,

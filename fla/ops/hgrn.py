@@ -20,6 +20,7 @@ On the one equation: K = V = 1 with q = k = 1 and a head per channel, so a vecto
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_log_decay, check_sequences, check_tensors
 from fla.ops.case import OpCase, literal
 from fla.ops.engine.recurrence.recurrence import (
@@ -45,6 +46,7 @@ def naive_recurrent_hgrn(
     return torch.stack(out, 1), S if output_final_state else None
 
 
+@checked
 def naive_chunk_hgrn(
     x: Tensor,
     g: Tensor,
@@ -93,6 +95,7 @@ def _hgrn(
     return h, final if output_final_state else None
 
 
+@checked
 def chunk_hgrn(
     x: Tensor,
     g: Tensor,
@@ -114,6 +117,7 @@ def chunk_hgrn(
     )
 
 
+@checked
 def fused_recurrent_hgrn(
     x: Tensor,
     g: Tensor,

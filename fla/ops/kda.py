@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_tensors, refuse
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import QKV, OpCase, gated_delta, literal
@@ -60,6 +61,7 @@ def _gate(
     return decay if output_dtype is None else decay.to(output_dtype)
 
 
+@checked
 def naive_kda_gate(
     g: Tensor,
     A_log: Tensor,
@@ -70,6 +72,7 @@ def naive_kda_gate(
     return _gate("naive_kda_gate", g, A_log, dt_bias, None, output_dtype)
 
 
+@checked
 def naive_kda_lowerbound_gate(
     g: Tensor,
     A_log: Tensor | None,
@@ -81,6 +84,7 @@ def naive_kda_lowerbound_gate(
     return _gate("naive_kda_lowerbound_gate", g, A_log, dt_bias, lower_bound, output_dtype)
 
 
+@checked
 def fused_kda_gate(
     g: Tensor,
     A_log: Tensor | None,
@@ -118,6 +122,7 @@ def naive_recurrent_kda(
     return torch.stack(out, 1), S if output_final_state else None
 
 
+@checked
 def naive_chunk_kda(
     q: Tensor,
     k: Tensor,
@@ -162,6 +167,7 @@ def sigmoid_beta(op: str, beta: Tensor, use_sigmoid: bool, allow_neg_eigval: boo
     return promote_to_fp32(beta).sigmoid() * (2 if allow_neg_eigval else 1) if use_sigmoid else beta
 
 
+@checked
 def chunk_kda(
     q: Tensor,
     k: Tensor,
@@ -227,6 +233,7 @@ def chunk_kda(
     return run(op, options, Terms(q, k, v, **gates), *sequences, names={"gk": "g"})
 
 
+@checked
 def fused_recurrent_kda(
     q: Tensor,
     k: Tensor,

@@ -22,6 +22,7 @@ On the one equation: constant decay per head, no erase.
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_tensors
 from fla.ops.case import QKV, OpCase, constant, literal
 from fla.ops.engine.recurrence.terms import CHUNK_SIZE
@@ -62,6 +63,7 @@ def naive_recurrent_lightning_attn(
     return torch.stack(out, 1), S if output_final_state else None
 
 
+@checked
 def chunk_lightning_attn(
     q: Tensor,
     k: Tensor,
@@ -96,6 +98,7 @@ def chunk_lightning_attn(
     )
 
 
+@checked
 def fused_recurrent_lightning_attn(
     q: Tensor,
     k: Tensor,

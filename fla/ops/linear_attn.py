@@ -23,6 +23,7 @@ whose value is 1.
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.ops.case import QKV, OpCase, linear, literal
 from fla.ops.engine.recurrence.recurrence import Options, recurrence
 from fla.ops.engine.recurrence.terms import Terms
@@ -52,6 +53,7 @@ def naive_recurrent_linear_attn(
     return torch.stack(out, 1), S if output_final_state else None
 
 
+@checked
 def naive_chunk_linear_attn(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, normalize: bool = False
 ) -> Tensor:
@@ -93,6 +95,7 @@ def _run(
     return o, None if final is None else (final[..., :-1], final[..., -1].unsqueeze(1))
 
 
+@checked
 def chunk_linear_attn(
     q: Tensor,
     k: Tensor,
@@ -118,6 +121,7 @@ def chunk_linear_attn(
 fused_chunk_linear_attn = chunk_linear_attn
 
 
+@checked
 def fused_recurrent_linear_attn(
     q: Tensor,
     k: Tensor,

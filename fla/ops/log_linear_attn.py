@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fla._arguments import checked, refuse_symbolic
 from fla.core.boundaries import boundaries_to_list, count_sequences
 from fla.core.checks import (
     check_groups,
@@ -64,6 +65,7 @@ def level(t: Tensor, s: Tensor) -> Tensor:
     return (torch.bitwise_right_shift(difference.unsqueeze(-1), bits) > 0).sum(-1)
 
 
+@checked
 def naive_log_linear_attn(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, level_scales: Tensor, scale: float | None = 1.0
 ) -> Tensor:
@@ -170,6 +172,7 @@ def _check(
     sizes = check_tensors(op, **specs)
     check_groups(op, sizes)
     N = check_sequences(op, sizes["B"], cu_seqlens, None)
+    refuse_symbolic(op, sizes["T"])
     top, L = 0, sizes["L"]
     if state is not None:
         check_parts(op, state, "levels, offsets")
@@ -261,6 +264,7 @@ def _log_linear(
     return HIERARCHY(op, backend, q, k, v, g, level_scales, initial_state, cu_seqlens, chunk_size)
 
 
+@checked
 def chunk_log_linear_attn(
     q: Tensor,
     k: Tensor,
@@ -301,6 +305,7 @@ def chunk_log_linear_attn(
     return o, state if output_final_state else None
 
 
+@checked
 def fused_recurrent_log_linear_attn(
     q: Tensor,
     k: Tensor,

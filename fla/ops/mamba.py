@@ -26,6 +26,7 @@ written D x; no erase.
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_log_decay, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import OpCase, literal
@@ -66,6 +67,7 @@ def point(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> dict[str, T
     return dict(q=C, k=B, v=(dt * x).unsqueeze(-1), g=dt.unsqueeze(-1) * A)
 
 
+@checked
 def chunk_mamba(
     x: Tensor,
     dt: Tensor,
@@ -118,6 +120,7 @@ def chunk_mamba(
     return y, final if output_final_state else None
 
 
+@checked
 def fused_recurrent_mamba(
     x: Tensor,
     dt: Tensor,

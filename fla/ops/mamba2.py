@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_groups, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import Inputs, OpCase, literal
@@ -100,6 +101,7 @@ def _mamba2(
     return o.to(x.dtype), final
 
 
+@checked
 def chunk_mamba2(
     x: Tensor,
     dt: Tensor,
@@ -140,6 +142,7 @@ def chunk_mamba2(
     )
 
 
+@checked
 def fused_recurrent_mamba2(
     x: Tensor,
     dt: Tensor,

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_parts, check_sequences, check_tensors
 from fla.core.parallel import refuse_sharded
 from fla.core.precision import promote_to_fp32
@@ -219,6 +220,7 @@ def _state(
     return tuple(promote_to_fp32(y) for y in state)  # type: ignore[return-value]
 
 
+@checked
 def chunk_mamba3(
     x: Tensor,
     dt: Tensor,
@@ -252,6 +254,7 @@ def chunk_mamba3(
     return _mamba3("chunk_mamba3", options, tensors, D, initial_state, cu_seqlens)
 
 
+@checked
 def fused_recurrent_mamba3(
     x: Tensor,
     dt: Tensor,

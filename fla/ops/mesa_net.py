@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.boundaries import boundaries_to_list, count_sequences
 from fla.core.checks import check_log_decay, check_sequences, check_tensors
 from fla.core.parallel import refuse_sharded
@@ -46,6 +47,7 @@ from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Switches, Terms
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 
 
+@checked
 def naive_mesa_net_exact(
     q: Tensor,
     k: Tensor,
@@ -111,10 +113,13 @@ class _Solve(torch.autograd.Function):
     """Zero, with the gradient of `(A_t + diag(lambda))^{-1} r_t` in r."""
 
     @staticmethod
-    def forward(ctx, r, k, write, g, lamb, A, diagonal, cu_seqlens, iterations, form):
-        ctx.save_for_backward(k, write, g, lamb, A, diagonal, cu_seqlens)
-        ctx.iterations, ctx.form = iterations, form
+    def forward(r, k, write, g, lamb, A, diagonal, cu_seqlens, iterations, form):
         return torch.zeros_like(r)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:8])
+        ctx.iterations, ctx.form = inputs[8:]
 
     @staticmethod
     def backward(ctx, grad):
@@ -205,6 +210,7 @@ def _check(
     refuse_sharded(op)
 
 
+@checked
 def chunk_mesa_net(
     q: Tensor,
     k: Tensor,
@@ -296,6 +302,7 @@ EXACT = Stage(
 )
 
 
+@checked
 def fused_recurrent_mesa_net(
     q: Tensor,
     k: Tensor,
@@ -322,6 +329,7 @@ def fused_recurrent_mesa_net(
     return o, final[..., :K], final[..., K:]
 
 
+@checked
 def mesa_net_decoding_one_step(
     q: Tensor,
     k: Tensor,

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.boundaries import count_sequences
 from fla.core.checks import check_groups, check_parts, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
@@ -132,6 +133,7 @@ def _joined(
     return torch.cat([state[0], state[1].unsqueeze(-1)], -1), state[2]
 
 
+@checked
 def chunk_mlstm(
     q: Tensor,
     k: Tensor,
@@ -157,6 +159,7 @@ def chunk_mlstm(
     return _mlstm("chunk_mlstm", options, q, k, v, i, f, initial_state, cu_seqlens)
 
 
+@checked
 def fused_recurrent_mlstm(
     q: Tensor,
     k: Tensor,

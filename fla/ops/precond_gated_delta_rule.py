@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import (
     check_groups,
     check_log_decay,
@@ -165,6 +166,7 @@ def _precond(
     return o, S, A_final if options.output_final_state else None, *states
 
 
+@checked
 def chunk_precond_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -220,6 +222,7 @@ def chunk_precond_gated_delta_rule(
     )
 
 
+@checked
 def fused_recurrent_precond_gated_delta_rule(
     q: Tensor,
     k: Tensor,

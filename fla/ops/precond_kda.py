@@ -28,6 +28,7 @@ On the one equation: vector decay, a = -beta M k, b = exp(g) k, written M k and 
 
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_tensors
 from fla.ops.case import QKV, OpCase
 from fla.ops.cp.context import refuse_cp_context
@@ -46,6 +47,7 @@ from fla.ops.precond_gated_delta_rule import (
 )
 
 
+@checked
 def naive_recurrent_precond_kda(
     q: Tensor,
     k: Tensor,
@@ -81,6 +83,7 @@ def naive_recurrent_precond_kda(
     )
 
 
+@checked
 def chunk_precond_kda(
     q: Tensor,
     k: Tensor,
@@ -160,6 +163,7 @@ def chunk_precond_kda(
     )
 
 
+@checked
 def fused_recurrent_precond_kda(
     q: Tensor,
     k: Tensor,

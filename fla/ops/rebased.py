@@ -24,6 +24,7 @@ On the one equation: `(q . k)^2 = phi(q) . phi(k)`, so linear attention: S_t = S
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_groups, check_same, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.ops.based import pairs, polynomial_attention
@@ -57,6 +58,7 @@ def naive_recurrent_rebased(
     return torch.stack(out, 1), S if output_final_state else None
 
 
+@checked
 def naive_parallel_rebased(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, use_norm: bool = True
 ) -> Tensor:
@@ -94,6 +96,7 @@ def _rebased(
     return o.to(v.dtype), final
 
 
+@checked
 def chunk_rebased(
     q: Tensor,
     k: Tensor,
@@ -121,6 +124,7 @@ def chunk_rebased(
     )
 
 
+@checked
 def fused_recurrent_rebased(
     q: Tensor,
     k: Tensor,
@@ -141,6 +145,7 @@ def fused_recurrent_rebased(
     )
 
 
+@checked
 def parallel_rebased(
     q: Tensor,
     k: Tensor,

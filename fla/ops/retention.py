@@ -19,6 +19,7 @@ On the one equation: constant decay per head, no erase.
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_tensors
 from fla.ops.case import QKV, OpCase, constant, literal
 from fla.ops.engine.recurrence.recurrence import state_layout
@@ -52,6 +53,7 @@ def naive_recurrent_retention(
     return torch.stack(out, 1), S if output_final_state else None
 
 
+@checked
 def naive_retention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The whole matrix at once, on head-first tensors `[B, H, T, D]`: `A_ij = q_i . k_j
     gamma^(i - j) / sqrt(K)` for i >= j.
@@ -62,6 +64,7 @@ def naive_retention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return A @ v
 
 
+@checked
 def chunk_retention(
     q: Tensor,
     k: Tensor,
@@ -98,6 +101,7 @@ def chunk_retention(
 fused_chunk_retention = chunk_retention
 
 
+@checked
 def fused_recurrent_retention(
     q: Tensor,
     k: Tensor,
@@ -131,6 +135,7 @@ def fused_recurrent_retention(
     )
 
 
+@checked
 def parallel_retention(
     q: Tensor,
     k: Tensor,

@@ -25,6 +25,7 @@ On the one equation: K = V = 1, so the average is a vector scan, read before the
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import OpCase, literal
@@ -75,6 +76,7 @@ def _log_b(w: Tensor, k: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Te
     return torch.logaddexp(log, first) - line
 
 
+@checked
 def chunk_rwkv4(
     w: Tensor,
     u: Tensor,
@@ -129,6 +131,7 @@ def chunk_rwkv4(
     return o.to(v.dtype), torch.stack([last, torch.ones_like(last), e], 1).unsqueeze(2)
 
 
+@checked
 def fused_recurrent_rwkv4(
     w: Tensor,
     u: Tensor,

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.checks import check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import Inputs, OpCase, literal
@@ -92,6 +93,7 @@ def _rwkv6(
     return (promote_to_fp32(o) + own * promote_to_fp32(v)).to(o.dtype), final
 
 
+@checked
 def chunk_rwkv6(
     r: Tensor,
     k: Tensor,
@@ -120,6 +122,7 @@ def chunk_rwkv6(
     return _rwkv6("chunk_rwkv6", options, r, k, v, w, u, initial_state, cu_seqlens, cu_seqlens_cpu)
 
 
+@checked
 def fused_recurrent_rwkv6(
     r: Tensor,
     k: Tensor,

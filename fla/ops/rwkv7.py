@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.boundaries import boundaries_to_list
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import OpCase
@@ -46,6 +47,7 @@ from fla.ops.generalized_delta_rule import (
 NAMES = {"q": "r", "gk": "w"}
 
 
+@checked
 def naive_recurrent_rwkv7(
     r: Tensor,
     w: Tensor,
@@ -63,6 +65,7 @@ def naive_recurrent_rwkv7(
     )
 
 
+@checked
 def chunk_rwkv7(
     r: Tensor,
     w: Tensor,
@@ -104,6 +107,7 @@ def chunk_rwkv7(
     return _low_rank(op, options, r, k, v, a, b, w, NAMES, **sequences)
 
 
+@checked
 def fused_recurrent_rwkv7(
     r: Tensor,
     w: Tensor,
@@ -128,6 +132,7 @@ def fused_recurrent_rwkv7(
     return _low_rank("fused_recurrent_rwkv7", options, r, k, v, a, b, w, NAMES, **sequences)
 
 
+@checked
 def fused_mul_recurrent_rwkv7(
     r: Tensor,
     w: Tensor,
@@ -161,6 +166,7 @@ def fused_mul_recurrent_rwkv7(
     )
 
 
+@checked
 def fused_addcmul_rwkv7(
     hidden_states: Tensor,
     delta: Tensor,
@@ -182,6 +188,7 @@ def fused_addcmul_rwkv7(
 torch_addcmul_rwkv7 = fused_addcmul_rwkv7
 
 
+@checked
 def fused_k_rwkv7(
     k: Tensor,
     a: Tensor,
@@ -200,6 +207,7 @@ def fused_k_rwkv7(
 k_update_ref = fused_k_rwkv7
 
 
+@checked
 def gate_output_correction(
     o: Tensor, r: Tensor, k: Tensor, r_k: Tensor, v: Tensor, g: Tensor
 ) -> Tensor:
@@ -215,6 +223,7 @@ def gate_output_correction(
 gate_output_correction_ref = gate_output_correction
 
 
+@checked
 def channel_mixing_rwkv7(
     x: Tensor,
     x_prev: Tensor,

@@ -23,6 +23,7 @@ On the one equation: scalar decay, no erase.
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.boundaries import boundaries_to_list
 from fla.ops.case import QKV, OpCase, linear, literal
 from fla.ops.engine.recurrence.equation import LOG_ZERO
@@ -52,6 +53,7 @@ def naive_recurrent_simple_gla(
     return torch.stack(out, 1), S if output_final_state else None
 
 
+@checked
 def naive_parallel_simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -68,6 +70,7 @@ def naive_parallel_simple_gla(
     return torch.einsum("bhij,bjhv->bihv", A, v), A
 
 
+@checked
 def naive_chunk_simple_gla(
     q: Tensor,
     k: Tensor,
@@ -106,6 +109,7 @@ def _decay(op: str, v: Tensor, g: Tensor | None, g_gamma: Tensor | None) -> Tens
     return g_gamma.expand(v.shape[:3]) if g is None else g + g_gamma
 
 
+@checked
 def chunk_simple_gla(
     q: Tensor,
     k: Tensor,
@@ -148,6 +152,7 @@ def chunk_simple_gla(
     )
 
 
+@checked
 def fused_chunk_simple_gla(
     q: Tensor,
     k: Tensor,
@@ -175,6 +180,7 @@ def fused_chunk_simple_gla(
     )
 
 
+@checked
 def fused_recurrent_simple_gla(
     q: Tensor,
     k: Tensor,
@@ -203,6 +209,7 @@ def fused_recurrent_simple_gla(
     )
 
 
+@checked
 def parallel_simple_gla(
     q: Tensor,
     k: Tensor,

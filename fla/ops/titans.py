@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_parts, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
@@ -162,6 +163,7 @@ MINI_BATCHES = Stage(
 )
 
 
+@checked
 def chunk_titans_linear(
     q: Tensor,
     k: Tensor,
@@ -196,6 +198,7 @@ def chunk_titans_linear(
     return o.transpose(1, 2).to(v.dtype), (S, M) if output_final_state else None
 
 
+@checked
 def chunk_titans_linear_ref(
     q: Tensor,
     k: Tensor,

@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
@@ -124,6 +125,7 @@ def _sequences(
     return (torch.cat(out, 2) if out else rows[0]), S, c
 
 
+@checked
 def chunk_ttt_linear(
     q: Tensor,
     k: Tensor,
@@ -210,6 +212,7 @@ MINI_BATCHES = Stage(
 fused_chunk_ttt_linear = chunk_ttt_linear
 
 
+@checked
 def chunk_ttt_linear_ref(
     q: Tensor,
     k: Tensor,

@@ -24,7 +24,7 @@ from fla.evals.perplexity import Score, score
 from fla.studies.config import Cell, Study, told
 from fla.studies.report import report
 from fla.tasks.models import small_config
-from fla.training.checkpoints import newest_whole, step_of
+from fla.training.checkpoints import newest_whole, seal, step_of
 from fla.training.run import make_trainer, run_trainer, short_run
 
 Row = dict[str, Any]
@@ -79,11 +79,12 @@ def run_cell(
     texts = _first(corpus.held_out, study.scored)
     documents = [torch.from_numpy(encode(tokenizer, text)).long() for text in texts]
     size = sum(len(text.encode()) for text in texts)
-    scored = score(trained, documents, size, length=cell.seq_len)
+    scored = score(trained, documents, size, length=cell.seq_len).whole()
     row["bits_per_byte"] = scored.bits_per_byte
     if study.kind == "long_context":
         row["long"] = _long(trained, documents, size, study.lengths)
     trained.save_pretrained(folder)
+    seal(folder)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     results.write_text(json.dumps(row, indent=1) + "\n")

@@ -20,7 +20,7 @@ from fla.tasks.report import report
 from fla.tasks.rows import Task, task_of
 from fla.tasks.scores import TRIALS, Scores, score_task
 from fla.training.callbacks import say
-from fla.training.checkpoints import newest_whole
+from fla.training.checkpoints import newest_whole, seal
 from fla.training.run import make_trainer, run_trainer, short_run
 
 
@@ -102,6 +102,7 @@ def train_task(
         say(f"stopped; saved {newest_whole(folder)}. The same command continues")
         raise SystemExit(130)
     trainer.save_model(str(folder))
+    seal(folder)
     trained: Any = trainer.model
     scores = score_task(trained, task, recipe.lengths(task), recipe.trials)
     seconds = sum(log.get("train_runtime", 0.0) for log in trainer.state.log_history)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from fla.core.errors import TrainingDiverged
 from fla.layers.mixer import Mixer
+from fla.training.checkpoints import seal
 
 
 class FlaTrainer(Trainer):
@@ -78,6 +80,16 @@ class LossGuard(TrainerCallback):
         assert model is not None  # a trainer that runs has one
         if will_save and not all(p.isfinite().all() for p in model.parameters()):
             raise TrainingDiverged(f"the weights are not numbers after step {state.global_step}")
+
+
+class Seal(TrainerCallback):
+    """Writes the checksums of a checkpoint once all processes have written their part."""
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class Interruption(TrainerCallback):

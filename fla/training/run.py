@@ -6,8 +6,9 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,10 @@ from fla.data.shards import make_blocks
 from fla.data.tokens import TokenBlocks, collate, encode, load_tokenizer
 from fla.evals.perplexity import Score, score, windows
 from fla.models.config import DecoderConfig
-from fla.training.callbacks import FlaTrainer, Interruption, LiveProgress, LossGuard, say
+from fla.training.arguments import check_folder, check_numbers, only_writer, refusals
+from fla.training.callbacks import FlaTrainer, Interruption, LiveProgress, LossGuard, Seal, say
 from fla.training.card import write_card
-from fla.training.checkpoints import checkpoints, newest_whole
+from fla.training.checkpoints import checkpoints, damage, newest_whole, seal
 from fla.training.saved import load_saved
 from fla.training.sharded import ShardedTrainer
 
@@ -172,9 +174,18 @@ def train(
     `torchrun` the first process does what is not training, and the others return None. The saved
     model card shows `argv`, the arguments of the command.
     """
-    console = Console(highlight=False, soft_wrap=True, quiet=args.process_index > 0)
+    check_numbers(run, args)
     folder = output_folder(args)
-    resume_from = find_resume_point(run, folder)
+    check_folder(folder)
+    with only_writer(folder) if args.process_index == 0 else nullcontext():
+        return _train(run, args, folder, argv)
+
+
+def _train(
+    run: RunArguments, args: TrainingArguments, folder: Path, argv: list[str] | None
+) -> Result | None:
+    console = Console(highlight=False, soft_wrap=True, quiet=args.process_index > 0)
+    resume_from = find_resume_point(run, args, folder)
     build, tokenizer = prepare_model(run)
     corpus = load_corpus(run.data, run.data_column, run.streaming)
     torch.manual_seed(args.seed)
@@ -211,6 +222,7 @@ def train(
     (folder / "results.json").write_text(json.dumps(vars(result), indent=2) + "\n")
     config = trainer.accelerator.unwrap_model(trainer.model).config
     write_card(folder, config, run, args, corpus, result, argv)
+    seal(folder)
     return result
 
 
@@ -234,10 +246,18 @@ def check_sharded(args: TrainingArguments) -> None:
         )
 
 
-def find_resume_point(run: RunArguments, folder: Path) -> Path | None:
-    """The checkpoint to resume from. A new run in a folder that holds checkpoints is refused."""
-    if run.resume:
+def find_resume_point(run: RunArguments, args: TrainingArguments, folder: Path) -> Path | None:
+    """The checkpoint to resume from: the newest whole one of the folder with --resume, or the one
+    that --resume_from_checkpoint names. A new run in a folder that holds checkpoints is refused.
+    """
+    named = args.resume_from_checkpoint
+    if run.resume or str(named).lower() == "true":
         return newest_whole(folder, warn=say)
+    if named and str(named).lower() != "false":
+        problem = damage(Path(named)) if Path(named).is_dir() else "it does not exist"
+        if problem:
+            raise UsageError(f"--resume_from_checkpoint: {named} cannot be resumed: {problem}")
+        return Path(named)
     if checkpoints(folder):
         raise UsageError(
             f"--output_dir: {folder} already holds checkpoints; add --resume to continue from "
@@ -292,7 +312,9 @@ def make_trainer(
     guard, progress = LossGuard(), LiveProgress(console)
     interruption = Interruption(max_minutes, say)
     more = dict(data_collator=collate, train_dataset=blocks) | more
-    trainer = kind(model, args, callbacks=[interruption, guard], **more)
+    with refusals(args):
+        trainer = kind(model, args, callbacks=[interruption, guard, Seal()], **more)
+        trainer.get_optimizer_cls_and_kwargs(args, model)  # whose package may be missing
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     for board in trainer.callback_handler.callbacks:
@@ -310,7 +332,17 @@ def run_trainer(trainer: FlaTrainer, interruption: Interruption, resume_from: Pa
     progress = next(c for c in trainer.callback_handler.callbacks if isinstance(c, LiveProgress))
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    except TrainingDiverged as error:
+    except ImportError as error:  # a flag wants a package
+        raise UsageError(str(error)) from error
+    except RuntimeError as error:
+        if "inline_container" in str(error):  # how torch says that a file could not be written
+            free = shutil.disk_usage(output_folder(trainer.args)).free
+            raise OSError(
+                f"a checkpoint could not be written to {output_folder(trainer.args)}, where "
+                f"{free / 1e6:.0f} MB are free; make room and go on with --resume true"
+            ) from error
+        if not isinstance(error, TrainingDiverged):
+            raise
         last = newest_whole(output_folder(trainer.args))
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved"
         raise TrainingDiverged(
@@ -334,7 +366,7 @@ def evaluate(
     total = sum(len(row) - 1 for row in rows)
     shown = console is not None and console.is_terminal
     if not shown:
-        return score(model, rows, corpus.held_out_bytes(), length=length, bucket=bucket)
+        return score(model, rows, corpus.held_out_bytes(), length=length, bucket=bucket).whole()
     from rich.progress import Progress
 
     with Progress(console=console, transient=True) as bar:
@@ -346,7 +378,7 @@ def evaluate(
             length=length,
             bucket=bucket,
             progress=lambda done: bar.update(task, completed=done),
-        )
+        ).whole()
 
 
 def evaluate_together(
@@ -366,7 +398,7 @@ def evaluate_together(
     rows = [torch.from_numpy(encode(tokenizer, text)).long() for text in corpus.held_out]
     mine = windows(rows, length)[state.process_index :: state.num_processes]
     share = score(model, mine, 0, length=length, bucket=bucket)
-    return sum(gather_object([share]), Score(bytes=corpus.held_out_bytes()))
+    return sum(gather_object([share]), Score(bytes=corpus.held_out_bytes())).whole()
 
 
 def sample(

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import fla
+from fla._explain import explain
 from fla.core import selfcheck, stage
-from fla.core.stage import STAGES, Facts, Form, Stage, Warned, explain, use_backend, watch
+from fla.core.stage import STAGES, Facts, Form, Stage, Warned, use_backend, watch
 from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 from fla.modules import activations, fused_linear_divergence
 from fla.modules.losses import Divergence

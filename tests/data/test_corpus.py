@@ -127,8 +127,10 @@ def test_blocks_hold_all_tokens_and_know_their_boundaries():
 def test_collated_boundaries_bound_documents_and_blocks():
     blocks = TokenBlocks(DOCUMENTS, BYTES, 8)
     batch = collate([blocks[0], blocks[2]])
-    assert batch["input_ids"].shape == (1, 16) and torch.equal(batch["labels"], batch["input_ids"])
+    assert batch["input_ids"].shape == (1, 16) and batch["cu_seqlens"].dtype == torch.int32
     bounds = batch["cu_seqlens"].tolist()
+    first = torch.zeros(1, 16, dtype=torch.bool).index_fill(1, torch.tensor(bounds[:-1]), True)
+    assert torch.equal(batch["labels"], batch["input_ids"].masked_fill(first, -100))
     assert bounds[0] == 0 and bounds[-1] == 16 and 8 in bounds and bounds == sorted(set(bounds))
     assert set(bounds) == {0, 8, 16} | {
         i for i, t in enumerate(batch["input_ids"][0].tolist()) if t == 1

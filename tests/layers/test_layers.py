@@ -132,7 +132,7 @@ def test_padded_is_unpadded(name, side):
     row = tokens(2, 10)
     row[0, mask[0].bool()] = x[0]
     row[0, at] = torch.nan  # a padded token must not even be looked at
-    o, _, _ = layer(row, attention_mask=mask)
+    o = layer(row, attention_mask=mask)[0]
     alone = layer(x[:1])[0]
     assert_same(o[:1, mask[0].bool()], alone, "padded row")
     assert o[0, at].abs().max() == 0
@@ -145,7 +145,7 @@ def test_padded_is_unpadded(name, side):
 @every_layer
 def test_packed_is_separate(name):
     layer, x = make(name), tokens(1, 12)
-    o, _, _ = layer(x, cu_seqlens=torch.tensor([0, 5, 6, 12]))
+    o = layer(x, cu_seqlens=torch.tensor([0, 5, 6, 12]))[0]
     parts = [layer(x[:, a:b])[0] for a, b in ((0, 5), (5, 6), (6, 12))]
     assert_same(o, torch.cat(parts, 1), "o")
 
@@ -157,7 +157,7 @@ def test_cached_is_uncached(name, cut):
     want = layer(x)[0]
     cache, outs = Cache(), []
     for a, b in [(0, cut), *((t, t + 1) for t in range(cut, 9))]:
-        o, _, cache = layer(x[:, a:b], past_key_values=cache, use_cache=True)
+        o, _, cache, *_ = layer(x[:, a:b], past_key_values=cache, use_cache=True)
         outs.append(o)
     assert cache.get_seq_length(layer.layer_idx) == 9
     assert_same(torch.cat(outs, 1), want, "o", rtol=1e-6)
@@ -258,10 +258,10 @@ def test_memories_that_all_tokens_choose_are_gated_delta_rules():
         32, 8, 2, num_memories=3, topk=3, use_output_gate=True, layer_idx=0
     ).double()
     whole.load_state_dict(layer.state_dict())
-    x, shared = tokens(2, 9), {}
-    got, _, _ = whole(x, shared=shared)
-    assert shared["router_logits"][0].shape == (2, 9, 3)
-    p = shared["router_logits"][0].softmax(-1)
+    x = tokens(2, 9)
+    got, _, _, logits = whole(x)
+    assert logits.shape == (2, 9, 3)
+    p = logits.softmax(-1)
     total = 0
     for m in range(3):
         one = L.GatedDeltaNet(32, 2, 8, 2).double()

@@ -127,7 +127,7 @@ def test_loss_forms_agree(name):
         dict(fuse_cross_entropy=True),
         dict(fuse_cross_entropy=False, fuse_linear_cross_entropy=True),
     ):
-        model = make(name, **changes)
+        model = make(name, **changes).train()
         out = model(x, labels=x)
         out.loss.backward()
         assert (out.logits is None) == bool(changes.get("fuse_linear_cross_entropy"))

@@ -8,8 +8,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from fla._explain import explain
 from fla.core import stage
-from fla.core.stage import explain, use_backend
+from fla.core.stage import use_backend
 from fla.modules import FusedCrossEntropyLoss
 from fla.modules.fused_cross_entropy import cross_entropy_loss
 from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss

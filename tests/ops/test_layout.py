@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fla.core import boundaries as layout_module
 from fla.core.boundaries import boundaries_to_list
 from fla.core.layout import SequenceLayout
+from fla.models.packing import resolve_layout
 
 CU = torch.tensor
 
@@ -39,11 +40,11 @@ def test_pack_and_unpack_are_inverse_for_any_mask(rows):
 
 
 def test_position_ids_become_boundaries():
-    layout = SequenceLayout.resolve(1, 6, position_ids=CU([[0, 1, 2, 0, 1, 0]]))
+    layout = resolve_layout("test", 1, 6, position_ids=CU([[0, 1, 2, 0, 1, 0]]))
     assert layout.cu_seqlens.tolist() == [0, 3, 5, 6]
     assert layout.positions().tolist() == [[0, 1, 2, 0, 1, 0]]
-    assert not SequenceLayout.resolve(1, 3, position_ids=CU([[4, 5, 6]])).packed
-    assert not SequenceLayout.resolve(2, 2, position_ids=CU([[0, 1], [0, 1]])).packed
+    assert not resolve_layout("test", 1, 3, position_ids=CU([[4, 5, 6]])).packed
+    assert not resolve_layout("test", 2, 2, position_ids=CU([[0, 1], [0, 1]])).packed
 
 
 def test_positions_go_on_under_a_cache():

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fla.core.stage import explain, use_backend
+from fla._explain import explain
+from fla.core.stage import use_backend
 from fla.modules.convolution import causal_conv1d
 from fla.ops.engine.native import library
 from fla.ops.engine.native import recurrence as ops

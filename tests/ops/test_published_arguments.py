@@ -103,7 +103,9 @@ def test_intermediate_states_go_on_from_a_state_in_its_layout():
 
 @pytest.mark.parametrize("size", [0, -1, 1.5])
 def test_intermediate_states_of_no_chunk_size(size):
-    with pytest.raises(ValueError, match=f"chunk_size is {size}; a positive integer"):
+    with pytest.raises(
+        (ValueError, TypeError), match=f"chunk_size is {size}; expected a whole number"
+    ):
         kda.chunk_kda(**inputs("kda", T=9), chunk_size=size, return_intermediate_states=True)
 
 

@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from fla._explain import explain
 from fla.core import stage
-from fla.core.stage import explain, use_backend
+from fla.core.stage import use_backend
 from fla.layers import GatedDeltaNet
 from fla.modules.convolution import causal_conv1d
 from fla.ops.engine.kernels import convolution, launch, selective, support

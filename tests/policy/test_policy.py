@@ -21,6 +21,8 @@ LEVELS = [
     "fla.core",
     "fla.data",
     "fla._aliases",
+    "fla._arguments",
+    "fla._explain",
     "fla._lazy",
     "fla._register",
     "fla.ops.engine",
@@ -308,7 +310,7 @@ def test_import_needs_no_triton_no_torch_and_touches_no_device():
 def test_a_bare_install_has_models_and_names_what_training_needs():
     code = (
         "import sys\n"
-        "for name in ('triton', 'accelerate', 'datasets', 'matplotlib', 'rich', 'tensorboard'):\n"
+        "for name in ('triton', 'peft', 'trl', 'accelerate', 'datasets', 'matplotlib', 'rich', 'tensorboard'):\n"
         "    sys.modules[name] = None\n"
         "import torch\n"
         "from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -125,28 +125,74 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(text, trained, tm
     weights = folder / "checkpoint-8" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert train(text, folder, "--resume", "true") == 0
-    assert "checkpoint-8 is damaged (model.safetensors cannot be read" in capsys.readouterr().err
+    assert (
+        "checkpoint-8 is damaged (model.safetensors is not what was saved"
+        in capsys.readouterr().err
+    )
     assert losses(folder) == losses(trained)
 
 
-@pytest.mark.parametrize(
-    ("harm", "problem"),
-    [
-        (lambda p: (p / "optimizer.pt").unlink(), "optimizer.pt is missing"),
-        (
-            lambda p: (p / "trainer_state.json").write_text("{"),
-            "trainer_state.json is not valid JSON",
-        ),
-        (lambda p: (p / "optimizer.pt").write_bytes(b"PK"), "optimizer.pt is cut short"),
-        (lambda p: (p / "model.safetensors").write_bytes(b""), "model.safetensors cannot be read"),
-    ],
-)
-def test_damage_is_recognised(trained, tmp_path, harm, problem):
+HARM = {
+    "missing": lambda p, other: p.unlink(),
+    "empty": lambda p, other: p.write_bytes(b""),
+    "cut short": lambda p, other: p.write_bytes(p.read_bytes()[:-1]),
+    "a bit flipped": lambda p, other: p.write_bytes(
+        bytes([p.read_bytes()[0] ^ 1]) + p.read_bytes()[1:]
+    ),
+    "zeros": lambda p, other: p.write_bytes(bytes(p.stat().st_size)),
+    "another file": lambda p, other: p.write_bytes(other.read_bytes()),
+    "a folder": lambda p, other: (p.unlink(), p.mkdir()),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_damage_to_every_file_is_recognised(trained, tmp_path, harm):
     copy = tmp_path / "checkpoint-8"
     shutil.copytree(trained / "checkpoint-8", copy)
     assert damage(copy) is None
-    harm(copy)
-    assert problem in damage(copy)
+    files = sorted(p for p in copy.rglob("*") if p.is_file())
+    assert len(files) > 8
+    for file in files:
+        kept = file.read_bytes()
+        HARM[harm](file, files[0] if file != files[0] else files[1])
+        assert file.name in damage(copy)
+        shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+        file.write_bytes(kept)
+    assert damage(copy) is None
+
+
+@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+def test_a_damaged_model_is_not_loaded(trained, tmp_path, capsys, harm, name):
+    copy = tmp_path / "model"
+    shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
+    HARM[harm](copy / name, copy / "results.json")
+    assert cli.main(["generate", str(copy), "--prompt", "x", "--max_new_tokens", "1"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and (name in said or "no config.json" in said), said
+
+
+def test_weights_that_are_missing_or_no_numbers(trained, tmp_path, capsys):
+    for change, message in (
+        (
+            lambda w: w.pop("model.layers.0.attn.o_proj.weight"),
+            "lacks the weights model.layers.0.attn.o_proj",
+        ),
+        (
+            lambda w: w["lm_head.weight"].fill_(float("nan")),
+            "holds NaN or infinity in lm_head.weight",
+        ),
+        (lambda w: w.update(more=torch.zeros(2)), "holds weights that its model has not: more"),
+        (lambda w: w.update({"lm_head.weight": torch.zeros(3, 3)}), "lm_head.weight"),
+    ):
+        copy = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
+        (copy / "checksums.txt").unlink()
+        weights = load_file(copy / "model.safetensors")
+        change(weights)
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+        assert cli.main(["generate", str(copy), "--prompt", "x", "--max_new_tokens", "1"]) == 2
+        assert message in capsys.readouterr().err
 
 
 def start(text, folder, *flags):

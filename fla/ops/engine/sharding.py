@@ -222,14 +222,16 @@ def total(parallel: SequenceParallel, x: Tensor, source: Tensor) -> Tensor:
     return _Sum.apply(tie(x, source), parallel)
 
 
-def mean_over_ranks(mean: Tensor, count: int, source: Tensor, parallel: SequenceParallel) -> Tensor:
-    """The mean over all ranks' tokens, of a rank's own mean over `count`, which comes from
-    `source`; its gradient is the share of this rank.
+def mean_over_ranks(
+    mean: Tensor, count: int, source: Tensor, parallel: SequenceParallel
+) -> tuple[Tensor, Tensor]:
+    """(the mean over all ranks' tokens, their number), of a rank's own mean over `count`, which
+    comes from `source`; the mean's gradient is the share of this rank.
     """
     share = mean * count if count else tie(source.new_zeros((), dtype=mean.dtype), source)
     both = _summed(parallel, torch.stack([share.detach(), share.new_tensor(float(count))]))
     share = share / both[1]
-    return share + (both[0] / both[1] - share).detach()
+    return share + (both[0] / both[1] - share).detach(), both[1]
 
 
 def sharded_next_tokens(labels: Tensor, layout: Any, ignore: int) -> Tensor:

@@ -36,8 +36,8 @@ def chunk(
     """`recurrence.chunk.chunk` in Triton, for dtypes below fp64, and with an erase for K up to 256.
     The state is fp32.
     """
-    return torch.ops.fla.triton_chunk(
-        *terms.named(CHUNK_TERMS), initial_state, cu_seqlens, float(switches.scale),
+    return operator.call(
+        "triton_chunk", *terms.named(CHUNK_TERMS), initial_state, cu_seqlens, float(switches.scale),
         switches.l2norm, switches.read_before,
     )  # fmt: skip
 
@@ -142,7 +142,7 @@ def convolve(
     """x `[B, T, D]`, weight `[D, W]`, bias `[D]`, history `[N, D, W]`: (y, the last W inputs
     `[N, D, W]` in fp32). Differentiable in every tensor.
     """
-    return torch.ops.fla.triton_conv(x, weight, bias, history, cu_seqlens, silu)
+    return operator.call("triton_conv", x, weight, bias, history, cu_seqlens, silu)
 
 
 def _convolution(x, weight, bias, history, cu_seqlens):
@@ -184,7 +184,7 @@ def scan(
     """`scan.vector.scan` in Triton, for x and g `[B, T, D]` below fp64. chunk_size is for torch's
     form; chunks hold 64 tokens here.
     """
-    return torch.ops.fla.triton_scan(x, g, initial_state, cu_seqlens)
+    return operator.call("triton_scan", x, g, initial_state, cu_seqlens)
 
 
 def _scan(x, g, initial_state, cu_seqlens):
@@ -236,7 +236,7 @@ def selective_scan(
     """`scan.selective.selective_scan` in Triton, for dtypes below fp64. chunk_size is for torch's
     form; chunks hold 16 tokens here.
     """
-    return torch.ops.fla.triton_selective(x, dt, A, B, C, initial_state, cu_seqlens)
+    return operator.call("triton_selective", x, dt, A, B, C, initial_state, cu_seqlens)
 
 
 def _selective_inputs(x, dt, A, B, C, cu_seqlens):

@@ -29,7 +29,7 @@ def convolve(
     arguments = (x, weight, bias, history, cu_seqlens, silu)
     if not torch.compiler.is_compiling() and type(x) is Tensor and not torch.is_grad_enabled():
         return _forward(*arguments)  # dispatching an operator costs more than one token
-    return torch.ops.fla.native_conv(*arguments)
+    return operator.call("native_conv", *arguments)
 
 
 def _conv(

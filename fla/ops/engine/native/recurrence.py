@@ -41,8 +41,14 @@ def chunk(
     """
     inputs = (*terms.named(TERMS), initial_state)
     save = needs_gradient(*inputs)
-    o, final, _ = torch.ops.fla.native_chunk(
-        *inputs, cu_seqlens, float(switches.scale), switches.l2norm, switches.read_before, save
+    o, final, _ = operator.call(
+        "native_chunk",
+        *inputs,
+        cu_seqlens,
+        float(switches.scale),
+        switches.l2norm,
+        switches.read_before,
+        save,
     )
     return o, final
 

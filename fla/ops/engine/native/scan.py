@@ -30,9 +30,11 @@ def selective_scan(
     inputs = (x, dt, A, B, C, initial_state)
     save = needs_gradient(*inputs)
     eager = type(x) is Tensor and not save and not torch.compiler.is_compiling()
-    # dispatching an operator costs as much as a step
-    run = _forward if eager else torch.ops.fla.native_scan
-    y, final, _ = run(*inputs, cu_seqlens, save)
+    if eager and not operator.transformed():  # dispatching an operator costs as much as a step
+        operator.refuse_forward_mode("native_scan", *inputs)
+        y, final, _ = _forward(*inputs, cu_seqlens, save)
+    else:
+        y, final, _ = operator.call("native_scan", *inputs, cu_seqlens, save)
     return y, final
 
 

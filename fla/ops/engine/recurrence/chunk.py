@@ -57,8 +57,8 @@ def chunk(
     """
     inputs = (*terms.named(CHUNK_TERMS), initial_state)
     save = needs_gradient(*inputs)
-    o, final, *_ = torch.ops.fla.chunk(
-        *inputs, cu_seqlens, float(switches.scale), switches.chunk_size, switches.l2norm,
+    o, final, *_ = operator.call(
+        "chunk", *inputs, cu_seqlens, float(switches.scale), switches.chunk_size, switches.l2norm,
         switches.read_before, save,
     )  # fmt: skip
     return o, final

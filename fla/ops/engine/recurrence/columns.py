@@ -34,8 +34,8 @@ def chunk_columns(
     """
     inputs = (terms.q, terms.k, terms.v, terms.gv, initial_state)
     save = needs_gradient(*inputs)
-    o, final, _ = torch.ops.fla.chunk_columns(
-        *inputs, cu_seqlens, float(switches.scale), switches.chunk_size, save
+    o, final, _ = operator.call(
+        "chunk_columns", *inputs, cu_seqlens, float(switches.scale), switches.chunk_size, save
     )
     return o, final
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla.core import operator
 from fla.core.boundaries import count_sequences
 from fla.core.operator import Schema
 from fla.ops.engine.recurrence.terms import Switches, Terms
@@ -48,6 +49,8 @@ def run_tokens(
     """Run what `define_tokens` made."""
     scale, l2norm, read_before, *_ = switches
     rest = (initial_state, cu_seqlens, float(scale), l2norm, read_before)
+    if not torch.compiler.is_compiling():
+        operator.refuse_forward_mode(name, *terms, initial_state)
     if overwrite and initial_state is not None:
         over = getattr(torch.ops.fla, f"{name}_")
         return over(*terms.named(TERMS), *rest), initial_state

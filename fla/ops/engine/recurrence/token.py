@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from fla.core import operator
 from fla.core.boundaries import boundaries_to_list
 from fla.core.precision import compute_dtype
 from fla.ops.engine.recurrence.equation import per_sequence
@@ -104,7 +104,7 @@ def _segments(
         part: dict[str, Any] = {
             n: x if x is None else x[:, first : first + SEGMENT] for n, x in inputs.items()
         }
-        o, state = checkpoint(_loop, state, scale, before, use_reentrant=False, **part)
+        o, state = operator.recomputed(_loop, state, scale, before, **part)
         outs.append(o)
     return torch.cat(outs, 1), state
 

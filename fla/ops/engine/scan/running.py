@@ -36,7 +36,8 @@ def starts(x: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if x.shape[1] == 0:
         return x
     if cu_seqlens is None:
-        return torch.cat([first.unsqueeze(1), x[:, :-1]], 1)
+        # no tensor of T - 1 tokens, whose size an exported graph of any length would fix
+        return torch.cat([first.unsqueeze(1), x], 1)[:, :-1]
     bounds = boundaries_to_list(cu_seqlens, x.shape[1])
     parts = []
     for i, (a, b) in enumerate(pairwise(bounds)):

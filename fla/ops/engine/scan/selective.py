@@ -33,8 +33,8 @@ def selective_scan(
     """x, dt `[B, T, D]`, A `[D, N]`, B, C `[B, T, N]`; returns y `[B, T, D]` in x's dtype and the
     final state `[sequences, D, N]` in fp32 (fp64 for fp64 inputs). Differentiable in every tensor.
     """
-    y, final, _ = torch.ops.fla.selective_scan(
-        x, dt, A, B, C, initial_state, cu_seqlens, chunk_size
+    y, final, _ = operator.call(
+        "selective_scan", x, dt, A, B, C, initial_state, cu_seqlens, chunk_size
     )
     return y, final
 

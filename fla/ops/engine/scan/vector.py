@@ -32,7 +32,7 @@ def scan(
     """x, g `[B, T, ...]`; returns h `[B, T, ...]` in x's dtype and the last h of every sequence
     `[N, ...]` in fp32 (fp64 for fp64 inputs). Differentiable in every tensor.
     """
-    h, final, _ = torch.ops.fla.scan(x, g, initial_state, cu_seqlens, chunk_size)
+    h, final, _ = operator.call("scan", x, g, initial_state, cu_seqlens, chunk_size)
     return h, final
 
 
