@@ -20,7 +20,7 @@ FLOOR_TESTS := tests/ops/test_properties.py::test_page_is_the_equation \
   tests/models/test_provider.py tests/models/test_accelerate.py tests/models/test_convert.py \
   tests/training/test_cli.py tests/training/test_sharded.py
 
-.PHONY: demo linearize-demo tasks-demo test test-kernels floor check sanitize kernels docs bench wheel clean
+.PHONY: demo linearize-demo tasks-demo test test-kernels fuzz floor check sanitize kernels docs bench wheel clean
 
 demo: $(VENV)/.ready
 	$(PY) -m fla.cli train --config examples/demo.yaml --output_dir $(RUN)
@@ -38,6 +38,9 @@ test: $(VENV)/.ready
 
 test-kernels: $(VENV)/.ready
 	$(PY) -m pytest -n 2 -m full_matrix $$(grep -rlwE 'full_matrix|matrix' tests --include='test_*.py') $(PYTEST)
+
+fuzz: $(VENV)/.ready
+	$(PY) -m tests.fuzz
 
 floor: $(VENV)/.ready $(FLOOR)/.ready
 	$(FLOOR)/bin/python -m pytest -n 2 $(FLOOR_TESTS) $(PYTEST)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -27,7 +29,6 @@ LEAST: dict[str, int | None] = {
     "ignore_index": None,
     "logits_to_keep": 0,
     "seed": 0,
-    "dim": None,
     "rank": 0,
     "max_seqlen": 0,
     "pad_token_id": None,
@@ -45,6 +46,29 @@ RANGES: dict[str, tuple[float, float, bool]] = {
 INFINITE: set[str] = set()  # float arguments that may be infinite
 
 
+KNOWN = {"Tensor": Tensor, "bool": bool, "str": str, "dtype": torch.dtype}
+if dist.is_available():
+    KNOWN["ProcessGroup"] = dist.ProcessGroup
+WORDS = {
+    "Tensor": "a torch.Tensor",
+    "bool": "True or False",
+    "str": "a string",
+    "int": "a whole number",
+    "float": "a number",
+    "None": "None",
+    "dtype": "a torch.dtype",
+    "ProcessGroup": "a torch.distributed.ProcessGroup",
+}
+CONTAINERS: dict[str, tuple[type, ...]] = {
+    "dict": (Mapping,), "list": (list, tuple), "tuple": (list, tuple), "Sequence": (list, tuple)
+}  # fmt: skip
+
+
+def _head(part: str) -> str:
+    """The name of a type in an annotation, without its module and what it holds."""
+    return part.partition("[")[0].rpartition(".")[2]
+
+
 class Argument:
     """What one parameter accepts.
 
@@ -54,9 +78,9 @@ class Argument:
 
     def __init__(self, name: str, annotation: str):
         self.name = name
-        self.parts = [part.strip() for part in annotation.split("|")]
-        known = {"Tensor": Tensor, "torch.Tensor": Tensor, "bool": bool, "str": str}
-        self.types = {known[part] for part in self.parts if part in known}
+        self.parts = [part.strip() for part in re.split(r"\|(?![^\[]*\])", annotation)]
+        self.types = {KNOWN[_head(part)] for part in self.parts if _head(part) in KNOWN}
+        self.containers = tuple(x for part in self.parts for x in CONTAINERS.get(_head(part), ()))
         if Tensor in self.types:
             self.types.add(torch.nn.Parameter)
         if "None" in self.parts:
@@ -65,8 +89,7 @@ class Argument:
     @property
     def understood(self) -> bool:
         """Whether every part of the annotation is one that is checked here."""
-        known = {"Tensor", "torch.Tensor", "bool", "str", "None", "int", "float"}
-        return set(self.parts) <= known
+        return all(_head(part) in {**WORDS, **CONTAINERS} for part in self.parts)
 
     def problem(self, value: Any) -> str | None:
         """What was expected instead of a value, or None if it is right."""
@@ -78,8 +101,10 @@ class Argument:
             return self._count(value) if "int" in self.parts else self._number(value)
         if isinstance(value, numbers.Real | torch.SymFloat):
             return self._number(value)
-        if type(value) in self.types or (str in self.types and isinstance(value, str)):
+        if any(isinstance(value, kind) for kind in self.types - {bool}):
             return None
+        if self.containers and isinstance(value, self.containers):
+            return self._elements(value)
         return f"expected {self._wanted()}"
 
     def _count(self, value: Any) -> str | None:
@@ -102,17 +127,18 @@ class Argument:
             return f"expected a number from {low} to {high}"
         return None
 
+    def _elements(self, value: Any) -> str | None:
+        """The length of a tuple whose annotation tells it."""
+        for part in self.parts:
+            if part.startswith(("tuple[float", "tuple[int")) and "..." not in part:
+                length = part.count(",") + 1
+                numbers_ = isinstance(value, list | tuple) and len(value) == length
+                if not numbers_ or not all(isinstance(x, numbers.Real) for x in value):
+                    return f"expected {length} numbers"
+        return None
+
     def _wanted(self) -> str:
-        words = {
-            "Tensor": "a torch.Tensor",
-            "torch.Tensor": "a torch.Tensor",
-            "bool": "True or False",
-            "str": "a string",
-            "int": "a whole number",
-            "float": "a number",
-            "None": "None",
-        }
-        return " or ".join(words[part] for part in self.parts)
+        return " or ".join(WORDS.get(_head(part)) or f"a {_head(part)}" for part in self.parts)
 
 
 def arguments_of(function: Callable) -> dict[str, Argument]:
@@ -157,6 +183,67 @@ def refuse_wrong(owner: str, argument: Argument, value: Any) -> None:
     raise kind(f"{owner}: {argument.name} is {shown}; {problem}")
 
 
+def check_width(
+    owner: str,
+    name: str,
+    x: Any,
+    width: int | None,
+    dims: int = 0,
+    beside: Tensor | None = None,
+    of: str = "weight",
+) -> None:
+    """Raise unless x is a floating-point tensor `[..., width]`, of `dims` dimensions and on the
+    device of `beside`, an argument called `of`, if told.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{owner}: {name} is a {type(x).__name__}; expected a torch.Tensor")
+    if not x.is_floating_point():
+        raise ValueError(f"{owner}: {name} has dtype {x.dtype}; expected a floating-point tensor")
+    wrong = x.dim() == 0 or (width is not None and x.shape[-1] != width)
+    if wrong or (dims and x.dim() != dims):
+        axes = {2: "M", 3: "B, T"}.get(dims, "...")
+        raise ValueError(
+            f"{owner}: {name} has shape {list(x.shape)}; expected [{axes}, {width or 'D'}]"
+        )
+    if beside is not None and x.device != beside.device:
+        raise ValueError(
+            f"{owner}: {name} is on {x.device} and {of} on {beside.device}; move one of them"
+        )
+
+
+def check_targets(
+    owner: str, logits: tuple[str, Tensor], target: Tensor, size: int, ignored: int
+) -> None:
+    """Raise unless targets are integers below `size`, or `ignored`, one for each row of logits. On
+    a device, which would have to be waited for, values are not looked at.
+    """
+    name, x = logits
+    check_width(owner, name, x, None)
+    if target.dtype not in (torch.int64, torch.int32, torch.uint8):
+        raise TypeError(f"{owner}: target has dtype {target.dtype}; expected int64")
+    if target.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{owner}: target has shape {list(target.shape)}; expected {list(x.shape[:-1])}, one "
+            f"for each row of {name}"
+        )
+    if target.device != x.device:
+        raise ValueError(f"{owner}: target is on {target.device} and {name} on {x.device}; move it")
+    if not target.is_cpu or torch.compiler.is_compiling() or _transformed():
+        return
+    wrong = ((target < 0) | (target >= size)) & (target != ignored)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{owner}: target holds {int(target[wrong][0])}; expected 0 to {size - 1}, or "
+            f"{ignored} for none"
+        )
+
+
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
 def refuse_symbolic(op: str, length: Any) -> None:
     """Raise `NotImplementedError` where a graph is exported for any length and an operator's steps
     depend on it.
@@ -198,3 +285,75 @@ def checked(function: F) -> F:
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def shaped(**specs: str) -> Callable[[F], F]:
+    """`checked`, and each named tensor is a floating-point one of those axes on one device. Axes of
+    one name have one size; `...` are leading axes, which broadcast, `<...` to those of the first.
+
+    Example:
+        >>> @shaped(x="... D", weight="D")
+        ... def scale(x: Tensor, weight: Tensor) -> Tensor:
+        ...     return x * weight
+        >>> scale(torch.ones(2, 3), torch.ones(4))
+        Traceback (most recent call last):
+        ValueError: scale: weight has shape [4]; expected [D=3], as x has
+    """
+    axes = {
+        n: ("..." in s, s.replace("...", "").strip("< ").split(), s.startswith("<"))
+        for n, s in specs.items()
+    }
+
+    def decorate(function: F) -> F:
+        places = [n for n in inspect.signature(function).parameters]
+
+        @checked
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                given = dict(zip(places, args, strict=False)) | kwargs
+                _check_axes(function.__name__, axes, given)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def _check_axes(
+    owner: str, specs: dict[str, tuple[bool, list[str], bool]], given: dict[str, Any]
+) -> None:
+    sizes: dict[str, int] = {}
+    first: Tensor | None = None
+    lead: torch.Size | None = None
+    source = ""
+    for name, (dots, axes, _) in specs.items():
+        x = given.get(name)
+        if x is None:
+            continue
+        check_width(owner, name, x, None, beside=first, of=source)
+        if first is None:
+            first, source = x, name
+        own = x.shape[x.dim() - len(axes) :]
+        fits = x.dim() >= len(axes) if dots else x.dim() == len(axes)
+        fits = fits and all(sizes.setdefault(a, n) == n for a, n in zip(axes, own, strict=True))
+        if fits and dots:
+            before = x.shape[: x.dim() - len(axes)]
+            to = lead if specs[name][2] else None
+            fits = lead is None or lead == before or _broadcast(lead, before, to)
+            lead = before if lead is None else lead
+        if not fits:
+            wanted = [f"{a}={sizes[a]}" if a in sizes else a for a in axes]
+            wanted = [*map(str, lead or ["..."]), *wanted] if dots else wanted
+            raise ValueError(
+                f"{owner}: {name} has shape {list(x.shape)}; expected [{', '.join(wanted)}], as "
+                f"{source} has"
+            )
+
+
+def _broadcast(one: torch.Size, other: torch.Size, to: torch.Size | None) -> bool:
+    """Whether two shapes broadcast, to a shape if told."""
+    try:
+        return torch.broadcast_shapes(one, other) == to or to is None
+    except RuntimeError:
+        return False

@@ -24,7 +24,8 @@ fi
 # shellcheck disable=SC2086
 c++ $flags -shared "$source/api.cpp" $objects -o "$folder/library.so" -lpthread -ldl
 # leaks: Python's own; the tests that start processes of their own take the usual library
-LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" \
-  ASAN_OPTIONS=detect_leaks=0 FLA_NATIVE_LIBRARY="$folder/library.so" \
-  "$python" -m pytest -q -p no:cacheprovider tests/ops/test_native.py tests/modules/test_native.py -k \
+export LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)"
+export ASAN_OPTIONS=detect_leaks=0 FLA_NATIVE_LIBRARY="$folder/library.so"
+"$python" -m pytest -q -p no:cacheprovider tests/ops/test_native.py tests/modules/test_native.py -k \
   "family or instruction_set or shape_and_layout or boundaries or any_shape or lower or threads or scan or short"
+"$python" -m tests.fuzz --every 4

@@ -76,7 +76,9 @@ def check_shapes(op: str, **specs: tuple[Tensor | None, str]) -> dict[str, int]:
         for axis, size in zip(axes, shape, strict=True):
             if axis not in sizes:
                 sizes[axis], source[axis] = size, name
-            elif sizes[axis] != size:
+            if size == 0 and axis in ("H", "HV", "K", "V"):
+                raise ValueError(f"{op}: {name} has shape {list(shape)}; expected {axis} above 0")
+            if sizes[axis] != size:
                 raise ValueError(
                     f"{op}: {name} has shape {list(shape)}, but [{_named(axes, sizes)}] was "
                     f"expected: {axis} is {sizes[axis]} in {source[axis]}; "
@@ -109,9 +111,8 @@ def check_same(op: str, *, dtype: bool = True, **tensors: Tensor | None) -> None
         if t is None:
             continue
         if not t.is_floating_point():
-            raise ValueError(
-                f"{op}: {name} has dtype {t.dtype}; a floating-point tensor was expected"
-            )
+            problem = f"has dtype {t.dtype}; a floating-point tensor was expected"
+            raise ValueError(f"{op}: {name} {problem}")
         if t.device != first.device:
             raise ValueError(
                 f"{op}: {name} is on {t.device} but {first_name} is on {first.device}; "
@@ -129,8 +130,7 @@ def check_tensors(op: str, **specs: tuple[Tensor | None, str]) -> dict[str, int]
     with its arguments before the engine checks what it is given.
     """
     sizes = check_shapes(op, **specs)
-    tensors: dict[str, Any] = {name: tensor for name, (tensor, _) in specs.items()}
-    check_same(op, dtype=False, **tensors)
+    check_same(op, dtype=False, **{name: tensor for name, (tensor, _) in specs.items()})
     return sizes
 
 
@@ -188,7 +188,7 @@ def check_boundaries(
         raise ValueError(
             f"{op}: cu_seqlens has dtype {cu_seqlens.dtype}; int32 or int64 was expected"
         )
-    if cu_seqlens.device.type != "cpu" and device not in (None, cu_seqlens.device):
+    if cu_seqlens.is_meta or (not cu_seqlens.is_cpu and device not in (None, cu_seqlens.device)):
         raise ValueError(
             f"{op}: cu_seqlens is on {cu_seqlens.device} and the tokens on {device}; move it there"
         )

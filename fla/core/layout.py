@@ -187,7 +187,7 @@ def _check_mask(mask: Tensor, device: torch.device | None) -> None:
         problem = f"is a {type(mask).__name__}; expected a tensor [B, T] of 0 and 1"
     elif device is not None and mask.device != device:
         problem = f"is on {mask.device} and the tokens on {device}; move it there"
-    elif mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+    elif mask.is_complex() or not bool(((mask == 0) | (mask == 1)).all()):
         problem = "holds other values than 0 (padding) and 1; pass for example mask != 0"
     else:
         return

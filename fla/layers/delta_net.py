@@ -60,6 +60,7 @@ class DeltaNet(RecurrentMixer):
         if qk_norm not in ("l2", "sum"):
             raise ValueError(f"DeltaNet: qk_norm is {qk_norm!r}; expected 'l2' or 'sum'")
         hidden_size = hidden_size if d_model is None else d_model
+        self.hidden_size = hidden_size
         key_dim = whole("DeltaNet", "hidden_size * expand_k", hidden_size * expand_k)
         value_dim = whole("DeltaNet", "hidden_size * expand_v", hidden_size * expand_v)
         if key_dim % num_heads or value_dim % num_heads:

@@ -57,6 +57,8 @@ class Mamba(RecurrentMixer):
             raise ValueError(f"Mamba: hidden_act is {hidden_act!r}; expected 'silu'")
         if dt_init not in ("random", "constant"):
             raise ValueError(f"Mamba: dt_init is {dt_init!r}; expected 'random' or 'constant'")
+        if isinstance(dt_rank, str) and dt_rank != "auto":
+            raise ValueError(f"Mamba: dt_rank is {dt_rank!r}; expected a whole number or 'auto'")
         rank = math.ceil(hidden_size / 16) if dt_rank == "auto" else int(dt_rank)
         self.layer_idx, self.state_size, self.rank = layer_idx, state_size, rank
         self.dt = (dt_min, dt_max, dt_init, dt_scale, dt_init_floor)

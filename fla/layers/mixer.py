@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fla._arguments import checked
+from fla._arguments import check_width, checked
 from fla.core.layout import SequenceLayout
 from fla.modules.activations import ACT2FN
 from fla.modules.feature_map import T2RFeatureMap
@@ -146,6 +146,7 @@ class Mixer(nn.Module):
             values["mode"] = config.attn_mode
         return cls(**{**values, "layer_idx": layer_idx})
 
+    @checked
     def forward(
         self,
         hidden_states: Tensor,
@@ -174,6 +175,12 @@ class Mixer(nn.Module):
         if use_cache and past_key_values is None:
             raise ValueError(
                 f"{name}: use_cache needs past_key_values; pass a fla.models.utils.Cache"
+            )
+        check_width(name, "hidden_states", hidden_states, getattr(self, "hidden_size", None), 3)
+        if past_key_values is not None and not hasattr(past_key_values, "get_seq_length"):
+            raise TypeError(
+                f"{name}: past_key_values is a {type(past_key_values).__name__}; expected a "
+                "fla.models.utils.Cache"
             )
         past = 0 if past_key_values is None else past_key_values.get_seq_length(self.cache_index())
         if layout is not None:

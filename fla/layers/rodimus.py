@@ -57,6 +57,10 @@ class RodimusAttention(RecurrentMixer):
                 f"{name}: block_type is {block_type!r}; expected 'rodimus' or 'rodimus_plus'"
             )
         width, rank = 2 * hidden_size, input_gate_low_rank
+        if isinstance(rank, str) and rank != "auto":
+            raise ValueError(
+                f"{name}: input_gate_low_rank is {rank!r}; expected a whole number or 'auto'"
+            )
         rank = max(16, hidden_size // 64) if rank == "auto" else int(rank)
         self.use_short_conv, self.residual_in_fp32 = use_short_conv, residual_in_fp32
         self.k_norm_eps = 1e-12 if k_norm_eps is None else k_norm_eps

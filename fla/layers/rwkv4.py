@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, register
-from fla.modules.activations import ACT2FN
+from fla.modules.activations import activation
 from fla.modules.token_shift import token_shift
 from fla.ops.rwkv4 import chunk_rwkv4, fused_recurrent_rwkv4
 
@@ -93,7 +93,7 @@ class RWKV4FeedForward(nn.Module):
         self.key = nn.Linear(hidden_size, width, bias=False)
         self.value = nn.Linear(width, hidden_size, bias=False)
         self.receptance = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.act = ACT2FN[hidden_act]
+        self.act = activation(type(self).__name__, hidden_act)
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None, before: Tensor | None

@@ -9,7 +9,7 @@ from torch import Tensor
 from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, multiple, whole
 from fla.modules import GroupNorm
-from fla.modules.activations import ACT2FN
+from fla.modules.activations import ACT2FN, activation
 from fla.modules.linear import weight_of
 from fla.modules.token_shift import token_shift
 from fla.ops.rwkv6 import chunk_rwkv6, fused_recurrent_rwkv6
@@ -181,7 +181,7 @@ class RWKV6FeedForward(nn.Module):
         self.key = LerpLinear(hidden_size, intermediate_size)
         self.value = nn.Linear(intermediate_size, hidden_size, bias=False)
         self.receptance = LerpLinear(hidden_size, hidden_size)
-        self.act = ACT2FN[hidden_act]
+        self.act = activation(type(self).__name__, hidden_act)
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None, before: Tensor | None

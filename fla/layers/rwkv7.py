@@ -12,7 +12,7 @@ from fla.core.precision import promote_to_fp32
 from fla.layers.mixer import Context, RecurrentMixer, State, check_mode, multiple
 from fla.layers.rwkv6 import LoRA
 from fla.modules import GroupNorm
-from fla.modules.activations import ACT2FN
+from fla.modules.activations import activation
 from fla.modules.l2norm import l2norm
 from fla.modules.token_shift import token_shift
 from fla.ops.rwkv7 import (
@@ -156,7 +156,7 @@ class RWKV7FeedForward(nn.Module):
         self.x_k = nn.Parameter(torch.zeros(hidden_size))
         self.key = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.value = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.act = ACT2FN[hidden_act]
+        self.act = activation(type(self).__name__, hidden_act)
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None, before: Tensor | None

@@ -6,7 +6,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+from collections.abc import Callable
 from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +20,7 @@ from fla.layers.block_sparse_attn import BlockSparseAttention
 from fla.layers.dilated_attn import DilatedAttention
 from fla.layers.mla import MultiheadLatentAttention
 from fla.models.configuration_utils import check_layers, fill_spec
+from fla.modules.activations import ACT2FN
 from fla.modules.moe import Experts
 
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
@@ -33,7 +36,18 @@ PASSED = {
     *("attn_implementation", "experts_implementation", "output_attentions", "per_layer_config"),
     *("sliding_window", "attnres_block_size"),
 }
+ACTIVATIONS = {*ACT2FN, "powlu"}
+QK_NORMS = (False, True, "all_heads", "l2", "sum")
 OF_THE_MODEL = {"hidden_size", "max_position_embeddings", "layer_idx"}
+
+
+def _after_checks(post_init: Callable[..., None]) -> Callable[..., None]:
+    @wraps(post_init)
+    def checked_first(self: Any, **kwargs: Any) -> None:
+        check_fields(self)
+        post_init(self, **kwargs)
+
+    return checked_first
 
 
 def attention_fields(attention: Any) -> dict[str, Any]:
@@ -87,12 +101,26 @@ class DecoderConfig(PretrainedConfig):
     fuse_linear_cross_entropy: bool = False
     use_l2warp: bool = False
 
+    def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
+        if "__post_init__" in vars(cls):  # which may compute with the fields
+            cls.__post_init__ = _after_checks(cls.__post_init__)  # type: ignore[method-assign]
+        super().__init_subclass__(*args, **kwargs)
+
     def __post_init__(self, **kwargs: Any) -> None:
+        check_fields(self)
         for theirs, ours in self.attribute_map.items():
             if theirs in kwargs:
                 setattr(self, ours, kwargs.pop(theirs))
         self._check_names(kwargs)
-        check_fields(self)
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(
+                f"{type(self).__name__}: hidden_act is {self.hidden_act!r}; expected one of "
+                f"{', '.join(sorted(ACTIVATIONS))}"
+            )
+        if getattr(self, "qk_norm", False) not in QK_NORMS:
+            raise ValueError(
+                f"{type(self).__name__}: qk_norm is {self.qk_norm!r}; expected one of {QK_NORMS}"
+            )
         self._resolve_attention()
         self.experts(0)
         wrong = set(self.norm_after or ()) - set(LAYER_TYPES)

@@ -27,7 +27,9 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from fla._arguments import check_width, checked
 from fla.core.layout import SequenceLayout
+from fla.core.operator import transformed
 from fla.core.parallel import refuse_sharded
 from fla.layers.mixer import Mixer
 from fla.models.config import DecoderConfig
@@ -160,6 +162,36 @@ class DecoderPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MixtureOfExperts) and hasattr(module, "correction_bias"):
             init.zeros_(module.correction_bias)
 
+    def _check_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+        """Raise unless exactly one of both is given, and fits the model."""
+        name = type(self).__name__
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(f"{name}: give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None:
+            self._check_ids("input_ids", input_ids)
+        else:
+            check_width(name, "inputs_embeds", inputs_embeds, self.config.hidden_size, 3)
+
+    def _check_ids(self, what: str, ids: Tensor, ignored: int | None = None) -> None:
+        """Raise unless `ids` are integers `[B, T]` below the vocabulary's size, or `ignored`. On a
+        device, which would have to be waited for, values are not looked at.
+        """
+        name, size = type(self).__name__, self.config.vocab_size
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name}: {what} has dtype {ids.dtype}; expected int64 or int32")
+        if ids.dim() != 2:
+            raise ValueError(f"{name}: {what} has shape {list(ids.shape)}; expected [B, T]")
+        if not ids.is_cpu or torch.compiler.is_compiling() or transformed():
+            return
+        wrong = (ids < 0) | (ids >= size)
+        if ignored is not None:
+            wrong &= ids != ignored
+        if bool(wrong.any()):
+            also = "" if ignored is None else f", or {ignored} for none"
+            raise ValueError(
+                f"{name}: {what} holds {int(ids[wrong][0])}; expected 0 to {size - 1}{also}"
+            )
+
     def resolve_layout(
         self,
         tokens: Tensor,
@@ -235,6 +267,7 @@ class DecoderModel(DecoderPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings = cast(nn.Embedding, value)
 
+    @checked
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -257,14 +290,13 @@ class DecoderModel(DecoderPreTrainedModel):
         inside a row, or with what transformers' collators write: `fla.models.packing`. Hidden
         states at padding are zero.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
         if output_attentions:
             raise ValueError(
                 "output_attentions is not supported: linear attention forms no attention matrix"
             )
-        hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         self._check_cache(past_key_values)
+        self._check_tokens(input_ids, inputs_embeds)
+        hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if layout is None:
             layout = self.resolve_layout(
                 hidden, attention_mask, cu_seqlens, position_ids, past_key_values, **packing
@@ -368,6 +400,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             else:
                 model_kwargs["past_key_values"]._is_user_defined = True
 
+    @checked
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -395,8 +428,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         self.get_decoder()._check_cache(past_key_values)
-        if tokens is None:
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        self._check_tokens(input_ids, inputs_embeds)
+        assert tokens is not None  # one of them was given
         layout = self.resolve_layout(
             tokens, attention_mask, cu_seqlens, position_ids, past_key_values, **packing
         )
@@ -431,6 +464,12 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"labels has shape {list(labels.shape)}; expected [B={layout.batch}, "
                 f"T={layout.length}]"
+            )
+        self._check_ids("labels", labels, IGNORE)
+        if labels.device != hidden.device:
+            raise ValueError(
+                f"{type(self).__name__}: labels is on {labels.device} and the tokens on "
+                f"{hidden.device}; move it there"
             )
         targets = next_tokens(labels, layout)
         loss, logits = self._mean_loss(hidden, targets)

@@ -107,6 +107,8 @@ def _boundaries(owner: str, cu_seqlens: Tensor | None, packing: dict[str, Any]) 
 
 def _of_tokens(owner: str, name: str, values: Tensor, batch: int, length: int) -> Tensor:
     """values as integers `[B, T]`, one row of them standing for all."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{owner}: {name} is a {type(values).__name__}; expected a tensor [B, T]")
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"{owner}: {name} is {values.dtype}; expected integers")
     if values.shape not in ((batch, length), (1, length), (length,)):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla._arguments import checked
+from fla._arguments import checked, shaped
 from fla.core.operator import transformed
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, not_compiled, tokenwise
@@ -99,7 +99,14 @@ SWIGLU = Stage(
 )
 
 
-@checked
+def activation(owner: str, name: str) -> Callable[[Tensor], Tensor]:
+    """The function of a `hidden_act`, or `ValueError`."""
+    if name not in ACT2FN:
+        raise ValueError(f"{owner}: hidden_act is {name!r}; expected one of {', '.join(ACT2FN)}")
+    return ACT2FN[name]
+
+
+@shaped(x="... D", y="... D")
 def swiglu(x: Tensor, y: Tensor) -> Tensor:
     """`silu(x) * y`."""
     if not torch.is_grad_enabled():
@@ -107,7 +114,7 @@ def swiglu(x: Tensor, y: Tensor) -> Tensor:
     return SWIGLU("swiglu", None, x, y)
 
 
-@checked
+@shaped(x="... D", y="... D", weight="V D", bias="V")
 def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear(silu(x) * y)`; the product is recomputed in the backward instead of stored.
 
@@ -125,19 +132,19 @@ def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = No
     return _SwiGLULinear.apply(x, y, weight, bias)
 
 
-@checked
+@shaped(x="... D", y="... D")
 def sigmoidglu(x: Tensor, y: Tensor) -> Tensor:
     """`sigmoid(x) * y`."""
     return _gated(torch.sigmoid, x, y)
 
 
-@checked
+@shaped(x="... D", y="... D", weight="V D", bias="V")
 def sigmoidglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear(sigmoid(x) * y)`."""
     return F.linear(sigmoidglu(x, y), weight, bias)
 
 
-@checked
+@shaped(x="... D", y="... D")
 def powglu(x: Tensor, y: Tensor, power: float = 3.0) -> Tensor:
     """`x^(power / (sqrt(x) + 1)) * sigmoid(x) * y` where x > 0, elsewhere `x * sigmoid(x) * y`:
     near zero a power, for large x almost `sigmoid(x) * y`. Computed in fp32 or wider, in x's dtype.
@@ -155,7 +162,7 @@ def powglu(x: Tensor, y: Tensor, power: float = 3.0) -> Tensor:
     return (gate * promote_to_fp32(y)).to(x.dtype)
 
 
-@checked
+@shaped(x="... D", y="... D", weight="V D", bias="V")
 def powglu_linear(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None, power: float = 3.0
 ) -> Tensor:
@@ -169,19 +176,19 @@ def powglu_linear(
     return F.linear(powglu(x, y, power), weight, bias)
 
 
-@checked
+@shaped(x="...")
 def sqrelu(x: Tensor) -> Tensor:
     """`relu(x)^2`."""
     return F.relu(x).square()  # rounded once: relu is exact
 
 
-@checked
+@shaped(x="...")
 def logsigmoid(x: Tensor, temperature: float = 1.0) -> Tensor:
     """`log sigmoid(x) / temperature`."""
     return (F.logsigmoid(promote_to_fp32(x)) / temperature).to(x.dtype)
 
 
-@checked
+@shaped(x="...")
 def fast_gelu_impl(x: Tensor) -> Tensor:
     """GELU by its tanh approximation."""
     return F.gelu(x, approximate="tanh")

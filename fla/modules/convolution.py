@@ -20,7 +20,7 @@ from torch import Tensor
 from fla._arguments import checked
 from fla._lazy import lazy_names
 from fla.core.boundaries import boundaries_to_list, count_sequences
-from fla.core.checks import check_sequences, check_shapes
+from fla.core.checks import check_sequences, check_shapes, check_tensors
 from fla.core.parallel import SequenceParallel, refuse_sharded, tie, using
 from fla.core.stage import Form, Stage
 from fla.ops.cp.context import FLACPContext, on_ranks
@@ -76,7 +76,7 @@ def causal_conv1d(
     if cp_context is not None:
         return on_ranks(causal_conv1d, locals(), taps=weight.shape[-1])
     op = "causal_conv1d"
-    check_shapes(
+    check_tensors(
         op,
         x=(x, "B T D"),
         weight=(weight, "D W"),

@@ -6,6 +6,7 @@ loss = lse(z) - (1 - s) z_target - s mean(z) + zw * lse(z)^2         s: label sm
 lse_square_scale
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla._arguments import checked
+from fla._arguments import check_targets, checked, shaped
 from fla.core.operator import transformed
 from fla.core.stage import Facts, Form, Stage, first_tensor, not_compiled, tokenwise
 from fla.modules.losses import LogitShape
@@ -118,7 +119,7 @@ CROSS_ENTROPY = Stage(
 )
 
 
-@checked
+@shaped(logits="M V")
 def cross_entropy_loss(
     logits: Tensor,
     target: Tensor,
@@ -140,6 +141,10 @@ def cross_entropy_loss(
         >>> loss.exp().round().tolist()
         [4.0, 1.0]
     """
+    if process_group is None:
+        check_targets(
+            "cross_entropy_loss", ("logits", logits), target, logits.shape[-1], ignore_index
+        )
     shape = LogitShape(
         logit_scale, logit_softcapping, label_smoothing, lse_square_scale, ignore_index
     )
@@ -193,6 +198,9 @@ class FusedCrossEntropyLoss(nn.Module):
 
     @checked
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        ignored, name = self.options["ignore_index"], "FusedCrossEntropyLoss"
+        size = input.shape[-1] if self.options["process_group"] is None else sys.maxsize
+        check_targets(name, ("input", input), target, size, ignored)
         rows = cross_entropy_loss(input.flatten(0, -2), target.flatten(), **self.options)
         count = (target != self.options["ignore_index"]).sum().clamp(min=1)
         results = []

@@ -44,6 +44,8 @@ class FusedKLDivLoss(nn.Module):
     @checked
     def __init__(self, reduction: str = "batchmean", accumulate_grad_in_fp32: bool = True):
         super().__init__()
+        if reduction != "batchmean":
+            raise ValueError(f"FusedKLDivLoss: reduction is {reduction!r}; expected 'batchmean'")
         self.reduction, self.accumulate = reduction, accumulate_grad_in_fp32
 
     @checked

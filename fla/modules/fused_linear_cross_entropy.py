@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla._arguments import checked
+from fla._arguments import check_targets, check_width, checked
 from fla._lazy import lazy_names
 from fla.core.checks import refuse
 from fla.core.stage import Facts, Form, Stage, first_tensor, not_compiled, tokenwise
@@ -228,11 +228,15 @@ def fused_linear_cross_entropy_loss(
         accumulate_grad_in_fp32,
         lse_square_scale,
     )
+    op = "fused_linear_cross_entropy_loss"
+    check_width(op, "weight", weight, None, 2, beside=x)
+    check_width(op, "x", x, None)
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"fused_linear_cross_entropy_loss: x has width {x.shape[-1]} but weight is "
-            f"{list(weight.shape)}; expected [V, {x.shape[-1]}]"
+            f"{op}: x has width {x.shape[-1]} but weight is {list(weight.shape)}; expected [V, "
+            f"{x.shape[-1]}]"
         )
+    check_targets(op, ("x", x), target, len(weight), ignore_index)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)

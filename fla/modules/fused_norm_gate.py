@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla._arguments import checked
+from fla._arguments import checked, shaped
 from fla.core.operator import transformed
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, not_compiled, tokenwise
@@ -181,7 +181,7 @@ def _sum(x: Tensor, residual: Tensor | None, in_fp32: bool) -> Tensor:
     return promote_to_fp32(x) + residual
 
 
-@checked
+@shaped(x="... D", g="<... D", weight="D", bias="D", residual="... D")
 def rms_norm_gated(
     x: Tensor,
     g: Tensor,
@@ -262,7 +262,7 @@ class FusedRMSNormSwishGate(FusedRMSNormGated):
         super().__init__(hidden_size, elementwise_affine, eps, "swish", device, dtype)
 
 
-@checked
+@shaped(x="... D", g="<... D", weight="D", bias="D", residual="... D")
 def layer_norm_gated(
     x: Tensor,
     g: Tensor,

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla._arguments import checked
+from fla._arguments import checked, shaped
 from fla._lazy import lazy_names
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, not_compiled, tokenwise
@@ -27,7 +27,7 @@ from fla.ops.engine.native import rows as native
 __getattr__, _names = lazy_names(__name__, {"fla.modules.parallel": ["NormParallel"]})
 
 
-@checked
+@shaped(x="... D", weight="D", bias="D", residual="... D")
 def layer_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -98,7 +98,7 @@ RMS_NORM = Stage(
 )
 
 
-@checked
+@shaped(x="... D", weight="D", bias="D", residual="... D")
 def rms_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -176,7 +176,7 @@ class RMSNorm(LayerNorm):
     is_rms_norm = True
 
 
-@checked
+@shaped(x="... D", weight="D", bias="D", residual="... D")
 def group_norm(
     x: Tensor,
     weight: Tensor | None,

@@ -8,7 +8,7 @@ import math
 import torch.nn as nn
 from torch import Tensor
 
-from fla._arguments import checked
+from fla._arguments import check_width, checked
 from fla._lazy import lazy_names
 from fla.modules.activations import ACT2FN, powglu, powglu_linear, swiglu, swiglu_linear
 from fla.modules.layernorm import LayerNorm
@@ -76,6 +76,8 @@ class GatedMLP(nn.Module):
 
     @checked
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.gate_proj.weight if is_plain(self.gate_proj) else None
+        check_width("GatedMLP", "x", x, self.hidden_size, beside=weight)
         gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
         fused = self.fuse_swiglu and is_plain(down)
         if self.hidden_act == "powlu":
@@ -112,11 +114,12 @@ class SubNormMLP(nn.Module):
             raise ValueError(
                 f"SubNormMLP: hidden_act is {hidden_act!r}; expected one of {', '.join(ACT2FN)}"
             )
-        self.hidden_act = hidden_act
+        self.hidden_act, self.hidden_size = hidden_act, hidden_size
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
         self.norm = LayerNorm(intermediate_size, eps=norm_eps)
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
 
     @checked
     def forward(self, x: Tensor) -> Tensor:
+        check_width("SubNormMLP", "x", x, self.hidden_size)
         return self.fc2(self.norm(ACT2FN[self.hidden_act](self.fc1(x))))

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core import operator
 from fla.core.checks import check_groups, check_same, check_shapes
 from fla.core.operator import Schema, needs_gradient
@@ -486,6 +487,7 @@ operator.define(
 )
 
 
+@checked
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,

@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core import operator
 from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_groups, check_same, check_sequences, check_shapes
@@ -318,6 +319,7 @@ operator.define(
 )
 
 
+@checked
 def dilated_attention(
     q: Tensor,
     k: Tensor,
@@ -431,6 +433,7 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
     return sizes
 
 
+@checked
 def dilated_attention_step(
     q: Tensor,
     k: Tensor,

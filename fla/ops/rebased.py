@@ -117,7 +117,7 @@ def chunk_rebased(
         >>> chunk_rebased(q, k, v)[0].shape
         torch.Size([1, 100, 2, 8])
     """
-    scale = q.shape[-1] ** -0.5 if use_scale and isinstance(q, Tensor) else 1.0
+    scale = max(q.shape[-1], 1) ** -0.5 if use_scale else 1.0
     options = Options(scale, output_final_state, chunk_size=chunk_size, backend=backend)
     return _rebased(
         "chunk_rebased", options, q, k, v, eps, use_normalize, initial_state, cu_seqlens
@@ -138,7 +138,7 @@ def fused_recurrent_rebased(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """ReBased token by token, through its features."""
-    scale = q.shape[-1] ** -0.5 if use_scale and isinstance(q, Tensor) else 1.0
+    scale = max(q.shape[-1], 1) ** -0.5 if use_scale else 1.0
     options = Options(scale, output_final_state, backend=backend)
     return _rebased(
         "fused_recurrent_rebased", options, q, k, v, eps, use_normalize, initial_state, cu_seqlens

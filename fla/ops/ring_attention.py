@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fla._arguments import checked
 from fla.core import parallel as P
 from fla.core.checks import check_groups, check_same, check_sequences, check_shapes
 from fla.core.parallel import SequenceParallel
@@ -170,6 +171,7 @@ def _turn(parallel: SequenceParallel, blocks: list[Tensor], source: int) -> list
     return out
 
 
+@checked
 def ring_attention(
     q: Tensor,
     k: Tensor,

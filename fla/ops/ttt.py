@@ -41,7 +41,7 @@ from torch import Tensor
 
 from fla._arguments import checked
 from fla.core.boundaries import boundaries_to_list
-from fla.core.checks import check_sequences, check_tensors
+from fla.core.checks import check_same, check_sequences, check_tensors
 from fla.core.precision import promote_to_fp32
 from fla.core.stage import Form, Stage, first_tensor
 from fla.ops.case import OpCase, literal
@@ -176,6 +176,7 @@ def chunk_ttt_linear(
             raise ValueError(
                 f"{op}: {name} has shape {list(x.shape)}; {[N, sizes['H'], rows, D]} was expected"
             )
+        check_same(op, dtype=False, v=v, **{name: x})
         check_sequences(op, sizes["B"], cu_seqlens, x, name)
         starts.append(promote_to_fp32(x))
     check_chunk_size(op, chunk_size)

@@ -28,13 +28,13 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.fuzz.targets import Target, targets
+from tests.fuzz.targets import GROUPS, Target, targets
 
 TIMEOUT = 20.0
 OUTCOMES = ("clear", "ok", "unclear", "silent", "crash")
@@ -78,9 +78,10 @@ def tensor_trials(target: Target, name: str, x: Tensor) -> Iterator[tuple[str, A
         yield "floats", x.double() + 0.25, False
         yield "complex", x.to(torch.complex64), False
     yield "meta", x.to("meta"), False
+    rows = x.dim() in target.free.get(name, ())
     if x.dim():
-        yield "rank - 1", x[0], False
-    yield "rank + 1", x[None], False
+        yield "rank - 1", x[0], rows
+    yield "rank + 1", x[None], rows
     for axis in range(x.dim()):
         free = axis in target.free.get(name, ())
         if x.shape[axis] > 1:
@@ -120,6 +121,15 @@ RIGHT: set[tuple[str, str]] = {
     ("ignore_index", "negative"),
     ("ignore_index", "zero"),
     ("seed", "zero"),
+    ("pad_token_id", "zero"),
+    ("pad_token_id", "negative"),
+    ("bos_token_id", "zero"),
+    ("bos_token_id", "negative"),
+    ("eos_token_id", "zero"),
+    ("eos_token_id", "negative"),
+    ("dt_rank", "number"),
+    ("input_gate_low_rank", "number"),
+    ("time_step_rank", "number"),
 }
 
 
@@ -131,6 +141,7 @@ def trials(target: Target) -> Iterator[Trial]:
         else:
             found = scalar_trials(target, name, value, hints.get(name, ""))
         for label, bad, right in found:
+            right = right or (name, label) in RIGHT or label in target.right
             yield Trial(target.name, name, label, bad, right)
     for name, label, bad in target.further:
         yield Trial(target.name, name, label, bad)
@@ -138,6 +149,10 @@ def trials(target: Target) -> Iterator[Trial]:
 
 def annotations(function: Callable) -> dict[str, str]:
     """Annotations of the parameters as text."""
+    if is_dataclass(inspect.unwrap(function)):
+        return {f.name: str(f.type) for f in fields(inspect.unwrap(function))}
+    if isinstance(function, torch.nn.Module):
+        function = function.forward
     function = function.__init__ if inspect.isclass(function) else function
     parameters = inspect.signature(function).parameters
     return {
@@ -152,6 +167,11 @@ def attempt(target: Target, trial: Trial) -> tuple[str, str]:
         result = target.call(**{trial.name: trial.value})
     except (ValueError, TypeError) as error:
         named = target.names(trial.name, str(error))
+        if isinstance(target.arguments.get(trial.name), Tensor) or trial.name == "cu_seqlens":
+            # sizes and devices that disagree are told of either argument
+            others = [n for n in target.tensors() if target.names(n, str(error))]
+            said = any(word in str(error) for word in ("expected", "move "))
+            named = named or (said and bool(others))
         return ("clear" if named else "unclear"), f"{type(error).__name__}: {error}"[:300]
     except Exception as error:
         return "unclear", f"{type(error).__name__}: {error}"[:300]
@@ -210,7 +230,7 @@ def _of(answer: tuple[str, str], trial: Trial) -> tuple[str, Trial, str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--groups", nargs="+", default=["ops", "modules", "layers", "models"])
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--every", type=int, default=1, help="try each n-th replacement")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=int, default=20, help="bad outcomes to print of each kind")

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla._arguments import shaped
 from fla.core.precision import promote_to_fp32
 from fla.ops.engine.recurrence.terms import L2_EPS
 
 
+@shaped(x="... D")
 def l2norm(x: Tensor, eps: float = L2_EPS, output_dtype: torch.dtype | None = None) -> Tensor:
     """`x / sqrt(sum(x^2) + eps)` over the last axis, in fp32 for lower dtypes.
 
