@@ -28,6 +28,7 @@ LEAST: dict[str, int | None] = {
     "layer_idx": 0,
     "ignore_index": None,
     "logits_to_keep": 0,
+    "num_items_in_batch": 0,
     "seed": 0,
     "rank": 0,
     "max_seqlen": 0,
@@ -336,7 +337,7 @@ def _check_axes(
             first, source = x, name
         own = x.shape[x.dim() - len(axes) :]
         fits = x.dim() >= len(axes) if dots else x.dim() == len(axes)
-        fits = fits and all(sizes.setdefault(a, n) == n for a, n in zip(axes, own, strict=True))
+        fits = fits and all(_same(sizes, a, n) for a, n in zip(axes, own, strict=True))
         if fits and dots:
             before = x.shape[: x.dim() - len(axes)]
             to = lead if specs[name][2] else None
@@ -349,6 +350,15 @@ def _check_axes(
                 f"{owner}: {name} has shape {list(x.shape)}; expected [{', '.join(wanted)}], as "
                 f"{source} has"
             )
+
+
+def _same(sizes: dict[str, int], axis: str, size: int) -> bool:
+    """Whether a size is that of its axis so far, or broadcasts to it."""
+    known = sizes.get(axis)
+    if known is None or known == 1:
+        sizes[axis] = size
+        return True
+    return size in (1, known)
 
 
 def _broadcast(one: torch.Size, other: torch.Size, to: torch.Size | None) -> bool:

@@ -36,9 +36,11 @@ def main(argv: list[str]) -> int:
         save_total_limit=3,
     )
     try:
+        flags, muon = without_muon(from_file(argv))
         arguments, training, unknown = parser.parse_args_into_dataclasses(
-            from_file(argv), return_remaining_strings=True
+            flags, return_remaining_strings=True
         )
+        training.muon = muon
         if unknown:
             known = [flag for flag in parser._option_string_actions if flag.startswith("--")]
             near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
@@ -50,6 +52,23 @@ def main(argv: list[str]) -> int:
         raise UsageError(str(error)) from error
     run.train(arguments, training, argv)
     return 0
+
+
+def without_muon(argv: list[str]) -> tuple[list[str], bool]:
+    """The flags without `--optim muon`, which transformers does not know, and whether it was the
+    last `--optim` among them.
+    """
+    kept: list[str] = []
+    muon, last = False, ""
+    flags = " ".join(argv).replace("--optim=", "--optim ").split(" ") if argv else []
+    for flag in flags:
+        if last == "--optim":
+            muon = flag == "muon"
+            kept[-1:] = [] if muon else [kept[-1], flag]
+        else:
+            kept.append(flag)
+        last = flag
+    return kept if muon or "--optim" in argv else argv, muon
 
 
 def from_file(argv: list[str]) -> list[str]:

@@ -225,6 +225,10 @@ class Attention(SoftmaxMixer):
         if rope_theta is not None:
             self.rotary = RotaryEmbedding(turned, base=rope_theta, scaling=rope_scaling)
 
+    def fused(self) -> dict[str, list[int]]:
+        """Beside each head's query lies its gate."""
+        return {"q_proj": [self.head_dim] * 2 * self.num_heads} if self.output_gate else {}
+
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """q `[B, T, num_heads, head_dim]`, and k, v `[B, T, num_kv_heads, head_dim]`."""
         maps = (self.q_proj, self.k_proj, self.v_proj)

@@ -89,6 +89,8 @@ class LinearizedAttention(RecurrentMixer):
         torch.Size([2, 10, 64])
     """
 
+    gates = (*RecurrentMixer.gates, "m_proj", "decay", "a_down")
+
     mode = "chunk"
 
     def __init__(

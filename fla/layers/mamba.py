@@ -74,6 +74,11 @@ class Mamba(RecurrentMixer):
             for name, value in self.initial_values().items():
                 self.get_parameter(name).copy_(value)
 
+    def fused(self) -> dict[str, list[int]]:
+        """The convolved half, and its gate."""
+        width = self.conv1d.hidden_size
+        return {"in_proj": [width, width]}
+
     def initial_values(self) -> dict[str, Tensor]:
         """A = -1 .. -N in every channel; steps log-uniform between dt_min and dt_max."""
         width, N = self.conv1d.hidden_size, self.state_size

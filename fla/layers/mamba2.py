@@ -106,6 +106,11 @@ class Mamba2(RecurrentMixer):
         """Widths that the projection has beyond Mamba-2's."""
         return []
 
+    def fused(self) -> dict[str, list[int]]:
+        """z, u, B, C, and what is per head."""
+        states = (self.sizes[1] - self.sizes[0]) // 2
+        return {"in_proj": [self.sizes[0], self.sizes[0], states, states, *self.sizes[2:]]}
+
     def initial_values(self) -> dict[str, Tensor]:
         """A uniform in A_init_range, steps log-uniform between dt_min and dt_max, and with
         `conv_init` the convolution's taps uniform between its negative and it.

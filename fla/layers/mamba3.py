@@ -88,6 +88,9 @@ class Mamba3(RecurrentMixer):
         self.out_proj = nn.Linear(width, hidden_size, bias=use_bias)
         self.to(device, dtype)
 
+    def fused(self) -> dict[str, list[int]]:
+        return {"in_proj": [n for n in self.sizes if n]}
+
     def initial_values(self) -> dict[str, Tensor]:
         """Steps log-uniform between dt_min and dt_max; biases and D are 1; MIMO starts as copies
         whose sum is one head.

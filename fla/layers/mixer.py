@@ -126,6 +126,11 @@ class Mixer(nn.Module):
     offloading, checkpointing and compilation around a layer see them.
     """
 
+    # projections to gates, decays and rates, by the names that published layers give them
+    gates: ClassVar[tuple[str, ...]] = (
+        "a_proj", "a_atk_proj", "b_proj", "b_atk_proj", "dt_proj", "f_proj", "gk_proj", "s_proj",
+        "w_proj", "x_proj",
+    )  # fmt: skip
     takes: ClassVar[tuple[str, ...]] = ()
     gives: ClassVar[tuple[str, ...]] = ()
     layer_idx: int | None
@@ -226,6 +231,10 @@ class Mixer(nn.Module):
 
     def initial_values(self) -> dict[str, Tensor]:
         """Fresh values of the parameters that do not start like weights and norms."""
+        return {}
+
+    def fused(self) -> dict[str, list[int]]:
+        """By name the projections that hold several maps, and the rows of each."""
         return {}
 
 

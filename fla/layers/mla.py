@@ -81,6 +81,10 @@ class MultiheadLatentAttention(SoftmaxMixer):
         self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
         self.rotary = None if rope_theta is None else RotaryEmbedding(qk_rope_head_dim, rope_theta)
 
+    def fused(self) -> dict[str, list[int]]:
+        """Each head's key and value."""
+        return {"kv_proj.2": [self.parts[0], self.v_head_dim] * self.num_heads}
+
     def mix(self, x: Tensor, layout: SequenceLayout, cache, handed) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))
         latent = self.kv_proj[1](self.kv_proj[0](x)).unsqueeze(-2)

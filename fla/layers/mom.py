@@ -34,6 +34,8 @@ class MomAttention(RecurrentMixer):
         torch.Size([2, 10, 64])
     """
 
+    gates = (*RecurrentMixer.gates, "gate", "shared_a", "shared_b")
+
     gives = ("router_logits",)
     A_log: Tensor
     dt_bias: Tensor

@@ -50,6 +50,8 @@ class Raven(RecurrentMixer):
         torch.Size([2, 10, 64])
     """
 
+    gates = (*RecurrentMixer.gates, "r_proj")
+
     A_log: Tensor
     dt_bias: Tensor
 

@@ -34,6 +34,8 @@ class RodimusAttention(RecurrentMixer):
         torch.Size([2, 10, 64])
     """
 
+    gates = (*RecurrentMixer.gates, "g_gate_proj", "tau_gate_proj", "i_gate_proj")
+
     def __init__(
         self,
         block_type: str = "rodimus",

@@ -49,6 +49,8 @@ class RWKV7Attention(RecurrentMixer):
         torch.Size([2, 10, 64])
     """
 
+    gates = (*RecurrentMixer.gates, "w_lora", "a_lora", "v_lora")
+
     takes = gives = ("v_first",)
 
     def __init__(

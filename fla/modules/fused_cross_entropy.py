@@ -6,7 +6,6 @@ loss = lse(z) - (1 - s) z_target - s mean(z) + zw * lse(z)^2         s: label sm
 lse_square_scale
 """
 
-import sys
 from typing import Any
 
 import torch
@@ -198,9 +197,9 @@ class FusedCrossEntropyLoss(nn.Module):
 
     @checked
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        ignored, name = self.options["ignore_index"], "FusedCrossEntropyLoss"
-        size = input.shape[-1] if self.options["process_group"] is None else sys.maxsize
-        check_targets(name, ("input", input), target, size, ignored)
+        if self.options["process_group"] is None:  # else each rank holds some of the vocabulary
+            name, ignored = type(self).__name__, self.options["ignore_index"]
+            check_targets(name, ("input", input), target, input.shape[-1], ignored)
         rows = cross_entropy_loss(input.flatten(0, -2), target.flatten(), **self.options)
         count = (target != self.options["ignore_index"]).sum().clamp(min=1)
         results = []

@@ -181,7 +181,7 @@ def _sum(x: Tensor, residual: Tensor | None, in_fp32: bool) -> Tensor:
     return promote_to_fp32(x) + residual
 
 
-@shaped(x="... D", g="<... D", weight="D", bias="D", residual="... D")
+@shaped(x="... D", g="<... D", weight="<... D", bias="<... D", residual="... D")
 def rms_norm_gated(
     x: Tensor,
     g: Tensor,
@@ -262,7 +262,7 @@ class FusedRMSNormSwishGate(FusedRMSNormGated):
         super().__init__(hidden_size, elementwise_affine, eps, "swish", device, dtype)
 
 
-@shaped(x="... D", g="<... D", weight="D", bias="D", residual="... D")
+@shaped(x="... D", g="<... D", weight="<... D", bias="<... D", residual="... D")
 def layer_norm_gated(
     x: Tensor,
     g: Tensor,

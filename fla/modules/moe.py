@@ -12,7 +12,7 @@ groups, only experts of the top_groups groups whose two largest s + b sum highes
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -155,6 +155,7 @@ class MixtureOfExperts(nn.Module):
         torch.Size([2, 3, 8])
     """
 
+    gates: ClassVar[tuple[str, ...]] = ("gate", "shared_expert_gate")
     correction_bias: Tensor
 
     @checked

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import Trainer, TrainerCallback
 
 from fla.core.errors import TrainingDiverged
-from fla.layers.mixer import Mixer
+from fla.optim import Muon, roles
 from fla.training.checkpoints import seal
 
 
@@ -30,6 +30,7 @@ class FlaTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.tokens_done = 0
+        self.use_muon = getattr(self.args, "muon", False)
         self.ranks_a_batch = 1
         self.last_loss: torch.Tensor | None = None
         self._broken: torch.Tensor | None = None
@@ -43,16 +44,18 @@ class FlaTrainer(Trainer):
         return loss
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        """The parameters with weight decay: transformers' choice without those that a mixer
-        initialises itself (decay rates, time steps).
-        """
-        own = {
-            f"{name}.{parameter}"
-            for name, module in model.named_modules()
-            if isinstance(module, Mixer)
-            for parameter in module.initial_values()
-        }
-        return [name for name in super().get_decay_parameter_names(model) if name not in own]
+        """The parameters with weight decay, as their layers say (`fla.optim.roles`)."""
+        return [name for name, role in roles(model).items() if role.decays]
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None and self.use_muon:
+            args, own = self.args, model or self.model
+            assert own is not None  # a trainer that runs has one
+            self.optimizer = Muon(
+                own, args.learning_rate, args.weight_decay,
+                betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
+            )  # fmt: skip
+        return super().create_optimizer() if model is None else super().create_optimizer(model)
 
     def is_broken(self) -> bool:
         return self._broken is not None and bool(self._broken.any())

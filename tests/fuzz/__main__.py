@@ -120,6 +120,7 @@ RIGHT: set[tuple[str, str]] = {
     ("logits_to_keep", "zero"),
     ("ignore_index", "negative"),
     ("ignore_index", "zero"),
+    ("num_items_in_batch", "zero"),
     ("seed", "zero"),
     ("pad_token_id", "zero"),
     ("pad_token_id", "negative"),

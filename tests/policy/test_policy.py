@@ -31,6 +31,7 @@ LEVELS = [
     "fla.modules",
     "fla.layers",
     "fla.models",
+    "fla.optim",
     "fla.distributed",
     "fla.analysis",
     "fla.evals",
