@@ -41,7 +41,12 @@ TARGETS = {
     "sm_90": (GPUTarget("cuda", 90, 32), 232448),
     "sm_100": (GPUTarget("cuda", 100, 32), 232448),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65536),
+    "gfx90a": (GPUTarget("hip", "gfx90a", 64), 65536),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), 163840),
+    "gfx1100": (GPUTarget("hip", "gfx1100", 32), 65536),
 }
+LIKE_OTHERS = {"gfx90a", "gfx950", "gfx1100"}  # of which a few members tell
+FEW = [("none", "none"), ("scalar", "delta"), ("vector", "delta")]
 DECAYS, ERASES = ("none", "scalar", "vector"), ("none", "delta", "low rank")
 
 
@@ -178,6 +183,7 @@ def compile_all(target: str, members: list[tuple[str, str]]) -> list[Kernel]:
     seen = set()
     gpu, most = TARGETS[target]
     launch.shared_memory = lambda device: most  # type: ignore[assignment]
+    launch.on_amd = lambda: gpu.backend == "hip"
     broad = [(*member, 256) for member in members if member == ("scalar", "delta")]
     for decay, erase, K in [*((*member, 128) for member in members), *broad]:
 
@@ -228,7 +234,12 @@ def main(argv: list[str] | None = None) -> int:
     members = [(decay, erase) for decay in DECAYS for erase in ERASES]
     if args.members:
         members = [tuple(m.split(",")) for m in args.members]  # type: ignore[misc]
-    rows = [row for target in args.targets for row in compile_all(target, members)]
+    few = [m for m in members if m in FEW] or members
+    rows = [
+        row
+        for target in args.targets
+        for row in compile_all(target, few if target in LIKE_OTHERS else members)
+    ]
     print(report(rows))
     if args.out:
         folder = Path(args.out)

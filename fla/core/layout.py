@@ -99,11 +99,8 @@ class SequenceLayout:
         """
         if mask is None:
             return None, past
-        if (
-            mask.dim() != 2
-            or mask.shape[0] != batch
-            or mask.shape[1] not in (length, length + past)
-        ):
+        widths = (length, length + past)
+        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in widths:
             raise ValueError(
                 f"SequenceLayout: attention_mask has shape {list(mask.shape)}; expected "
                 f"[B={batch}, T={length}]"

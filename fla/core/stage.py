@@ -228,7 +228,8 @@ class Stage:
         if key not in _checks:
             if _cannot_check():
                 return None
-            with torch.inference_mode(False):  # gradients are compared wherever the call comes from
+            # gradients are compared wherever the call comes from, on numbers drawn on the host
+            with torch.inference_mode(False), torch.device("cpu"):
                 plain, call = self.forms["torch"].run, self.problem(kind)
                 _checks[key] = selfcheck.difference(form.run, plain, call, self.differentiable)
         found = _checks[key]

@@ -22,7 +22,7 @@ from fla.ops.engine.recurrence import token
 from fla.ops.engine.recurrence.chunk import chunk
 from fla.ops.engine.recurrence.recurrence import overwrite_states
 from fla.ops.engine.recurrence.stages import CHUNK
-from fla.ops.engine.recurrence.terms import Point
+from fla.ops.engine.recurrence.terms import Point, Switches, Terms
 from fla.ops.engine.scan.selective import selective_scan as plain_selective
 from fla.ops.engine.scan.vector import scan as plain_scan
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
@@ -215,6 +215,44 @@ def test_a_first_use_that_goes_wrong_is_noticed_and_replaced(monkeypatch, checke
             monkeypatch.setenv("FLA_TRITON_CHECK", "1")
 
 
+def test_a_first_use_under_any_default_device_and_in_inference(checked):
+    x = on_device(problem("scalar", "delta", **SMALL | dict(T=20)))
+    with torch.device("meta"), torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        o, _ = chunk_gated_delta_rule(**x, backend="triton")
+    assert o.device == x["v"].device and o.isfinite().all()
+
+
+def test_a_gate_that_is_no_number_is_seen():
+    x = on_device(problem("scalar", "delta", **SMALL | dict(T=20)))
+    x["g"][0, 3] = float("nan")
+    o, _ = chunk_gated_delta_rule(**x, backend="triton")
+    assert o[0, 3:].isnan().all()  # and its chunk, whose products hold it
+
+
+def test_what_captured_graphs_read_stays(monkeypatch):
+    """A graph reads the places of its chunks on every replay."""
+    monkeypatch.setattr(launch, "_kept", {})
+    monkeypatch.setattr(launch, "_captured", set())
+    x = torch.zeros(1, 9, 1, 1)
+    monkeypatch.setattr(launch, "_capturing", lambda x: True)
+    captured = launch.cuts(x, None)
+    monkeypatch.setattr(launch, "_capturing", lambda x: False)
+    for T in range(10, 10 + 2 * launch.KEPT):
+        launch.cuts(torch.zeros(1, T, 1, 1), None)
+    assert launch.cuts(x, None) is captured and len(launch._kept) <= launch.KEPT + 1
+
+
+@pytest.mark.parametrize(("amd", "precision"), [(False, "tf32"), (True, "ieee")])
+def test_matrix_products_of_half_precision(monkeypatch, amd, precision):
+    monkeypatch.setattr(launch, "on_amd", lambda: amd)
+    q, k, v = torch.zeros(3, 1, 9, 2, 16, dtype=torch.bfloat16)
+    terms, switches = Terms(q, k, v), Switches(1.0)
+    assert launch.Call(terms, switches, None).kind["PRECISION"] == precision
+    wide = Terms(*(x.float() for x in (q, k, v)))
+    assert launch.Call(wide, switches, None).kind["PRECISION"] == "ieee"
+
+
 @pytest.mark.parametrize(
     ("lengths", "W", "extras"),
     matrix(
@@ -346,7 +384,7 @@ def test_without_a_triton_that_runs_the_fix_is_named(found, monkeypatch):
     monkeypatch.setattr(support, "MISSING", support._missing())
     stage.forget_choices()
     facts = problem_of(torch.device("cuda", 0))
-    assert CHUNK.unavailable("triton", facts) == f"{said}; pip install 'triton>=3.5'"
+    assert CHUNK.unavailable("triton", facts) == f"{said}; pip install 'triton>=3.7'"
     with pytest.warns(RuntimeWarning, match=said):
         assert CHUNK.choose("chunk_gated_delta_rule", None, facts) == "torch"
     with warnings.catch_warnings():

@@ -65,6 +65,11 @@ def shared_memory(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", 64 << 10)
 
 
+def on_amd() -> bool:
+    """Whether kernels are for AMD's devices, of which one alone knows tf32."""
+    return torch.version.hip is not None
+
+
 def _power(n: int, most: int) -> int:
     """The power of two a tile of n channels takes; matrix products want 16 at least."""
     return max(16, min(most, triton.next_power_of_2(n)))
@@ -104,7 +109,12 @@ class Cuts:
 
 
 _kept: dict[tuple, Cuts] = {}
+_captured: set[tuple] = set()  # what captured graphs read on every replay, and is never freed
 KEPT = 256
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def cuts(q: Tensor, cu_seqlens: Tensor | None, size: int = CHUNK) -> Cuts:
@@ -114,9 +124,11 @@ def cuts(q: Tensor, cu_seqlens: Tensor | None, size: int = CHUNK) -> Cuts:
         key: tuple = (B, T, q.device, size)
     else:
         key = (tuple(boundaries_to_list(cu_seqlens, T, "triton")), q.device, size)
+    if _capturing(q):
+        _captured.add(key)
     if key not in _kept:
-        if len(_kept) >= KEPT:
-            _kept.clear()
+        for old in [k for k in _kept if k not in _captured][: len(_kept) - KEPT + 1]:
+            del _kept[old]
         bounds = [i * T for i in range(B + 1)] if cu_seqlens is None else list(key[0])
         _kept[key] = Cuts.of(bounds, q.device, size)
     return _kept[key]
@@ -170,7 +182,7 @@ class Call:
             READ_BEFORE=switches.read_before,
             ERASE_BEFORE=terms.b is not None,
             C=CHUNK,
-            PRECISION="ieee" if v.dtype == torch.float32 else "tf32",
+            PRECISION="ieee" if v.dtype == torch.float32 or on_amd() else "tf32",
         )
         self.decay = NO_DECAY if g is None else SCALAR if g.dim() == 3 else VECTOR
         self.b = self.k if self.own_b is None else self.own_b

@@ -175,7 +175,8 @@ def logs(
     of these sums; in fp32 one large log decay would round away the small ones beside it. LOG_ZERO
     bounds them, since -inf - (-inf) is NaN.
     """
-    x = tl.maximum(load_row(g, first, live, head, heads, C).to(tl.float64), LOG_ZERO)
+    x = load_row(g, first, live, head, heads, C).to(tl.float64)
+    x = tl.where(x < LOG_ZERO, LOG_ZERO, x)  # a maximum would drop NaN on a GPU
     return x, tl.cumsum(x, 0)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fla.core.stage import Warned
 
-OLDEST = "3.5"
+OLDEST = "3.7"  # before, loops of matrix products could overwrite what they still read
 
 
 def _missing() -> str | None:
