@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fla.core.operator import transformed
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 # The least an integer argument may be where that is not 1; None for any.
@@ -231,7 +233,7 @@ def check_targets(
         )
     if target.device != x.device:
         raise ValueError(f"{owner}: target is on {target.device} and {name} on {x.device}; move it")
-    if not target.is_cpu or torch.compiler.is_compiling() or _transformed():
+    if not target.is_cpu or torch.compiler.is_compiling() or transformed():
         return
     wrong = ((target < 0) | (target >= size)) & (target != ignored)
     if bool(wrong.any()):
@@ -239,10 +241,6 @@ def check_targets(
             f"{owner}: target holds {int(target[wrong][0])}; expected 0 to {size - 1}, or "
             f"{ignored} for none"
         )
-
-
-def _transformed() -> bool:
-    return torch._C._are_functorch_transforms_active()
 
 
 def refuse_symbolic(op: str, length: Any) -> None:
@@ -337,7 +335,7 @@ def _check_axes(
             first, source = x, name
         own = x.shape[x.dim() - len(axes) :]
         fits = x.dim() >= len(axes) if dots else x.dim() == len(axes)
-        fits = fits and all(_same(sizes, a, n) for a, n in zip(axes, own, strict=True))
+        fits = fits and all(_same(sizes, a, n, dots) for a, n in zip(axes, own, strict=True))
         if fits and dots:
             before = x.shape[: x.dim() - len(axes)]
             to = lead if specs[name][2] else None
@@ -352,13 +350,13 @@ def _check_axes(
             )
 
 
-def _same(sizes: dict[str, int], axis: str, size: int) -> bool:
-    """Whether a size is that of its axis so far, or broadcasts to it."""
+def _same(sizes: dict[str, int], axis: str, size: int, broadcasts: bool) -> bool:
+    """Whether a size is that of its axis so far, or may be broadcast to it."""
     known = sizes.get(axis)
-    if known is None or known == 1:
+    if known is None or (known == 1 and broadcasts):
         sizes[axis] = size
         return True
-    return size in (1, known)
+    return size == known or (size == 1 and broadcasts)
 
 
 def _broadcast(one: torch.Size, other: torch.Size, to: torch.Size | None) -> bool:

@@ -4,6 +4,7 @@ its own, `CASES`; `registry.py` collects them.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla._arguments import checked
+from fla.core.boundaries import boundaries_to_list
+from fla.core.checks import check_groups, check_parts, check_same, check_sequences, check_shapes
 from fla.core.precision import compute_dtype
 
 FAMILIES = {
@@ -35,6 +38,12 @@ Equation = Callable[[Inputs], dict[str, Any]]
 QKV = dict(q="B T H K", k="B T H K unit", v="B T HV V")
 SIZES = dict(M=9, D=16, R=2, L=10, Q=2, n=2)  # axes that not every operator has
 SIZES |= {"1": 1, "3": 3}
+# axes whose size others tell
+DERIVED: dict[str, Callable[[dict[str, int]], int]] = {
+    "V+1": lambda sizes: sizes["V"] + 1,
+    "P": lambda sizes: sizes["K"] * (sizes["K"] + 1) // 2,
+    "F": lambda sizes: 1 + sizes["K"] + sizes["K"] * (sizes["K"] + 1) // 2,
+}
 
 
 def _values(kind: str, x: Tensor) -> Tensor:
@@ -101,6 +110,14 @@ class OpCase:
     chunk_fixed: dict[str, Any] = field(default_factory=dict)
     grain: int = 1
 
+    def __post_init__(self) -> None:
+        """The axes are the page's literal loop's, too, which checks its arguments by them."""
+        names = inspect.getclosurevars(self.naive).nonlocals.get("names", {})
+        loop: Any = self.naive if _told(self.naive) else inspect.unwrap(self.naive, stop=_told)
+        if _told(loop):
+            specs = {n: _checkable(spec) for n, spec in (self.tensors | self.state).items()}
+            loop.axes.append({names.get(n, n): spec for n, spec in specs.items()})
+
     @cached_property
     def grouped(self) -> bool:
         """Whether value (or query) heads may be a multiple of the others."""
@@ -160,7 +177,7 @@ class OpCase:
         """Random initial states, flat."""
         generator = torch.Generator().manual_seed(seed)
         sizes = SIZES | dict(N=N, H=H, HV=HV or H, K=K, V=V) | sizes
-        sizes |= {"V+1": V + 1, "F": 1 + K + K * (K + 1) // 2, "P": K * (K + 1) // 2}
+        sizes |= {axis: size(sizes) for axis, size in DERIVED.items()}
         states = []
         for spec in self.state.values():
             for axes in [spec] if isinstance(spec, str) else spec:
@@ -247,6 +264,59 @@ def _per_sequence(loop: Callable[..., Any], arguments: Inputs, bounds: list[int]
     return torch.cat(outs, 1), *joined
 
 
+def _told(function: Callable) -> bool:
+    """Whether a function is a literal loop, which the page's case tells its axes."""
+    return hasattr(function, "axes")
+
+
+def _checkable(spec: Any) -> Any:
+    """The axes of an argument without its domain, but for counts, which are no numbers."""
+    if isinstance(spec, tuple):
+        return tuple(_checkable(part) for part in spec)
+    return " ".join([*_axes(spec), *(["count"] if spec.endswith("count") else [])])
+
+
+def _check_one_of(
+    op: str, given: dict[str, Any], axes: list[dict[str, Any]], grouped: tuple[str, ...]
+) -> None:
+    """`_check` by any of a loop's cases; the first one's error where none fits."""
+    errors = []
+    for specs in axes:
+        try:
+            return _check(op, given, specs, grouped)
+        except (ValueError, TypeError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return None
+
+
+def _check(op: str, given: dict[str, Any], axes: dict[str, Any], grouped: tuple[str, ...]) -> None:
+    """Raise `ValueError` unless the arguments of a literal loop fit."""
+    bounds, tensors = given.get("cu_seqlens"), {}
+    for name, spec in axes.items():
+        x = given.get(name)
+        if isinstance(spec, tuple) and x is not None:
+            check_parts(op, x, ", ".join(f"part {i}" for i in range(len(spec))))
+        parts = zip(x or (), spec, strict=False) if isinstance(spec, tuple) else [(x, spec)]
+        for i, (y, own) in enumerate(parts):
+            own = own if bounds is not None else re.sub(r"\bN\b", "B", own)
+            tensors[f"{name}[{i}]" if isinstance(spec, tuple) else name] = (y, own)
+    plain = {n: (x, own.removesuffix(" count")) for n, (x, own) in tensors.items()}
+    sizes = check_shapes(op, **plain)
+    check_same(op, dtype=False, **{n: x for n, (x, s) in tensors.items() if "count" not in s})
+    if {"H", "HV"} <= set(sizes):
+        check_groups(op, sizes, grouped[0] if grouped else "q")
+    for axis, found in sizes.items():
+        right = int(axis) if axis.isdigit() else DERIVED.get(axis, lambda sizes: found)(sizes)  # noqa: B023
+        if found != right:
+            name = next(n for n, (_, own) in tensors.items() if axis in own.split())
+            raise ValueError(f"{op}: {name} has {axis}={found}, but {right} was expected")
+    if bounds is not None:
+        check_sequences(op, sizes["B"], bounds, None)
+        boundaries_to_list(bounds, sizes["T"], op)
+
+
 def literal(*grouped: str, of: str = "v") -> Callable[[Loop], Loop]:
     """Decorator of a page's literal loop, which then takes every call that the other forms take.
 
@@ -265,11 +335,13 @@ def literal(*grouped: str, of: str = "v") -> Callable[[Loop], Loop]:
 
     def decorate(loop: Loop) -> Loop:
         signature = inspect.signature(loop)
+        axes: list[dict[str, Any]] = []
 
         @checked
         @wraps(loop)
         def call(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs)
+            _check_one_of(loop.__name__, given.arguments, axes, grouped)
             out, heads = given.arguments[of].dtype, given.arguments[of].shape[2:3]
             for name, x in given.arguments.items():
                 given.arguments[name] = _wide(x, compute_dtype(out))
@@ -286,6 +358,7 @@ def literal(*grouped: str, of: str = "v") -> Callable[[Loop], Loop]:
                 result.to(out) if isinstance(result, Tensor) else (result[0].to(out), *result[1:])
             )
 
+        call.axes = axes  # type: ignore[attr-defined]  # the page's cases add theirs
         return cast(Loop, call)
 
     return decorate

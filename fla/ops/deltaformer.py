@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla._arguments import checked, refuse_symbolic
+from fla._arguments import checked, refuse_symbolic, shaped
 from fla.core import operator
 from fla.core.boundaries import boundaries_to_list
 from fla.core.checks import check_parts, check_sequences, check_tensors
@@ -47,7 +47,7 @@ BLOCK = 128
 State = tuple[Tensor, Tensor]
 
 
-@checked
+@shaped(q="B T H K", k="B T H K", v="B T H V", beta="B T H")
 def naive_deltaformer_attn(
     q: Tensor,
     k: Tensor,

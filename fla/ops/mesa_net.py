@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fla._arguments import checked
+from fla._arguments import checked, shaped
 from fla.core.boundaries import boundaries_to_list, count_sequences
 from fla.core.checks import check_log_decay, check_sequences, check_tensors
 from fla.core.parallel import refuse_sharded
@@ -47,7 +47,10 @@ from fla.ops.engine.recurrence.terms import CHUNK_SIZE, Switches, Terms
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-@checked
+@shaped(
+    q="B T H K", k="B T H K", v="B T H V", g="B T H", beta="B T H", lamb="H K",
+    h_kk_init="B H K K", h_kv_init="B H K V",
+)  # fmt: skip
 def naive_mesa_net_exact(
     q: Tensor,
     k: Tensor,

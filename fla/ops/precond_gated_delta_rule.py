@@ -299,3 +299,8 @@ CASES = [
         chunk_fixed=dict(use_qk_l2norm_in_kernel=False),
     ),
 ]
+
+# the preconditioned KDA's decay is per channel, and its preconditioner per value head
+_LOOP = naive_recurrent_precond_gated_delta_rule
+_PER_VALUE_HEAD = dict(g_atk="B T HV", beta_atk="B T HV", initial_A_state="N HV K")
+_LOOP.axes.append(_LOOP.axes[0] | {"g": "B T HV K"} | _PER_VALUE_HEAD)  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla._arguments import checked
+from fla._arguments import checked, shaped
 from fla.core.boundaries import boundaries_to_list
 from fla.core.precision import promote_to_fp32
 from fla.ops.case import OpCase
@@ -47,7 +47,10 @@ from fla.ops.generalized_delta_rule import (
 NAMES = {"q": "r", "gk": "w"}
 
 
-@checked
+@shaped(
+    r="B T H K", w="B T H K", k="B T H K", v="B T H V", a="B T H K", b="B T H K",
+    initial_state="B H K V",
+)  # fmt: skip
 def naive_recurrent_rwkv7(
     r: Tensor,
     w: Tensor,

@@ -94,11 +94,12 @@ BOUNDS = [
 
 def ops() -> Iterator[Target]:
     for case in OPS:
-        for form in ("chunk", "token"):
-            yield from _operator(case, getattr(case, form))
+        for form in ("chunk", "token", "naive"):
+            yield from _operator(case, form)
 
 
-def _operator(case: OpCase, function: Callable) -> Iterator[Target]:
+def _operator(case: OpCase, form: str) -> Iterator[Target]:
+    function = getattr(case, form)
     renames = inspect.getclosurevars(function).nonlocals.get("names", {})
     function = getattr(function, "__wrapped__", function) if renames else function
     inputs = case.inputs(1, 9, 2, 8, 6, HV=4 if case.grouped else None)
@@ -118,7 +119,8 @@ def _operator(case: OpCase, function: Callable) -> Iterator[Target]:
     plain = {n: x for n, x in defaults(function).items() if n not in given}
     hints = {n: str(p.annotation) for n, p in own.items()}
     optional = {n for n in (*given, *states) if own[n].default is None or "None" in hints[n]}
-    arguments = plain | given | case.fixed | case.chunk_fixed | states
+    fixed_here = case.fixed | (case.chunk_fixed if form != "naive" else {})
+    arguments = plain | given | fixed_here | states
     further = [("cu_seqlens", *bad) for bad in BOUNDS if "cu_seqlens" in own]
     yield Target(function.__name__, function, arguments, optional, free, further)
 
