@@ -304,19 +304,28 @@ def shaped(**specs: str) -> Callable[[F], F]:
     }
 
     def decorate(function: F) -> F:
-        places = [n for n in inspect.signature(function).parameters]
+        order = list(inspect.signature(function).parameters)
+        places = [(order.index(name), name) for name in axes]
+        right: set[tuple] = set()  # what was found right: most calls look like one before
 
         @checked
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
-                given = dict(zip(places, args, strict=False)) | kwargs
-                _check_axes(function.__name__, axes, given)
+                given = [args[i] if i < len(args) else kwargs.get(name) for i, name in places]
+                kind = tuple([x if x is None else (x.shape, x.dtype, x.device) for x in given])
+                if kind not in right:
+                    _check_axes(function.__name__, axes, dict(zip(axes, given, strict=True)))
+                    if len(right) < REMEMBERED:
+                        right.add(kind)
             return function(*args, **kwargs)
 
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+REMEMBERED = 4096
 
 
 def _check_axes(
