@@ -48,7 +48,6 @@ RANGES: dict[str, tuple[float, float, bool]] = {
 }
 INFINITE: set[str] = set()  # float arguments that may be infinite
 
-
 KNOWN = {"Tensor": Tensor, "bool": bool, "str": str, "dtype": torch.dtype}
 if dist.is_available():
     KNOWN["ProcessGroup"] = dist.ProcessGroup
@@ -77,10 +76,15 @@ class Argument:
 
     Fields:
         types: types that need no further look; a value of another type goes through `problem`.
+        off: whether None stands for False, as for a flag that is off by default: layers hand their
+            callers' `use_cache=None` down.
     """
 
-    def __init__(self, name: str, annotation: str):
-        self.name = name
+    def __init__(self, name: str, annotation: str, default: Any = None):
+        self.name, self.off = name, default is False
+        self.least = LEAST.get(name, 1)
+        if type(default) is int and self.least is not None:
+            self.least = min(self.least, default)
         self.parts = [part.strip() for part in re.split(r"\|(?![^\[]*\])", annotation)]
         self.types = {KNOWN[_head(part)] for part in self.parts if _head(part) in KNOWN}
         self.containers = tuple(x for part in self.parts for x in CONTAINERS.get(_head(part), ()))
@@ -111,12 +115,11 @@ class Argument:
         return f"expected {self._wanted()}"
 
     def _count(self, value: Any) -> str | None:
-        least = LEAST.get(self.name, 1)
         if "float" in self.parts:
             return self._number(value)
-        if least is None or value >= least:
+        if self.least is None or value >= self.least:
             return None
-        return f"expected a whole number from {least} on"
+        return f"expected a whole number from {self.least} on"
 
     def _number(self, value: Any) -> str | None:
         if "float" not in self.parts:
@@ -150,7 +153,7 @@ def arguments_of(function: Callable) -> dict[str, Argument]:
     for name, parameter in inspect.signature(function).parameters.items():
         kind = parameter.annotation
         text = kind if isinstance(kind, str) else inspect.formatannotation(kind)
-        argument = Argument(name, text)
+        argument = Argument(name, text, parameter.default)
         if argument.understood and parameter.annotation is not parameter.empty:
             found[name] = argument
     return found
@@ -163,7 +166,7 @@ def fields_of(cls: type) -> tuple[Argument, ...]:
     found = []
     for field in [f for f in fields(cls) if f.name in own]:
         text = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
-        found.append(Argument(field.name, text))
+        found.append(Argument(field.name, text, field.default))
     return tuple(argument for argument in found if argument.understood)
 
 
@@ -274,13 +277,19 @@ def checked(function: F) -> F:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            for argument, value in zip(places, args, strict=False):
+            for i, (argument, value) in enumerate(zip(places, args, strict=False)):
                 if argument is not None and type(value) not in argument.types:
-                    refuse_wrong(owner, argument, value)
+                    if value is None and argument.off:
+                        args = (*args[:i], False, *args[i + 1 :])
+                    else:
+                        refuse_wrong(owner, argument, value)
             for key, value in kwargs.items():
                 argument = known.get(key)
                 if argument is not None and type(value) not in argument.types:
-                    refuse_wrong(owner, argument, value)
+                    if value is None and argument.off:
+                        kwargs[key] = False  # of a key that is there: the iteration goes on
+                    else:
+                        refuse_wrong(owner, argument, value)
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]

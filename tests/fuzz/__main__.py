@@ -135,7 +135,7 @@ RIGHT: set[tuple[str, str]] = {
 
 
 def trials(target: Target) -> Iterator[Trial]:
-    hints = annotations(target.function)
+    hints, off = annotations(target.function), flags_off(target.function)
     for name, value in target.arguments.items():
         if isinstance(value, Tensor):
             found = tensor_trials(target, name, value)
@@ -143,9 +143,17 @@ def trials(target: Target) -> Iterator[Trial]:
             found = scalar_trials(target, name, value, hints.get(name, ""))
         for label, bad, right in found:
             right = right or (name, label) in RIGHT or label in target.right
+            right = right or (label == "None" and name in off)  # a flag that is off by default
             yield Trial(target.name, name, label, bad, right)
     for name, label, bad in target.further:
         yield Trial(target.name, name, label, bad)
+
+
+def flags_off(function: Callable) -> set[str]:
+    """The parameters whose default is False."""
+    function = function.forward if isinstance(function, torch.nn.Module) else function
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.default is False and "bool" in str(p.annotation)}
 
 
 def annotations(function: Callable) -> dict[str, str]:

@@ -83,7 +83,12 @@ X = torch.ones(2)
     ],
 )
 def test_annotations_are_held(arguments, message):
-    assert typed(X, 1, 2, True, "a", 0, [0, 1], (3,)) == 1
+    assert (
+        typed(X, 1, 2, True, "a", 0, [0, 1], (3,))
+        == typed(X, 1, on=None)
+        == typed(X, 1, 0.5, None)
+        == 1
+    )
     with pytest.raises((ValueError, TypeError), match=re.escape(f"typed: {message}")):
         typed(**{"x": X, "heads": 2} | arguments)
 
