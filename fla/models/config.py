@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -75,6 +75,7 @@ class DecoderConfig(PretrainedConfig):
     default_layer_type: ClassVar[str] = "linear_attention"
     # further fields of published configs, which there change no logits of given weights
     unused: ClassVar[tuple[str, ...]] = ()
+    activations: ClassVar[Collection[str]] = ACTIVATIONS  # what `hidden_act` may name
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 32000
@@ -112,10 +113,10 @@ class DecoderConfig(PretrainedConfig):
             if theirs in kwargs:
                 setattr(self, ours, kwargs.pop(theirs))
         self._check_names(kwargs)
-        if self.hidden_act not in ACTIVATIONS:
+        if self.hidden_act not in self.activations:
             raise ValueError(
                 f"{type(self).__name__}: hidden_act is {self.hidden_act!r}; expected one of "
-                f"{', '.join(sorted(ACTIVATIONS))}"
+                f"{', '.join(sorted(self.activations))}"
             )
         if getattr(self, "qk_norm", False) not in QK_NORMS:
             raise ValueError(

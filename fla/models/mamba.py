@@ -20,6 +20,7 @@ class MambaConfig(DecoderConfig):
         "use_associative_scan",
         "use_mambapy",
     )
+    activations: ClassVar = ("silu", "swish")
     mixer: ClassVar = Mamba
     # transformers' names, so that its checkpoints load here as they are
     attribute_map: ClassVar[dict[str, str]] = {

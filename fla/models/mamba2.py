@@ -14,6 +14,7 @@ class Mamba2Config(DecoderConfig):
 
     model_type = "mamba2"
     unused: ClassVar[tuple[str, ...]] = ("rescale_prenorm_residual", "time_step_rank")
+    activations: ClassVar = ("silu", "swish")
     mixer: ClassVar[Any] = Mamba2
     # transformers' names, so that its checkpoints load here as they are
     attribute_map: ClassVar[dict[str, str]] = {

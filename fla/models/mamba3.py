@@ -14,6 +14,7 @@ class Mamba3Config(DecoderConfig):
 
     model_type = "mamba3"
     unused: ClassVar[tuple[str, ...]] = ("rescale_prenorm_residual",)
+    activations: ClassVar = ("silu", "swish")
     mixer: ClassVar = Mamba3
 
     head_dim: int = 64

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+import fla.models
 from fla.layers import GatedDeltaNet, KimiDeltaAttention
 from fla.models import Cache
 from fla.models.convert import (
@@ -102,6 +103,18 @@ def test_logits_are_equal_and_the_way_back_is_exact(name):
     for key, value in theirs.state_dict().items():
         assert (back[key] - value).abs().max() < 1e-6, key  # norms less one lose a rounding
     assert set(back) == set(theirs.state_dict())
+
+
+@pytest.mark.parametrize(
+    "name", ["LlamaConfig", "Olmo2Config", "MambaConfig", "Mamba2Config", "Qwen3NextConfig"]
+)
+def test_an_activation_that_ours_has_not_is_refused(name):
+    config = getattr(transformers, name)(hidden_act="gelu")
+    with pytest.raises(ValueError, match="hidden_act is 'gelu'"):
+        convert_config(config)
+    if "Mamba" in name:  # one model type, so it loads as it is
+        with pytest.raises(ValueError, match="hidden_act is 'gelu'"):
+            getattr(fla.models, name)(hidden_act="gelu")
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])

@@ -23,6 +23,7 @@ __all__ = [
     "linear_attention_to_kimi",
     "linear_attention_to_qwen",
 ]
+SWISH = ("silu", "swish")
 LAYOUTS = llama.LAYOUTS | qwen.LAYOUTS | kimi.LAYOUTS | recurrent.LAYOUTS
 
 
@@ -42,6 +43,12 @@ def convert_config(config: Any) -> Any:
         raise ValueError(
             f"convert: model_type {config.model_type!r} is not known; expected one of "
             f"{', '.join(LAYOUTS)}"
+        )
+    activation = getattr(config, "hidden_act", None) or "silu"
+    if activation not in SWISH:
+        raise ValueError(
+            f"convert: hidden_act is {activation!r}; ours has {' or '.join(SWISH)}, so the logits "
+            "would differ"
         )
     values = {name: getattr(config, name) for name in layout.same}
     values |= {ours: getattr(config, theirs) for theirs, ours in layout.fields.items()}
