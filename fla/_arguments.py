@@ -46,7 +46,6 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "hidden_ratio": (0.0, math.inf, False),
     "initializer_range": (0.0, math.inf, True),
 }
-INFINITE: set[str] = set()  # float arguments that may be infinite
 
 KNOWN = {"Tensor": Tensor, "bool": bool, "str": str, "dtype": torch.dtype}
 if dist.is_available():
@@ -126,7 +125,7 @@ class Argument:
             return f"expected {self._wanted()}"
         if isinstance(value, torch.SymFloat | torch.SymInt):
             return None
-        if math.isnan(value) or (math.isinf(value) and self.name not in INFINITE):
+        if not math.isfinite(value):
             return "expected a finite number"
         low, high, closed = RANGES.get(self.name, (-math.inf, math.inf, True))
         if not low <= value <= high or (value == low and not closed):

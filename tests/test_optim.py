@@ -11,6 +11,7 @@ from torch import nn
 
 import fla.layers as L
 from fla import cli
+from fla.cli.train import without_muon
 from fla.optim import KINDS, Muon, groups, roles
 from tests.helpers import relative_error
 from tests.models.common import MODELS, ids, make
@@ -141,11 +142,25 @@ def test_fla_train_with_muon(tmp_path):
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 400)
     small = ["--model_config", "hidden_size=16", "num_hidden_layers=1", "head_dim=8", "num_heads=1"]
     argv = ["train", *small, "--seq_len", "16", "--max_steps", "2", "--use_cpu", "true", "--sample_tokens", "1",
-            "--data", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path / "run"), "--save_steps", "1"]  # fmt: skip
+            "--data", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path / "a run"), "--save_steps", "1"]  # fmt: skip
     assert cli.main([*argv, "--optim", "muon"]) == 0
-    state = torch.load(tmp_path / "run" / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    state = torch.load(tmp_path / "a run" / "checkpoint-2" / "optimizer.pt", weights_only=True)
     kinds = {frozenset(x) for x in state["state"].values()}
     assert (
         frozenset({"momentum_buffer"}) in kinds
         and frozenset({"step", "exp_avg", "exp_avg_sq"}) in kinds
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept", "muon"),
+    [
+        (["--optim", "muon", "--prompt", "two  words"], ["--prompt", "two  words"], True),
+        (["--optim=muon", "--seed", "1"], ["--seed", "1"], True),
+        (["--optim", "sgd", "--optim", "muon"], [], True),
+        (["--optim", "muon", "--optim", "sgd"], ["--optim", "sgd"], False),
+        (["--prompt", "--optim muon is text"], ["--prompt", "--optim muon is text"], False),
+    ],
+)
+def test_muon_is_taken_out_of_the_flags_and_no_other_flag_changes(flags, kept, muon):
+    assert without_muon(flags) == (kept, muon)

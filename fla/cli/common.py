@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from fla.core.errors import UsageError
@@ -21,12 +20,12 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def check_range(name: str, value: Any, ranges: dict[str, tuple[float, float]] = RANGES) -> None:
+def check_range(name: str, value: Any) -> None:
     """Raise `UsageError` for a number that a flag does not take; anything else passes."""
     for x in value if isinstance(value, list | tuple) else [value]:
         if isinstance(x, bool) or not isinstance(x, int | float):
             continue
-        low, high = ranges.get(name, (1, math.inf) if isinstance(x, int) else (1e-300, math.inf))
+        low, high = RANGES.get(name, (1, math.inf) if isinstance(x, int) else (1e-300, math.inf))
         if not (low <= x <= high and math.isfinite(x)):
             least = "above 0" if low == 1e-300 else f"from {low:g} on"
             most = "" if high == math.inf else f" to {high:g}"
@@ -42,15 +41,10 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found = super().parse_args(args, namespace)
-        numeric = [action.dest for action in self._actions if action.type in (int, float)]
-        check_ranges({name: getattr(found, name) for name in numeric})
+        for action in self._actions:
+            if action.type in (int, float):
+                check_range(action.dest, getattr(found, action.dest))
         return found
-
-
-def check_ranges(values: dict[str, Any], names: Iterable[str] | None = None) -> None:
-    """`check_range` of every flag."""
-    for name in values if names is None else names:
-        check_range(name, values[name])
 
 
 def command_parser(command: str, description: str | None) -> argparse.ArgumentParser:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from fla.cli.common import CommandParser
 
 
 def main(argv: list[str]) -> int:
@@ -19,9 +21,8 @@ def main(argv: list[str]) -> int:
 
     kinds: Any = (run.RunArguments, TrainingArguments)
 
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(message)
+    class Parser(CommandParser, HfArgumentParser):
+        """Hugging Face's parser, which refuses with one line."""
 
     parser = Parser(kinds, prog="fla train", description=__doc__)
     parser.set_defaults(
@@ -58,17 +59,12 @@ def without_muon(argv: list[str]) -> tuple[list[str], bool]:
     """The flags without `--optim muon`, which transformers does not know, and whether it was the
     last `--optim` among them.
     """
-    kept: list[str] = []
-    muon, last = False, ""
-    flags = " ".join(argv).replace("--optim=", "--optim ").split(" ") if argv else []
-    for flag in flags:
-        if last == "--optim":
-            muon = flag == "muon"
-            kept[-1:] = [] if muon else [kept[-1], flag]
-        else:
-            kept.append(flag)
-        last = flag
-    return kept if muon or "--optim" in argv else argv, muon
+    parser = CommandParser(prog="fla train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--optim")
+    found, others = parser.parse_known_args(argv)
+    if found.optim in (None, "muon"):
+        return others, found.optim == "muon"
+    return [*others, "--optim", found.optim], False
 
 
 def from_file(argv: list[str]) -> list[str]:
