@@ -18,7 +18,7 @@ def forget(f: Tensor, lower_bound: Tensor | None, layer_idx: int | None) -> Tens
     `log sigmoid(f)` without.
     """
     g = F.logsigmoid(promote_to_fp32(f))
-    if lower_bound is None or not layer_idx:  # the first layer's bound is 0
+    if lower_bound is None or layer_idx == 0:  # the first layer's bound is 0
         return g
     bound = promote_to_fp32(lower_bound)
     return torch.logaddexp(bound.log(), torch.log1p(-bound) + g)

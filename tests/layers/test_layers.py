@@ -275,3 +275,11 @@ def test_memories_that_all_tokens_choose_are_gated_delta_rules():
         total = total + p[..., m, None, None] * seen[0]
     want = whole.o_proj(whole.o_norm(total, whole.g_proj(x).view_as(total)).flatten(-2))
     assert_same(got, want, "o", rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [L.HGRNAttention, L.HGRN2Attention])
+def test_a_lower_bound_given_to_a_layer_by_itself_counts(kind):
+    layer, x, bound = kind(hidden_size=128), torch.randn(1, 5, 128), torch.full((128,), 0.9)
+    assert (layer(x, lower_bound=bound)[0] - layer(x)[0]).abs().max() > 1e-3
+    layer.layer_idx = 0
+    assert torch.equal(layer(x, lower_bound=bound)[0], layer(x)[0])
