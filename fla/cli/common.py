@@ -8,6 +8,7 @@ import math
 from typing import Any, NoReturn
 
 from fla.core.errors import UsageError
+from fla.training.arguments import check_number
 
 # The range of numeric flags, [least, most]; counts are from 1 on and other numbers above 0.
 RANGES: dict[str, tuple[float, float]] = {
@@ -15,8 +16,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, math.inf),
     "top_p": (1e-9, 1),
     "length": (2, math.inf),
-    "sample_tokens": (1, math.inf),
-    "seq_len": (2, math.inf),
 }
 
 
@@ -25,12 +24,7 @@ def check_range(name: str, value: Any) -> None:
     for x in value if isinstance(value, list | tuple) else [value]:
         if isinstance(x, bool) or not isinstance(x, int | float):
             continue
-        low, high = RANGES.get(name, (1, math.inf) if isinstance(x, int) else (1e-300, math.inf))
-        if not (low <= x <= high and math.isfinite(x)):
-            least = "above 0" if low == 1e-300 else f"from {low:g} on"
-            most = "" if high == math.inf else f" to {high:g}"
-            expected = f"a number {least}" if not most else f"a number from {low:g}{most}"
-            raise UsageError(f"--{name}: {x} is out of range; expected {expected}")
+        check_number(name, x, *RANGES.get(name, (1 if isinstance(x, int) else 1e-300, math.inf)))
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fla._arguments import check_width, checked
+from fla._arguments import checked
 from fla.ops.engine.recurrence.gates import l2norm
 
 __all__ = ["L2Norm", "l2_norm", "l2norm"]
@@ -25,5 +25,4 @@ class L2Norm(nn.Module):
 
     @checked
     def forward(self, x: Tensor) -> Tensor:
-        check_width("L2Norm", "x", x, None)
         return l2norm(x, self.eps, self.output_dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fla._arguments import check_width, checked
 from fla._lazy import lazy_names
-from fla.modules.activations import ACT2FN, powglu, powglu_linear, swiglu, swiglu_linear
+from fla.modules.activations import activation, powglu, powglu_linear, swiglu, swiglu_linear
 from fla.modules.layernorm import LayerNorm
 from fla.modules.linear import is_plain
 
@@ -110,11 +110,7 @@ class SubNormMLP(nn.Module):
         norm_eps: float = 1e-5,
     ):
         super().__init__()
-        if hidden_act not in ACT2FN:
-            raise ValueError(
-                f"SubNormMLP: hidden_act is {hidden_act!r}; expected one of {', '.join(ACT2FN)}"
-            )
-        self.hidden_act, self.hidden_size = hidden_act, hidden_size
+        self.act, self.hidden_size = activation("SubNormMLP", hidden_act), hidden_size
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
         self.norm = LayerNorm(intermediate_size, eps=norm_eps)
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
@@ -122,4 +118,4 @@ class SubNormMLP(nn.Module):
     @checked
     def forward(self, x: Tensor) -> Tensor:
         check_width("SubNormMLP", "x", x, self.hidden_size)
-        return self.fc2(self.norm(ACT2FN[self.hidden_act](self.fc1(x))))
+        return self.fc2(self.norm(self.act(self.fc1(x))))

@@ -10,11 +10,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainingArguments
+from typing import TYPE_CHECKING, Any
 
 from fla.core.errors import UsageError
+
+if TYPE_CHECKING:  # transformers takes seconds to load, and every command reads this module
+    from transformers import TrainingArguments
 
 # [least, most] of the numbers of a run; those that are not here are not checked.
 RANGES: dict[str, tuple[float, float]] = {
@@ -42,17 +43,24 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+def check_number(name: str, value: float, low: float, high: float) -> None:
+    """Raise `UsageError` unless a flag's number is finite and in [low, high]. A `low` that is close
+    to 0 stands for any number above it.
+    """
+    if low <= value <= high and math.isfinite(value):
+        return
+    least = "above 0" if 0 < low < 1e-6 else f"from {low:g}"
+    most = ("" if "above" in least else " on") if high == math.inf else f" to {high:g}"
+    raise UsageError(f"--{name}: {value} is out of range; expected a number {least}{most}")
+
+
 def check_numbers(*arguments: Any) -> None:
     """Raise `UsageError` for a number out of its range."""
     for values in arguments:
         for name, (low, high) in RANGES.items():
             value = getattr(values, name, None)
-            if isinstance(value, int | float) and not (
-                low <= value <= high and math.isfinite(value)
-            ):
-                most = "on" if high == math.inf else f"to {high:g}"
-                expected = "above 0" if low == 1e-9 else f"from {low:g} {most}"
-                raise UsageError(f"--{name}: {value} is out of range; expected a number {expected}")
+            if isinstance(value, int | float):
+                check_number(name, value, low, high)
     for values in arguments:
         steps = getattr(values, "max_steps", None)
         if steps is not None and steps != -1 and steps < 1:

@@ -225,16 +225,11 @@ def _collect(reader: int, child: int, chosen: list[Trial], report: Report) -> in
                 report.add("crash", chosen[done], "the process ended" if ready else "no answer")
                 done += 1
                 break
-            report.add(
-                *_of(pickle.loads(stream.read(int.from_bytes(size, "little"))), chosen[done])
-            )
+            outcome, said = pickle.loads(stream.read(int.from_bytes(size, "little")))
+            report.add(outcome, chosen[done], said)
             done += 1
     os.waitpid(child, 0)
     return done
-
-
-def _of(answer: tuple[str, str], trial: Trial) -> tuple[str, Trial, str]:
-    return answer[0], trial, answer[1]
 
 
 def main(argv: list[str] | None = None) -> int:
